@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Concentration-Alignment Transforms (CAT, arXiv 2603.04359) for low-bit quantization with
+llm-compressor, Transformers and vLLM.
+
+Importing the package lets Transformers load CAT checkpoints, and lets llm-compressor, if
+it is installed, find ``CATModifier`` in recipes. vLLM finds the package by itself.
+"""
+
+from importlib.util import find_spec
+
+from cat_modifier.load.quantizer import register as _register_transformers
+
+from cat_modifier.version import __version__
+__all__ = ["CATModifier"]
+
+_register_transformers()
+
+if find_spec("llmcompressor") is not None:
+    from llmcompressor.modifiers.factory import ModifierFactory
+
+    from cat_modifier.compress.modifier import CATModifier
+
+    ModifierFactory.register(CATModifier.__name__, CATModifier)
+
+
+def __getattr__(name: str):
+    if name == "CATModifier":
+        raise ImportError(
+            "CATModifier needs llm-compressor: pip install 'cat-modifier[compress]'"
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

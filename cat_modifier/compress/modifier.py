@@ -1,0 +1,487 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CATModifier, which inserts concentration-alignment transforms into a model"""
+
+import re
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import tqdm
+from compressed_tensors import (
+    TRANSFORM_CONFIG_NAME,
+    match_modules_set,
+    match_named_modules,
+)
+from compressed_tensors.distributed import is_distributed, is_source_process
+from compressed_tensors.quantization import QuantizationStatus
+from compressed_tensors.transform import TransformArgs
+from compressed_tensors.transform.factory.base import TransformBase
+from compressed_tensors.utils import (
+    TorchDtype,
+    align_module_device,
+    get_execution_device,
+    update_offload_parameter,
+)
+from llmcompressor.core import Event, State, active_session
+from llmcompressor.modifiers import Modifier
+from llmcompressor.utils import untie_word_embeddings
+from loguru import logger
+from pydantic import Field, PrivateAttr, field_validator
+from torch import Tensor
+from torch.nn import Linear, Module, Parameter
+
+from cat_modifier.calibration.groups import GroupObserver, InputGroup, padding_mask
+from cat_modifier.calibration.moments import BlockMoments, TokenSample
+from cat_modifier.checkpoint.config import CATScheme, CATTransformConfig
+from cat_modifier.checkpoint.saving import save_atomically
+from cat_modifier.checkpoint.transform import CATTransform
+from cat_modifier.compress.geometry import Geometry, choose_geometry
+from cat_modifier.compress.report import GroupReport
+from cat_modifier.mathematics.hadamard import apply_hadamard, hadamard_factors, hadamard_matrix
+from cat_modifier.mathematics.transform import (
+    Rotation,
+    apply_blocks,
+    block_transform,
+    diagonal_blocks,
+    invert_blocks,
+)
+
+__all__ = ["CATModifier"]
+
+_SAMPLE_SIZE = 256
+"""Tokens of each input that are kept for the report"""
+
+
+class CATModifier(Modifier):
+    """
+    Inserts concentration-alignment transforms (CAT, arXiv 2603.04359) in front of Linears,
+    so that weights and activations lose less to quantization at low bit widths.
+
+    For each group of Linears which read the same input, the block-diagonal transform ``T``
+    of best alignment is computed in closed form from the second moments of the input and
+    of the weights, and followed by a Hadamard rotation for concentration. Its inverse goes
+    into the weights; ``T`` itself is applied to the activations at run time. The function
+    of the model does not change. Put a QuantizationModifier or GPTQModifier after it.
+
+    Sample yaml:
+    ```yaml
+    quant_stage:
+      quant_modifiers:
+        CATModifier:
+          block_size: 128
+          rotation: hadamard
+        QuantizationModifier:
+          ignore: [lm_head]
+          config_groups:
+            group_0:
+              targets: [Linear]
+              format: pack-quantized
+              weights: {num_bits: 4, type: int, strategy: channel, observer: memoryless_mse}
+              input_activations:
+                {num_bits: 4, type: int, strategy: token, symmetric: false, dynamic: true}
+    ```
+
+    Lifecycle:
+
+    - on_initialize
+        - find the targeted Linears
+    - on_calibration_start
+        - refuse to share the calibration pass with another modifier
+        - hook the Linears: group them by input, accumulate moments
+    - on_sequential_epoch_end
+        - for each complete group: compute T, transform the weights, attach T
+    - on_calibration_end
+        - the same for groups that are left, and for Linears which saw no tokens
+    - on_finalize
+        - make `save_pretrained` write a marked checkpoint, atomically
+
+    :param block_size: k, number of input channels that a block of T mixes. An upper bound:
+        if it does not divide the input size of a Linear, the largest usable divisor below
+        it is taken. 1 scales channels; "full" is one block over the whole input, which
+        needs memory and run time in the square of the input size
+    :param rotation: what follows the blocks. `"hadamard"` mixes the whole input at run
+        time; `"block-hadamard"` and `"eigen-hadamard"` mix the channels of a block and cost
+        nothing at run time; `"none"` leaves the blocks alone
+    :param strength: exponent of the alignment transform: 1 is optimal for uniform rounding
+        noise (integers), 0 leaves the rotation alone. Finite and not negative
+    :param damping: what is added to the diagonal of each block of second moments, relative
+        to its mean eigenvalue; positive
+    :param targets: Linears to transform, by name, class or `re:` pattern
+    :param ignore: exceptions from `targets`. By default the head and vision towers
+    :param mappings: groups of Linears that share a transform, as lists of patterns, one
+        list a group, e.g. `[["re:.*q_proj", "re:.*k_proj", "re:.*v_proj"]]`. Linears of no
+        mapping are grouped by observing which of them read the same input
+    :param precision: dtype in which T is stored. The inverse is taken of the stored T
+    :param tensor_parallel_size: largest tensor parallel size at which the checkpoint can be
+        served: blocks and Hadamard products then stay within one of as many shards of the
+        inputs of row-parallel Linears (o_proj, down_proj)
+    """
+
+    requires_calibration_data: bool = True
+
+    block_size: int | Literal["full"] = 128
+    rotation: Rotation = Rotation.HADAMARD
+    strength: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
+    damping: float = Field(default=0.01, gt=0.0, allow_inf_nan=False)
+    targets: str | list[str] = Field(default_factory=lambda: ["Linear"])
+    ignore: str | list[str] = Field(
+        default_factory=lambda: ["re:.*lm_head", "re:.*vision.*", "re:.*visual.*"]
+    )
+    mappings: list[list[str]] | None = None
+    precision: TorchDtype = Field(default=torch.bfloat16)
+    tensor_parallel_size: int = Field(default=1, ge=1)
+
+    _linears: dict[str, Linear] = PrivateAttr(default_factory=dict)
+    _observer: GroupObserver | None = PrivateAttr(default=None)
+    _moments: dict[str, BlockMoments] = PrivateAttr(default_factory=dict)
+    _samples: dict[str, TokenSample] = PrivateAttr(default_factory=dict)
+    _mask: Tensor | None = PrivateAttr(default=None)
+    _finished: set[Module] = PrivateAttr(default_factory=set)
+    _transformed: set[str] = PrivateAttr(default_factory=set)
+    _config: CATTransformConfig | None = PrivateAttr(default=None)
+
+    @field_validator("targets", "ignore", mode="before")
+    @classmethod
+    def _wrap_singleton(cls, value):
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("block_size")
+    @classmethod
+    def _validate_block_size(cls, value: int | str) -> int | str:
+        if value != "full" and value < 1:
+            raise ValueError(f"`block_size` must be a positive integer or 'full', got {value}")
+        return value
+
+    @field_validator("precision")
+    @classmethod
+    def _validate_precision(cls, value: torch.dtype) -> torch.dtype:
+        if value not in (torch.bfloat16, torch.float16, torch.float32):
+            raise ValueError(f"`precision` must be bfloat16, float16 or float32, got {value}")
+        return value
+
+    ## Lifecycle ##
+
+    def on_initialize(self, state: State, **kwargs) -> bool:
+        """
+        :raises ValueError: if there is nothing to transform, or a target cannot be
+        """
+        matched = dict(match_named_modules(state.model, self.targets, self.ignore))
+        if not matched:
+            raise ValueError(
+                f"CATModifier found no modules for targets {self.targets} and ignore "
+                f"{self.ignore}: check the names with `model.named_modules()`"
+            )
+        owners: dict[int, str] = {}
+        for name, module in matched.items():
+            if not isinstance(module, Linear):
+                raise ValueError(
+                    f"CATModifier can transform the inputs of torch.nn.Linear, but {name} "
+                    f"is a {type(module).__name__}: add it to `ignore`"
+                )
+            if any(isinstance(child, TransformBase) for child in module.children()):
+                raise ValueError(
+                    f"The input of {name} has an online transform already, and a second "
+                    "one cannot be applied: leave one of the two modifiers out"
+                )
+            if owners.setdefault(id(module.weight), name) != name:
+                raise ValueError(
+                    f"{name} and {owners[id(module.weight)]} share their weight, so that "
+                    "their inputs cannot have transforms of their own: add both to `ignore`"
+                )
+        self._linears = matched
+        self._config = CATTransformConfig(config_groups={})
+        return True
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs):
+        """
+        :raises ValueError: if another modifier shares the calibration pass, or if weights
+            are quantized already
+        """
+        self._refuse_shared_pass()
+        for name, linear in self._linears.items():
+            status = getattr(linear, "quantization_status", None)
+            if status is not None and status > QuantizationStatus.CALIBRATION:
+                raise ValueError(
+                    f"{name} is quantized already: put CATModifier before the quantization "
+                    "modifier in the recipe"
+                )
+        embeddings = state.model.get_input_embeddings()
+        if any(linear.weight is embeddings.weight for linear in self._linears.values()):
+            untie_word_embeddings(state.model)
+
+        self._observer = GroupObserver(self._linears)
+        if self.mappings is not None:
+            self._observer.set_groups(self._match_mappings(state.model))
+
+        names = {linear: name for name, linear in self._linears.items()}
+
+        def observe_hook(linear: Linear, args: tuple):
+            self._observe(names[linear], args[0])
+
+        for linear in self._linears.values():
+            self.register_hook(linear, observe_hook, "forward_pre")
+        for module in state.model.modules():
+            if module not in names and any(child in names for child in module.modules()):
+                self.register_hook(
+                    module, self._mask_hook, "forward_pre", with_kwargs=True
+                )
+
+    def on_sequential_epoch_end(
+        self, state: State, event: Event, modules: list[Module], **kwargs
+    ):
+        self._finished.update(modules)
+        groups = [
+            group
+            for group in self._pending_groups()
+            if self._finished.issuperset(group.linears.values())
+        ]
+        self._transform_groups(state.model, groups)
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs):
+        """
+        :raises ValueError: if no Linear saw any tokens
+        """
+        self.remove_hooks()
+        self._transform_groups(state.model, self._pending_groups())
+        if not self._transformed:
+            raise ValueError(
+                "CATModifier saw no tokens: pass a calibration `dataset` to oneshot, and "
+                "do not set `pipeline='datafree'`"
+            )
+        self._rotate_unseen(state.model)
+        self._refuse_other_online_transforms(state.model)
+        setattr(state.model, TRANSFORM_CONFIG_NAME, self._config)
+        self._moments.clear()
+        self._samples.clear()
+        self._mask = None
+
+    def on_finalize(self, state: State, **kwargs) -> bool:
+        save_atomically(state.model)
+        return True
+
+    ## Calibration ##
+
+    def _mask_hook(self, module: Module, args: tuple, kwargs: dict):
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and (real := padding_mask(mask)) is not None:
+            self._mask = real
+
+    def _observe(self, name: str, x: Tensor):
+        group, is_new = self._observer.observe(name, x)
+        if not is_new:
+            return
+        tokens = x.reshape(-1, x.shape[-1])
+        # inputs of another layout (tokens routed to an expert) cannot be matched to a mask
+        if self._mask is not None and self._mask.numel() == tokens.shape[0]:
+            tokens = tokens[self._mask.flatten().to(tokens.device)]
+        # keyed by the first caller, whom the group keeps when it grows
+        key = next(
+            (member for member in group.linears if member in self._moments), name
+        )
+        if key not in self._moments:
+            geometry = self._geometry(group)
+            self._moments[key] = BlockMoments(group.features, geometry.block_size)
+            self._samples[key] = TokenSample(_SAMPLE_SIZE)
+        self._moments[key].update(tokens)
+        self._samples[key].update(tokens)
+
+    def _pending_groups(self) -> list[InputGroup]:
+        """Groups that were observed, and are not transformed yet"""
+        return [
+            group
+            for group in self._observer.groups
+            if group.owner not in self._transformed
+            and any(member in self._moments for member in group.linears)
+        ]
+
+    def _match_mappings(self, model: Module) -> list[list[str]]:
+        names = {linear: name for name, linear in self._linears.items()}
+        groups = []
+        for mapping in self.mappings:
+            matches = list(match_modules_set(model, mapping, self.ignore))
+            if not matches:
+                raise ValueError(f"No modules match the mapping {mapping} of CATModifier")
+            for match in matches:
+                members = [module for modules in match for module in modules]
+                if unknown := [module for module in members if module not in names]:
+                    raise ValueError(
+                        f"The mapping {mapping} of CATModifier matches {unknown[0]}, which "
+                        "is not among its `targets`"
+                    )
+                if len({linear.in_features for linear in members}) > 1:
+                    raise ValueError(
+                        f"The mapping {mapping} of CATModifier matches Linears of different "
+                        "input sizes, which cannot read the same input"
+                    )
+                groups.append([names[module] for module in members])
+        return groups
+
+    ## Transformation ##
+
+    def _geometry(self, group: InputGroup) -> Geometry:
+        shards = 1
+        if self.tensor_parallel_size > 1 and self._is_row_parallel(group):
+            shards = self.tensor_parallel_size
+        return choose_geometry(
+            group.owner, group.features, shards, self.block_size, self.rotation
+        )
+
+    def _is_row_parallel(self, group: InputGroup) -> bool:
+        plan = getattr(active_session().state.model, "tp_plan", None)
+        if not plan:
+            return True  # unknown: any input may be sharded
+        for pattern, style in plan.items():
+            regex = re.escape(pattern).replace(r"\*", r"\d+")
+            if style.startswith("rowwise") and any(
+                re.search(rf"(^|\.){regex}$", name) for name in group.linears
+            ):
+                return True
+        return False
+
+    def _transform_groups(self, model: Module, groups: list[InputGroup]):
+        self._refuse_different_groups(groups)
+        for group in tqdm.tqdm(
+            groups, desc="Transforming", disable=not (groups and is_source_process())
+        ):
+            key = next(member for member in group.linears if member in self._moments)
+            moments, sample = self._moments.pop(key), self._samples.pop(key)
+            moments.reduce(get_execution_device(group.linears[group.owner]))
+            if moments.count == 0:
+                continue  # every token was padding: as if it had seen none
+            self._transform_group(model, group, moments, sample)
+
+    def _transform_group(
+        self,
+        model: Module,
+        group: InputGroup,
+        moments: BlockMoments | None,
+        sample: TokenSample | None,
+    ):
+        """
+        :param moments: of the input; None if there are none, and the transform is to be
+            the rotation alone
+        """
+        geometry = self._geometry(group)
+        device = get_execution_device(group.linears[group.owner])
+        weights = {}
+        for name, linear in group.linears.items():
+            with align_module_device(linear):
+                weights[name] = linear.weight.detach().to(device, torch.float64)
+
+        size, count = geometry.block_size, group.features // geometry.block_size
+        weight_moments = sum(diagonal_blocks(w, size) for w in weights.values())
+        if moments is None:
+            identity = torch.eye(size, dtype=torch.float64, device=device)
+            input_moments, strength = identity.expand(count, size, size), 0.0
+        else:
+            input_moments, strength = moments.mean.to(device).double(), self.strength
+        try:
+            blocks = block_transform(
+                input_moments, weight_moments, self.rotation, strength, self.damping
+            ).to(self.precision)
+            # of the tensor that is served: the product of the two stays exact
+            inverse = invert_blocks(blocks).mT
+        except ValueError as error:
+            raise ValueError(f"Cannot transform the input of {group.owner}: {error}") from error
+
+        hadamard = None
+        if geometry.hadamard_size > 1:
+            factors = hadamard_factors(geometry.hadamard_size)
+            hadamard = [hadamard_matrix(order).to(device) for order in factors]
+
+        new_weights = {}
+        for name, weight in weights.items():
+            weight = apply_blocks(weight, inverse)
+            if hadamard is not None:
+                weight = apply_hadamard(weight, *hadamard)
+            new_weights[name] = weight
+
+        if sample is not None and sample.tokens is not None and is_source_process():
+            tokens = sample.tokens.to(device, torch.float64)
+            new_tokens = apply_blocks(tokens, blocks.double())
+            if hadamard is not None:
+                new_tokens = apply_hadamard(new_tokens, *hadamard)
+            report = GroupReport.measure(
+                group, geometry, blocks, moments.count, tokens, weights, new_tokens, new_weights
+            )
+            report.log()
+
+        # offloaded weights can be shared between ranks: all read before any writes
+        _barrier()
+        for name, linear in group.linears.items():
+            update_offload_parameter(linear, "weight", new_weights[name].to(linear.weight.dtype))
+        _barrier()
+        self._attach(group, geometry, blocks)
+
+    def _attach(self, group: InputGroup, geometry: Geometry, blocks: Tensor):
+        names = list(group.linears)
+        self._config.add_group(
+            names, geometry.block_size, geometry.hadamard_size, self.precision
+        )
+        scheme: CATScheme = next(
+            scheme
+            for scheme in self._config.config_groups.values()
+            if scheme.apply and scheme.apply[-1].targets == names
+        )
+        args: TransformArgs = scheme.apply[-1]
+        weight = Parameter(blocks.contiguous(), requires_grad=False)
+        CATTransform(weight, scheme, args).attach(list(group.linears.values()))
+        self._transformed.update(names)
+
+    def _rotate_unseen(self, model: Module):
+        """Linears which saw no tokens, such as unused experts, are only rotated"""
+        unseen = [name for name in self._linears if name not in self._transformed]
+        if not unseen:
+            return
+        logger.warning(
+            f"{len(unseen)} of {len(self._linears)} Linears saw no calibration tokens, and "
+            f"are rotated without alignment: {', '.join(unseen[:10])}"
+            + (", ..." if len(unseen) > 10 else "")
+        )
+        for name in unseen:
+            group = InputGroup({name: self._linears[name]})
+            self._transform_group(model, group, None, None)
+
+    ## Refusals ##
+
+    def _refuse_shared_pass(self):
+        sharing = [
+            type(modifier).__name__
+            for modifier in active_session().lifecycle.recipe.modifiers
+            if modifier is not self
+        ]
+        if sharing:
+            raise ValueError(
+                f"CATModifier cannot share a calibration pass with {', '.join(sharing)}, "
+                "which would be calibrated on inputs that are not transformed yet. Use "
+                "`oneshot(..., pipeline='independent')`, the default"
+            )
+
+    def _refuse_different_groups(self, groups: list[InputGroup]):
+        if not is_distributed():
+            return
+        names = [list(group.linears) for group in groups]
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, names)
+        if any(other != names for other in everyone):
+            raise ValueError(
+                "The ranks observed different groups of Linears, so that their moments "
+                "cannot be summed: give every rank data for all Linears, or set `mappings`"
+            )
+
+    def _refuse_other_online_transforms(self, model: Module):
+        other = getattr(model, TRANSFORM_CONFIG_NAME, None)
+        if other is None:
+            return
+        for name, scheme in other.config_groups.items():
+            if any(args.is_online() for args in scheme.apply):
+                raise ValueError(
+                    f"The model has the online transform {name} of another modifier, which "
+                    "a CAT checkpoint cannot hold: leave one of the two modifiers out"
+                )
+        # transforms that are folded into weights need no description
+
+
+def _barrier():
+    if is_distributed():
+        dist.barrier()

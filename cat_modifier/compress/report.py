@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a transform did to one group of Linears, for the log"""
+
+from dataclasses import dataclass
+
+from compressed_tensors.quantization import QuantizationArgs, QuantizationType
+from loguru import logger
+from torch import Tensor
+
+from cat_modifier.calibration.groups import InputGroup
+from cat_modifier.compress.geometry import Geometry
+from cat_modifier.mathematics.sqnr import (
+    activation_concentration,
+    alignment,
+    predicted_sqnr,
+    to_db,
+    weight_concentration,
+)
+from cat_modifier.mathematics.transform import condition_number
+
+__all__ = ["GroupReport"]
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """
+    :param group: the Linears
+    :param geometry: of their transform
+    :param tokens: which the moments are of
+    :param bits: of weights and activations for which SQNR is predicted
+    :param sqnr: predicted by theorem 2.4 before and after, ratios
+    :param alignment: before and after, ratios
+    :param condition_number: of the transform as stored
+    """
+
+    group: InputGroup
+    geometry: Geometry
+    tokens: int
+    bits: tuple[int, int]
+    sqnr: tuple[float, float]
+    alignment: tuple[float, float]
+    condition_number: float
+
+    @classmethod
+    def measure(
+        cls,
+        group: InputGroup,
+        geometry: Geometry,
+        blocks: Tensor,
+        count: int,
+        tokens: Tensor,
+        weights: dict[str, Tensor],
+        new_tokens: Tensor,
+        new_weights: dict[str, Tensor],
+    ) -> "GroupReport":
+        """
+        :param blocks: transform as stored, shape (d/k, k, k)
+        :param count: tokens which the moments are of
+        :param tokens: sample of the input, shape (tokens, d), float64
+        :param weights: by name, each of shape (out, d), float64
+        :param new_tokens: sample after the transform
+        :param new_weights: weights after the transform
+        """
+        weight_args, input_args = _quantization_args(group)
+        bits = (weight_args.num_bits, input_args.num_bits)
+        sqnr, alignments = [], []
+        for x, linears in ((tokens, weights), (new_tokens, new_weights)):
+            outputs = [(x @ w.T).square().sum().item() for w in linears.values()]
+            alignments.append(
+                alignment(
+                    sum(outputs) / x.shape[0],
+                    sum(w.square().sum().item() for w in linears.values()),
+                    x.square().sum().item() / x.shape[0],
+                )
+            )
+            sqnr.append(
+                predicted_sqnr(
+                    *bits,
+                    weight_concentration(list(linears.values()), weight_args.symmetric),
+                    activation_concentration(x, input_args.symmetric),
+                    alignments[-1],
+                )
+            )
+        return cls(
+            group,
+            geometry,
+            count,
+            bits,
+            tuple(sqnr),
+            tuple(alignments),
+            condition_number(blocks),
+        )
+
+    def log(self):
+        """One line, and a warning if there were too few tokens"""
+        members = [name.rpartition(".")[2] for name in self.group.linears]
+        shown = "/".join(members[:4]) + ("/..." if len(members) > 4 else "")
+        prefix = self.group.owner.rpartition(".")[0]
+        logger.info(
+            f"{prefix}.{shown}: predicted W{self.bits[0]}A{self.bits[1]} SQNR "
+            f"{to_db(self.sqnr[0]):.1f} -> {to_db(self.sqnr[1]):.1f} dB, alignment "
+            f"{to_db(self.alignment[0]):.1f} -> {to_db(self.alignment[1]):.1f} dB, "
+            f"block size {self.geometry.block_size}, Hadamard size "
+            f"{self.geometry.hadamard_size}, condition number {self.condition_number:.1f}"
+        )
+        if self.tokens < self.geometry.block_size:
+            logger.warning(
+                f"{self.group.owner}: {self.tokens} calibration tokens do not determine "
+                f"blocks of {self.geometry.block_size} channels, which depend on `damping` "
+                "then: use more or longer samples"
+            )
+
+
+def _quantization_args(group: InputGroup) -> tuple[QuantizationArgs, QuantizationArgs]:
+    """Of weights and inputs, as the recipe will quantize them; 4 bits where it does not"""
+    scheme = getattr(group.linears[group.owner], "quantization_scheme", None)
+    default = QuantizationArgs(num_bits=4, type=QuantizationType.INT)
+    found = (
+        getattr(scheme, "weights", None) or default,
+        getattr(scheme, "input_activations", None) or default,
+    )
+    return found
