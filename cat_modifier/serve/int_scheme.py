@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Integer weights and activations of at most 8 bits, on int8 matrix units.
+
+No CPU, and no GPU since Hopper, multiplies 4-bit integers. But 4-bit codes are valid
+8-bit operands, and products of them are accumulated exactly in int32: W4A4 computed with
+an int8 product is W4A4 to the last bit. Weights are kept in int8, one byte a weight.
+"""
+
+from fractions import Fraction
+
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationStrategy,
+    QuantizationType,
+)
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from cat_modifier.serve.int8_kernels import Int8Kernel, choose_kernel
+from cat_modifier.serve.vllm_api import (
+    BasevLLMParameter,
+    ChannelQuantScaleParameter,
+    CompressedTensorsScheme,
+    ModelWeightParameter,
+    PackedvLLMParameter,
+    init_logger,
+)
+
+__all__ = ["CATIntScheme", "quantize_per_token"]
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+def quantize_per_token(
+    x: Tensor, num_bits: int, symmetric: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """
+    Dynamic quantization with one scale a token, as compressed-tensors defines it: the
+    range of a symmetric quantizer is divided by half the number of intervals (7.5 for 4
+    bits), and zero is always representable.
+
+    :param x: shape (tokens, d), floating point
+    :return: codes, shape (tokens, d), int8; scales, shape (tokens, 1), float32; zero
+        points, shape (tokens, 1), int32, or None if symmetric
+    """
+    q_min, q_max = -(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1
+    x = x.float()
+    tiny = torch.finfo(torch.float32).tiny
+    if symmetric:
+        scale = (x.abs().amax(-1, keepdim=True) * 2 / (q_max - q_min)).clamp_min(tiny)
+        return (x / scale).round().clamp(q_min, q_max).to(torch.int8), scale, None
+    low = x.amin(-1, keepdim=True).clamp_max(0)
+    high = x.amax(-1, keepdim=True).clamp_min(0)
+    scale = ((high - low) / (q_max - q_min)).clamp_min(tiny)
+    zero_point = (q_min - low / scale).clamp(q_min, q_max).round()
+    codes = (x / scale + zero_point).round().clamp(q_min, q_max)
+    return codes.to(torch.int8), scale, zero_point.to(torch.int32)
+
+
+class CATIntScheme(CompressedTensorsScheme):
+    """
+    Symmetric integer weights with one scale a channel; integer activations with one
+    dynamic scale a token, symmetric or not.
+
+    :param weight_quant: of the weights
+    :param input_quant: of the activations
+    :param format: ``pack-quantized`` or ``int-quantized``
+    """
+
+    def __init__(
+        self, weight_quant: QuantizationArgs, input_quant: QuantizationArgs, format: str
+    ):
+        self.weight_bits = weight_quant.num_bits
+        self.input_bits = input_quant.num_bits
+        self.input_symmetric = input_quant.symmetric
+        self.is_packed = format == "pack-quantized"
+        self.kernel: Int8Kernel | None = None
+
+    @classmethod
+    def suits(
+        cls,
+        weight_quant: QuantizationArgs,
+        input_quant: QuantizationArgs | None,
+        output_quant: QuantizationArgs | None,
+        format: str,
+    ) -> bool:
+        """
+        Whether this scheme is the one to serve a layer: one that it can serve, except for
+        W8A8 in ``int-quantized`` format, for which vLLM has kernels
+        """
+        if input_quant is None or output_quant is not None:
+            return False
+        bits = (weight_quant.num_bits, input_quant.num_bits)
+        if format == "int-quantized" and bits == (8, 8):
+            return False
+        return (
+            format in ("pack-quantized", "int-quantized")
+            and max(bits) <= 8
+            and weight_quant.type == input_quant.type == QuantizationType.INT
+            and weight_quant.strategy == QuantizationStrategy.CHANNEL
+            and weight_quant.symmetric
+            and not weight_quant.dynamic
+            and input_quant.strategy == QuantizationStrategy.TOKEN
+            and input_quant.dynamic is True
+        )
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 75  # Turing, the first with int8 tensor cores
+
+    def create_weights(
+        self,
+        layer: Module,
+        output_partition_sizes: list[int],
+        input_size_per_partition: int,
+        params_dtype: torch.dtype,
+        weight_loader,
+        **kwargs,
+    ):
+        rows = sum(output_partition_sizes)
+        self.shape = (rows, input_size_per_partition)
+        self.out_dtype = params_dtype
+        if self.is_packed:
+            pack_factor = 32 // self.weight_bits
+            if input_size_per_partition % pack_factor:
+                raise ValueError(
+                    f"{input_size_per_partition} input channels on a rank are no multiple of "
+                    f"the {pack_factor} weights which the checkpoint packs into an integer: "
+                    "use a smaller `--tensor-parallel-size`"
+                )
+            weight = PackedvLLMParameter(
+                data=torch.empty(
+                    rows, input_size_per_partition // pack_factor, dtype=torch.int32
+                ),
+                input_dim=1,
+                output_dim=0,
+                packed_dim=1,
+                packed_factor=Fraction(pack_factor),
+                weight_loader=weight_loader,
+            )
+            layer.register_parameter("weight_packed", weight)
+            shape = BasevLLMParameter(
+                data=torch.empty(2, dtype=torch.int64), weight_loader=weight_loader
+            )
+            layer.register_parameter("weight_shape", shape)
+        else:
+            weight = ModelWeightParameter(
+                data=torch.empty(rows, input_size_per_partition, dtype=torch.int8),
+                input_dim=1,
+                output_dim=0,
+                weight_loader=weight_loader,
+            )
+            layer.register_parameter("weight", weight)
+        scale = ChannelQuantScaleParameter(
+            data=torch.empty(rows, 1, dtype=torch.float32),
+            output_dim=0,
+            weight_loader=weight_loader,
+        )
+        layer.register_parameter("weight_scale", scale)
+
+    def process_weights_after_loading(self, layer: Module):
+        if self.is_packed:
+            codes = unpack_from_int32(layer.weight_packed.data, self.weight_bits, self.shape)
+            del layer.weight_packed, layer.weight_shape
+        else:
+            codes = layer.weight.data
+            del layer.weight
+        kernel = choose_kernel()
+        self.kernel = kernel(
+            codes, layer.weight_scale.data, self.input_symmetric, self.out_dtype
+        )
+        layer.weight_scale = Parameter(layer.weight_scale.data, requires_grad=False)
+        logger.info_once(
+            "Using %s for W%dA%d integers (activations: %d bits, per token, %s); weights "
+            "take 8 bits each in memory",
+            kernel.__name__,
+            self.weight_bits,
+            self.input_bits,
+            self.input_bits,
+            "symmetric" if self.input_symmetric else "asymmetric",
+        )
+
+    def apply_weights(self, layer: Module, x: Tensor, bias: Tensor | None) -> Tensor:
+        tokens = x.reshape(-1, x.shape[-1])
+        codes, scales, zero_points = quantize_per_token(
+            tokens, self.input_bits, self.input_symmetric
+        )
+        out = self.kernel(codes, scales, zero_points, bias)
+        return out.reshape(*x.shape[:-1], out.shape[-1])

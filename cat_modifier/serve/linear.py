@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A vLLM linear layer whose input is transformed first"""
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from cat_modifier.checkpoint.config import TENSOR_SUFFIX, TRANSFORM_NAME, CATScheme
+from cat_modifier.checkpoint.transform import (
+    hadamard_pair,
+    transform_input,
+    validate_transform,
+)
+from cat_modifier.serve.vllm_api import (
+    LinearMethodBase,
+    register_weight_loader_v2_supported_method,
+)
+
+__all__ = ["CATLinearMethod", "InputTransform"]
+
+
+class InputTransform(Module):
+    """
+    Transform of the input of one layer, or of this rank's share of it. A merged layer
+    (q/k/v, gate/up) has one.
+
+    :param name: of the tensor in the checkpoint
+    :param scheme: of the transform
+    :param input_size: d, size of the whole input
+    :param shard_size: size of the input on this rank
+    :param shard_rank: of this rank
+
+    Attributes:
+        weight: blocks on this rank, shape (shard_size / k, k, k); ``scheme.precision``
+            while loading, then float32
+    """
+
+    def __init__(
+        self,
+        name: str,
+        scheme: CATScheme,
+        input_size: int,
+        shard_size: int,
+        shard_rank: int,
+    ):
+        super().__init__()
+        block_size = scheme.head_dim
+        if shard_size % block_size or shard_size % scheme.hadamard_size:
+            shards = input_size // shard_size
+            raise ValueError(
+                f"{name} mixes more channels than the {shard_size} of one of {shards} tensor "
+                "parallel shards. Serve the checkpoint with a smaller "
+                "`--tensor-parallel-size`, or make it again with "
+                f"CATModifier(tensor_parallel_size={shards})"
+            )
+        self.name = name
+        self.hadamard_size = scheme.hadamard_size
+        self.full_shape = (input_size // block_size, block_size, block_size)
+        self.first_block = shard_rank * (shard_size // block_size)
+        # NaN until loaded: a tensor which the checkpoint lacks does not go unnoticed
+        blocks = torch.full(
+            (shard_size // block_size, block_size, block_size),
+            torch.nan,
+            dtype=scheme.precision,
+        )
+        self.weight = Parameter(blocks, requires_grad=False)
+        self.weight.weight_loader = self.load
+
+    def load(self, param: Parameter, loaded: Tensor, shard_id: int | str | None = None):
+        """
+        vLLM's weight loader. All ranks read the whole tensor and keep their blocks.
+
+        :param shard_id: which part of a merged layer the tensor is stored under
+        """
+        validate_transform(self.name, loaded, self.full_shape)
+        param.data.copy_(loaded.narrow(0, self.first_block, param.shape[0]))
+
+    def process_weights_after_loading(self):
+        validate_transform(self.name, self.weight, self.weight.shape)
+        self.weight = Parameter(self.weight.float(), requires_grad=False)
+        self._left, self._right = hadamard_pair(
+            self.hadamard_size, self.weight.device
+        ) or (None, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hadamard = None if self._left is None else (self._left, self._right)
+        return transform_input(x, self.weight, hadamard)
+
+
+@register_weight_loader_v2_supported_method
+class CATLinearMethod(LinearMethodBase):
+    """
+    Applies an input transform, then another linear method.
+
+    :param method: which vLLM would use without the transform
+    :param scheme: of the transform
+    :param owner: name of the Linear under which the checkpoint stores the transform
+    """
+
+    def __init__(self, method: LinearMethodBase, scheme: CATScheme, owner: str):
+        self.method = method
+        self.scheme = scheme
+        self.owner = owner
+
+    def create_weights(
+        self,
+        layer: Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs,
+    ):
+        self.method.create_weights(
+            layer,
+            input_size_per_partition,
+            output_partition_sizes,
+            input_size,
+            output_size,
+            params_dtype,
+            **extra_weight_attrs,
+        )
+        is_sharded = input_size_per_partition != input_size
+        transform = InputTransform(
+            self.owner + TENSOR_SUFFIX,
+            self.scheme,
+            input_size,
+            input_size_per_partition,
+            layer.tp_rank if is_sharded else 0,
+        )
+        layer.register_module(TRANSFORM_NAME, transform)
+
+    def process_weights_after_loading(self, layer: Module):
+        self.method.process_weights_after_loading(layer)
+        getattr(layer, TRANSFORM_NAME).process_weights_after_loading()
+
+    def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        x = getattr(layer, TRANSFORM_NAME)(x)
+        return self.method.apply(layer, x, bias)

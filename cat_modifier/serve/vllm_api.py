@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Everything that this package takes from vLLM 0.32, in one place: import paths move between
+releases of vLLM, and only this module has to follow.
+"""
+
+# isort: off
+from vllm import _custom_ops as ops
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+    CompressedTensorsConfig,
+)
+from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+    CompressedTensorsScheme,
+)
+from vllm.model_executor.layers.quantization.compressed_tensors.transform.linear import (
+    get_layer_partition_names,
+)
+from vllm.model_executor.models.utils import WeightsMapper
+from vllm.model_executor.parameter import (
+    BasevLLMParameter,
+    ChannelQuantScaleParameter,
+    ModelWeightParameter,
+    PackedvLLMParameter,
+)
+from vllm.platforms import current_platform
+
+__all__ = [
+    "BasevLLMParameter",
+    "ChannelQuantScaleParameter",
+    "CompressedTensorsConfig",
+    "CompressedTensorsScheme",
+    "LinearBase",
+    "LinearMethodBase",
+    "ModelWeightParameter",
+    "PackedvLLMParameter",
+    "QuantizeMethodBase",
+    "RoutedExperts",
+    "WeightsMapper",
+    "current_platform",
+    "get_layer_partition_names",
+    "init_logger",
+    "ops",
+    "register_quantization_config",
+    "register_weight_loader_v2_supported_method",
+]
