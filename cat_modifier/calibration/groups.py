@@ -23,9 +23,11 @@ class InputGroup:
     Linears which read the same input.
 
     :param linears: by full name, in the order of the model
+    :param is_closed: whether no further Linear joins, whatever its input
     """
 
     linears: dict[str, Linear] = field(default_factory=dict)
+    is_closed: bool = False
 
     @property
     def owner(self) -> str:
@@ -73,7 +75,7 @@ class GroupObserver:
         reference, group = self._seen.get(key, (None, None))
         is_new = reference is None or reference() is None
         if name not in self._group_of:
-            if is_new:
+            if is_new or group.is_closed:
                 group = InputGroup()
             self._add(group, name)
         # an input may be shared by chance after the first batch: count it for each group
@@ -89,6 +91,7 @@ class GroupObserver:
             group = InputGroup()
             for name in names:
                 self._add(group, name)
+            group.is_closed = True
 
     def _add(self, group: InputGroup, name: str):
         members = [*group.linears, name]

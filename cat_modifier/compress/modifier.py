@@ -120,7 +120,7 @@ class CATModifier(Modifier):
     requires_calibration_data: bool = True
 
     block_size: int | Literal["full"] = 128
-    rotation: Rotation = Rotation.HADAMARD
+    rotation: Literal["hadamard", "block-hadamard", "eigen-hadamard", "none"] = "hadamard"
     strength: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
     damping: float = Field(default=0.01, gt=0.0, allow_inf_nan=False)
     targets: str | list[str] = Field(default_factory=lambda: ["Linear"])
@@ -323,7 +323,7 @@ class CATModifier(Modifier):
         if self.tensor_parallel_size > 1 and self._is_row_parallel(group):
             shards = self.tensor_parallel_size
         return choose_geometry(
-            group.owner, group.features, shards, self.block_size, self.rotation
+            group.owner, group.features, shards, self.block_size, Rotation(self.rotation)
         )
 
     def _is_row_parallel(self, group: InputGroup) -> bool:
@@ -377,7 +377,7 @@ class CATModifier(Modifier):
             input_moments, strength = moments.mean.to(device).double(), self.strength
         try:
             blocks = block_transform(
-                input_moments, weight_moments, self.rotation, strength, self.damping
+                input_moments, weight_moments, Rotation(self.rotation), strength, self.damping
             ).to(self.precision)
             # of the tensor that is served: the product of the two stays exact
             inverse = invert_blocks(blocks).mT

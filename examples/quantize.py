@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Quantize a causal language model with a recipe.
+
+    python examples/quantize.py MODEL --recipe recipes/w4a4.yaml --output output/my-model-w4a4
+    python examples/quantize.py MODEL --recipe recipes/w4a4.yaml --output output/my-model-w4a4 \
+        --dataset HuggingFaceH4/ultrachat_200k --split train_sft --column prompt
+"""
+
+import argparse
+
+import torch
+from datasets import Dataset
+from llmcompressor import oneshot
+from texts import EMBEDDED, load_texts, windows
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import cat_modifier  # noqa: F401  makes CATModifier known to recipes
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.strip().partition("\n\n")[0])
+    parser.add_argument("model", help="folder, or id on the Hugging Face Hub")
+    parser.add_argument("--recipe", required=True, help="YAML file, as those in recipes/")
+    parser.add_argument("--output", required=True, help="folder for the checkpoint")
+    parser.add_argument("--dataset", default=EMBEDDED, help="id on the Hub, or id:configuration")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--column", default="text", help="of the dataset that holds the text")
+    parser.add_argument("--samples", type=int, default=64, help="windows to calibrate on")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a window")
+    args = parser.parse_args()
+
+    device_map = "auto" if torch.cuda.is_available() else None
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model, dtype="auto", device_map=device_map
+    )
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    texts = load_texts(args.dataset, args.split, args.column)
+    ids = windows(texts, tokenizer, args.length, args.samples)
+    dataset = Dataset.from_dict(
+        {"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()}
+    )
+    oneshot(
+        model=model,
+        tokenizer=tokenizer,
+        recipe=args.recipe,
+        dataset=dataset,
+        num_calibration_samples=len(dataset),
+        max_seq_length=args.length,
+        shuffle_calibration_samples=False,
+        output_dir=args.output,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Quantize a real model to W4A4 with and without CAT, compare the results on held-out text,
+# and serve the one with CAT. Needs Python 3.11 or later and nothing else; safe to run again.
+#
+#     bash examples/quickstart.sh [OUTPUT_FOLDER]
+
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environments.sh"
+OUTPUT="${1:-$ROOT/output}"
+EXAMPLES="$ROOT/examples"
+LOG="$OUTPUT/logs"
+PORT="${PORT:-8123}"
+mkdir -p "$LOG"
+
+# run LOG_NAME COMMAND...: with its output in a file, which is named if it fails
+run() {
+    local log="$LOG/$1.log"
+    shift
+    "$@" > "$log" 2>&1 || fail "$(tail -n 5 "$log")"$'\n'"(the whole log: $log)"
+}
+
+set_up_compress
+set_up_serve
+
+MODEL="$OUTPUT/smollm2-135m-instruct"
+if [ ! -f "$MODEL/config.json" ]; then
+    say "Unpacking SmolLM2-135M-Instruct to $MODEL"
+    run embedded-model "$COMPRESS" "$EXAMPLES/embedded_model.py" "$MODEL"
+fi
+
+for recipe in w4a4_no_transform w4a4_hadamard w4a4; do
+    say "Quantizing with recipes/$recipe.yaml to $OUTPUT/$recipe"
+    run "$recipe" "$COMPRESS" "$EXAMPLES/quantize.py" "$MODEL" \
+        --recipe "$ROOT/recipes/$recipe.yaml" --output "$OUTPUT/$recipe"
+done
+
+say "Evaluating the checkpoints"
+"$COMPRESS" "$EXAMPLES/evaluate.py" "bf16=$MODEL" \
+    "W4A4 RTN=$OUTPUT/w4a4_no_transform" \
+    "W4A4 RTN, Hadamard=$OUTPUT/w4a4_hadamard" \
+    "W4A4 RTN, CAT=$OUTPUT/w4a4" \
+    --json "$OUTPUT/table.json" 2> "$LOG/evaluate.log" \
+    || fail "$(tail -n 5 "$LOG/evaluate.log")"
+
+say "Starting vllm serve $OUTPUT/w4a4 on 127.0.0.1:$PORT"
+export VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}"
+"$VENVS/serve/bin/vllm" serve "$OUTPUT/w4a4" --host 127.0.0.1 --port "$PORT" \
+    --enforce-eager --max-model-len 2048 > "$LOG/serve.log" 2>&1 &
+SERVER=$!
+trap 'kill "$SERVER" 2>/dev/null; wait "$SERVER" 2>/dev/null || true' EXIT
+for _ in $(seq 300); do
+    kill -0 "$SERVER" 2>/dev/null \
+        || fail "$(tail -n 5 "$LOG/serve.log")"$'\n'"(the whole log: $LOG/serve.log)"
+    "$SERVE" -c "import urllib.request as u; u.urlopen('http://127.0.0.1:$PORT/health', timeout=2)" \
+        2>/dev/null && break
+    sleep 1
+done
+grep -o 'Using .*Int8Kernel.*' "$LOG/serve.log" || true
+
+say "Asking it"
+"$SERVE" "$EXAMPLES/ask.py" "http://127.0.0.1:$PORT/v1" "What is the capital of France?"
+
+say "Serve it yourself: $VENVS/serve/bin/vllm serve $OUTPUT/w4a4"

@@ -1,0 +1,420 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from compressed_tensors.offload import offload_module
+from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+from llmcompressor.recipe import Recipe
+from loguru import logger
+from tiny_models import (
+    FAMILIES,
+    int_scheme,
+    logits_of,
+    make_loader,
+    make_model,
+    make_tokens,
+    relative_error,
+)
+
+from cat_modifier import CATModifier
+from cat_modifier.checkpoint.transform import CATTransform
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def logs():
+    messages = []
+    sink = logger.add(lambda message: messages.append(str(message)), level="DEBUG")
+    yield messages
+    logger.remove(sink)
+
+
+def transform(model, *modifiers, tokens=None, mask=None, **options):
+    oneshot(
+        model=model,
+        recipe=list(modifiers),
+        dataset=make_loader(make_tokens() if tokens is None else tokens, mask),
+        **options,
+    )
+    return model
+
+
+def transforms_of(model) -> dict[str, torch.Tensor]:
+    return {
+        name.removesuffix(".cat_input"): module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, CATTransform)
+    }
+
+
+# ---- the function of the model is kept -------------------------------------------------
+
+CASES = [
+    (family, tied, options)
+    for family in FAMILIES
+    for tied in (False, True)
+    for options in (
+        {"block_size": 16, "rotation": "hadamard"},
+        {"block_size": "full", "rotation": "none"},
+        {"block_size": 48, "rotation": "eigen-hadamard"},
+        {"block_size": 1, "rotation": "block-hadamard"},
+    )
+]
+
+
+@pytest.mark.parametrize("family, tied, options", CASES)
+def test_function_is_kept(tmp_path, family, tied, options):
+    model = make_model(tmp_path, family, tied)
+    before = logits_of(model)
+    transform(model, CATModifier(**options))
+    assert len(transforms_of(model)) == 8
+    assert relative_error(logits_of(model), before) < 1e-4
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16", "float32"])
+def test_function_is_kept_at_any_precision_of_the_transform(tmp_path, precision):
+    model = make_model(tmp_path)
+    before = logits_of(model)
+    transform(model, CATModifier(precision=precision))
+    assert all(str(t.dtype) == f"torch.{precision}" for t in transforms_of(model).values())
+    assert relative_error(logits_of(model), before) < 1e-4
+
+
+def test_a_transformed_head_is_untied_from_the_embedding(tmp_path):
+    model = make_model(tmp_path, tied=True)
+    before = logits_of(model)
+    transform(model, CATModifier(ignore=[]))
+    assert "lm_head" in transforms_of(model)
+    assert relative_error(logits_of(model), before) < 1e-4
+
+
+def test_offloaded_model(tmp_path):
+    model = make_model(tmp_path)
+    before = logits_of(model)
+    for module in model.modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            offload_module(module, onload_device="cpu", offload_device="cpu")
+    transform(model, CATModifier())
+    assert relative_error(logits_of(model), before) < 1e-4
+
+
+# ---- groups and moments ----------------------------------------------------------------
+
+
+def test_groups_are_those_which_read_the_same_input(tmp_path):
+    model = transform(make_model(tmp_path), CATModifier())
+    groups = {tuple(args.targets) for _, args in model.transform_config.groups()}
+    assert len(groups) == 8
+    layer = "model.layers.0"
+    assert groups >= {
+        tuple(f"{layer}.self_attn.{name}_proj" for name in "qkv"),
+        (f"{layer}.self_attn.o_proj",),
+        (f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj"),
+        (f"{layer}.mlp.down_proj",),
+    }
+
+
+def test_mappings_override_groups(tmp_path):
+    model = make_model(tmp_path)
+    before = logits_of(model)
+    transform(model, CATModifier(mappings=[["re:.*q_proj", "re:.*k_proj"], ["re:.*up_proj"]]))
+    groups = {tuple(args.targets) for _, args in model.transform_config.groups()}
+    attention, mlp = "model.layers.1.self_attn", "model.layers.1.mlp"
+    assert (f"{attention}.q_proj", f"{attention}.k_proj") in groups
+    assert (f"{attention}.v_proj",) in groups
+    assert (f"{mlp}.up_proj",) in groups and (f"{mlp}.gate_proj",) in groups
+    assert relative_error(logits_of(model), before) < 1e-4
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_does_not_count(tmp_path, side):
+    tokens = make_tokens(4, 32)
+    plain = transform(make_model(tmp_path / "a"), CATModifier(), tokens=tokens)
+
+    padding = torch.full((4, 16), 1)
+    real, none = torch.ones_like(tokens), torch.zeros_like(padding)
+    order = slice(None, None, -1 if side == "left" else 1)
+    padded = torch.cat([tokens, padding][order], 1)
+    mask = torch.cat([real, none][order], 1)
+    masked = transform(make_model(tmp_path / "b"), CATModifier(), tokens=padded, mask=mask)
+    for name, weight in transforms_of(plain).items():
+        assert relative_error(transforms_of(masked)[name].float(), weight.float()) < 0.01
+
+
+@pytest.mark.parametrize("pipeline", ["independent", "basic", "sequential"])
+def test_pipelines_agree(tmp_path, pipeline):
+    one = transform(make_model(tmp_path / "a"), CATModifier(), pipeline="independent")
+    other = transform(make_model(tmp_path / "b"), CATModifier(), pipeline=pipeline)
+    for name, weight in transforms_of(one).items():
+        assert relative_error(transforms_of(other)[name].float(), weight.float()) < 0.01
+
+
+DISTRIBUTED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch, torch.distributed as dist
+from compressed_tensors.distributed import init_dist
+from test_modifier import *
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+model = AutoModelForCausalLM.from_pretrained(sys.argv[2], dtype=torch.float32).eval()
+# ranks with different numbers of tokens
+tokens = make_tokens(6)[:4] if rank == 0 else make_tokens(6)[4:]
+quantization = QuantizationModifier(**int_scheme(4, 4))
+transform(model, CATModifier(), quantization, tokens=tokens, output_dir=sys.argv[3])
+if rank == 0:
+    torch.save(transforms_of(model), sys.argv[4])
+"""
+
+
+def test_ranks_sum_their_moments(tmp_path):
+    model = transform(make_model(tmp_path / "model"), CATModifier(), tokens=make_tokens(6))
+    script = tmp_path / "run.py"
+    script.write_text(DISTRIBUTED.replace(
+        "from test_modifier", "from transformers import AutoModelForCausalLM\nfrom test_modifier"
+    ))
+    arguments = [str(Path(__file__).parent), str(tmp_path / "model")]
+    arguments += [str(tmp_path / "quantized"), str(tmp_path / "transforms.pt")]
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", "29511", str(script), *arguments]
+    subprocess.run(command, env=environment, check=True, timeout=300)
+    distributed = torch.load(tmp_path / "transforms.pt", weights_only=False)
+    for name, weight in transforms_of(model).items():
+        assert relative_error(distributed[name].float(), weight.float()) < 0.01
+    assert (tmp_path / "quantized" / "config.json").exists()
+
+
+# ---- geometry ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"block_size": 128}, {(96, 96), (96, 192)}),
+        ({"block_size": 64}, {(48, 96), (64, 192)}),
+        ({"block_size": 1}, {(1, 96), (1, 192)}),
+        ({"block_size": "full"}, {(96, 96), (192, 192)}),
+        ({"block_size": 40, "rotation": "block-hadamard"}, {(32, 1), (24, 1)}),
+        ({"block_size": 40, "rotation": "none"}, {(32, 1)}),
+        ({"block_size": 128, "tensor_parallel_size": 2}, {(96, 96), (48, 48)}),
+    ],
+)
+def test_blocks_divide_the_inputs(tmp_path, options, expected):
+    model = transform(make_model(tmp_path), CATModifier(**options))
+    schemes = model.transform_config.config_groups.values()
+    found = {(scheme.head_dim, scheme.hadamard_size) for scheme in schemes}
+    if options.get("rotation") == "block-hadamard":
+        assert found <= expected
+    elif "tensor_parallel_size" in options:
+        assert found == {(96, 96), (48, 48)}  # q/k/v and gate/up; o_proj; down_proj has 96
+    else:
+        assert found == expected
+
+
+def test_row_parallel_inputs_alone_are_divided(tmp_path):
+    model = transform(make_model(tmp_path), CATModifier(tensor_parallel_size=4))
+    spans = {
+        args.targets[0].rpartition(".")[2]: scheme.hadamard_size
+        for scheme, args in model.transform_config.groups()
+    }
+    assert spans == {"q_proj": 96, "gate_proj": 96, "o_proj": 24, "down_proj": 48}
+
+
+# ---- composition -------------------------------------------------------------------------
+
+
+def test_gptq_sees_transformed_inputs(tmp_path, monkeypatch):
+    seen = {}
+    original = GPTQModifier.calibrate_module
+
+    def calibrate(self, module, args, output):
+        seen.setdefault(self._module_names[module], []).append(args[0].clone())
+        return original(self, module, args, output)
+
+    monkeypatch.setattr(GPTQModifier, "calibrate_module", calibrate)
+    plain = make_model(tmp_path / "a")
+    inputs = []
+    plain.model.layers[0].self_attn.q_proj.register_forward_pre_hook(
+        lambda module, args: inputs.append(args[0].clone())
+    )
+    logits_of(plain, make_tokens()[:1])
+
+    model = make_model(tmp_path / "b")
+    transform(model, CATModifier(), GPTQModifier(**int_scheme(4, 4)))
+    q_proj = model.model.layers[0].self_attn.q_proj
+    expected = q_proj.cat_input(inputs[0])
+    assert relative_error(seen["model.layers.0.self_attn.q_proj"][0], expected) < 1e-5
+
+
+def test_cat_is_better_than_hadamard_and_gptq_better_than_rounding(tmp_path):
+    reference = logits_of(make_model(tmp_path / "r"))
+    recipes = {
+        "plain": [QuantizationModifier(**int_scheme(4, 4))],
+        "hadamard": [CATModifier(strength=0.0), QuantizationModifier(**int_scheme(4, 4))],
+        "cat": [CATModifier(), QuantizationModifier(**int_scheme(4, 4))],
+        "cat, gptq": [CATModifier(), GPTQModifier(**int_scheme(4, 4))],
+    }
+    sqnr = {}
+    for name, recipe in recipes.items():
+        model = transform(make_model(tmp_path / name), *recipe, tokens=make_tokens(32))
+        sqnr[name] = -20 * torch.log10(
+            torch.tensor(relative_error(logits_of(model), reference))
+        ).item()
+    assert sqnr["hadamard"] > sqnr["plain"], sqnr
+    assert sqnr["cat"] > sqnr["hadamard"] + 3, sqnr
+    assert sqnr["cat, gptq"] > sqnr["cat"], sqnr
+
+
+def test_after_smoothquant(tmp_path):
+    model = make_model(tmp_path)
+    before = logits_of(model)
+    mappings = [
+        [["re:.*q_proj", "re:.*k_proj", "re:.*v_proj"], "re:.*input_layernorm"],
+        [["re:.*gate_proj", "re:.*up_proj"], "re:.*post_attention_layernorm"],
+    ]
+    transform(model, SmoothQuantModifier(mappings=mappings), CATModifier())
+    assert relative_error(logits_of(model), before) < 1e-4
+
+
+def test_quantization_before_cat_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="put CATModifier before"):
+        transform(make_model(tmp_path), QuantizationModifier(**int_scheme(4, 4)), CATModifier())
+
+
+@pytest.mark.parametrize("pipeline", ["sequential", "basic"])
+def test_a_shared_pass_is_refused(tmp_path, pipeline):
+    modifiers = CATModifier(), GPTQModifier(**int_scheme(4, 4))
+    with pytest.raises(ValueError, match="cannot share a calibration pass with GPTQModifier"):
+        transform(make_model(tmp_path), *modifiers, pipeline=pipeline)
+
+
+def test_two_transforms_of_one_input_are_refused(tmp_path):
+    model = transform(make_model(tmp_path), CATModifier())
+    with pytest.raises(ValueError, match="has an online transform already"):
+        transform(model, CATModifier())
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_recipes_run(tmp_path, recipe):
+    model = make_model(tmp_path / "model", dtype=torch.bfloat16)
+    oneshot(
+        model=model,
+        recipe=str(recipe),
+        dataset=make_loader(make_tokens()),
+        output_dir=str(tmp_path / "out"),
+    )
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    formats = [
+        group["format"] for group in config["quantization_config"]["config_groups"].values()
+    ]
+    is_cat = "no_transform" not in recipe.stem
+    assert all(str(name).startswith("cat-modifier/") == is_cat for name in formats)
+    if "gptq" not in recipe.stem:  # whose recipe llm-compressor itself cannot read back
+        saved = Recipe.create_instance(str(tmp_path / "out" / "recipe.yaml")).modifiers
+        assert isinstance(saved[0], CATModifier) == is_cat
+
+
+# ---- bad input ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"blocksize": 3}, "blocksize"),
+        ({"block_size": 0}, "block_size"),
+        ({"block_size": -4}, "block_size"),
+        ({"block_size": "half"}, "block_size"),
+        ({"rotation": "random"}, "rotation"),
+        ({"strength": float("nan")}, "strength"),
+        ({"damping": 0}, "damping"),
+        ({"precision": "int8"}, "precision"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size"),
+    ],
+)
+def test_unusable_options_are_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        CATModifier(**options)
+
+
+def test_no_targets_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="found no modules for targets"):
+        transform(make_model(tmp_path), CATModifier(targets=["re:.*nothing"]))
+
+
+def test_targets_that_are_no_linears_are_an_error(tmp_path):
+    with pytest.raises(ValueError, match="embed_tokens is a Embedding"):
+        transform(make_model(tmp_path), CATModifier(targets=["re:.*embed_tokens"]))
+
+
+def test_inputs_that_cannot_be_divided_are_an_error(tmp_path):
+    with pytest.raises(ValueError, match="cannot be divided among tensor_parallel_size=5"):
+        transform(make_model(tmp_path), CATModifier(tensor_parallel_size=5))
+
+
+def test_mappings_that_match_nothing_are_an_error(tmp_path):
+    with pytest.raises(ValueError, match="No modules match the mapping"):
+        transform(make_model(tmp_path), CATModifier(mappings=[["re:.*nothing"]]))
+
+
+def test_no_calibration_data_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="saw no tokens"):
+        transform(make_model(tmp_path), CATModifier(), pipeline="datafree")
+
+
+def test_nan_activations_are_an_error_that_names_the_layer(tmp_path):
+    model = make_model(tmp_path)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="layers.1.self_attn"):
+        transform(model, CATModifier(), output_dir=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_few_tokens_are_a_warning_and_keep_the_function(tmp_path, logs):
+    model = make_model(tmp_path)
+    before = logits_of(model)
+    transform(model, CATModifier(), tokens=make_tokens(1, 5))
+    assert any("5 calibration tokens do not determine" in message for message in logs)
+    assert relative_error(logits_of(model), before) < 1e-4
+
+
+def test_linears_without_tokens_are_rotated(tmp_path, logs):
+    """As an expert to which no token is routed"""
+    model = make_model(tmp_path)
+    unused = torch.nn.Linear(96, 96)
+    model.model.layers[0].unused = unused
+    weight = unused.weight.detach().clone()
+    transform(model, CATModifier())
+    assert any("layers.0.unused" in message for message in logs)
+    x = torch.randn(3, 96)
+    expected = torch.nn.functional.linear(x, weight, unused.bias)
+    assert relative_error(unused(x), expected) < 1e-5
+    assert torch.allclose(unused.cat_input.weight.float(), torch.eye(96)[None], atol=1e-6)
+
+
+def test_saving_without_quantization_is_refused(tmp_path):
+    model = transform(make_model(tmp_path), CATModifier())
+    with pytest.raises(ValueError, match="nothing is quantized"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_log_tells_what_each_transform_did(tmp_path, logs):
+    transform(make_model(tmp_path), CATModifier(), QuantizationModifier(**int_scheme(4, 8)))
+    lines = [line for line in logs if "predicted W4A8 SQNR" in line]
+    assert len(lines) == 8
+    for word in ("q_proj/k_proj/v_proj", "alignment", "condition number", "block size 96"):
+        assert any(word in line for line in lines)
+    assert any("block_size=128 does not suit 96 inputs" in line for line in logs)
