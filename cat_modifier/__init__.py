@@ -10,9 +10,9 @@ it is installed, find ``CATModifier`` in recipes. vLLM finds the package by itse
 from importlib.util import find_spec
 
 from cat_modifier.load.quantizer import register as _register_transformers
-
 from cat_modifier.version import __version__
-__all__ = ["CATModifier"]
+
+__all__ = ["CATModifier", "__version__"]
 
 _register_transformers()
 

@@ -49,7 +49,9 @@ def size(path: str) -> int:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.strip().partition("\n\n")[0])
     parser.add_argument("models", nargs="+", metavar="NAME=PATH")
-    parser.add_argument("--dataset", default=EMBEDDED, help="id on the Hub, or id:configuration")
+    parser.add_argument(
+        "--dataset", default=EMBEDDED, help="id on the Hub, or id:configuration"
+    )
     parser.add_argument("--split", default="test")
     parser.add_argument("--column", default="text", help="of the dataset that holds the text")
     parser.add_argument("--samples", type=int, default=48, help="windows to evaluate on")

@@ -23,7 +23,9 @@ def main():
     parser.add_argument("model", help="folder, or id on the Hugging Face Hub")
     parser.add_argument("--recipe", required=True, help="YAML file, as those in recipes/")
     parser.add_argument("--output", required=True, help="folder for the checkpoint")
-    parser.add_argument("--dataset", default=EMBEDDED, help="id on the Hub, or id:configuration")
+    parser.add_argument(
+        "--dataset", default=EMBEDDED, help="id on the Hub, or id:configuration"
+    )
     parser.add_argument("--split", default="train")
     parser.add_argument("--column", default="text", help="of the dataset that holds the text")
     parser.add_argument("--samples", type=int, default=64, help="windows to calibrate on")

@@ -56,9 +56,9 @@ def make_model(
                 parameter.normal_(std=0.5)
             elif name.endswith("norm.weight"):
                 # channels of different size: something to align
-                parameter.copy_(torch.logspace(-1, 1, parameter.numel())[
-                    torch.randperm(parameter.numel())
-                ])
+                parameter.copy_(
+                    torch.logspace(-1, 1, parameter.numel())[torch.randperm(parameter.numel())]
+                )
             else:
                 parameter.mul_(3)
     model.to(dtype).save_pretrained(folder)
@@ -82,7 +82,8 @@ def make_loader(tokens: torch.Tensor, mask: torch.Tensor | None = None) -> DataL
     """Batches of one sample"""
     mask = torch.ones_like(tokens) if mask is None else mask
     samples = [
-        {"input_ids": ids, "attention_mask": real} for ids, real in zip(tokens, mask, strict=True)
+        {"input_ids": ids, "attention_mask": real}
+        for ids, real in zip(tokens, mask, strict=True)
     ]
     return DataLoader(samples, batch_size=1)
 

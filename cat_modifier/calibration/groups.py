@@ -100,9 +100,7 @@ class GroupObserver:
         self._group_of[name] = group
 
     def _forget_dead(self):
-        self._seen = {
-            key: entry for key, entry in self._seen.items() if entry[0]() is not None
-        }
+        self._seen = {key: entry for key, entry in self._seen.items() if entry[0]() is not None}
 
 
 def padding_mask(attention_mask: Tensor | None) -> Tensor | None:

@@ -103,13 +103,15 @@ class CATTransformConfig(TransformConfig):
     def groups(self) -> list[tuple[CATScheme, TransformArgs]]:
         """All groups of Linears, each with the scheme of its transform"""
         return [
-            (scheme, args)
-            for scheme in self.config_groups.values()
-            for args in scheme.apply
+            (scheme, args) for scheme in self.config_groups.values() for args in scheme.apply
         ]
 
     def add_group(
-        self, names: list[str], block_size: int, hadamard_size: int, precision: torch.dtype
+        self,
+        names: list[str],
+        block_size: int,
+        hadamard_size: int,
+        precision: torch.dtype,
     ):
         """
         :param names: of the Linears of the group, the one which holds the tensor first

@@ -88,7 +88,7 @@ def _replace(folder: Path, staging: Path):
     (folder / CONFIG_NAME).unlink(missing_ok=True)
     _sync(folder)
     # weights of an older checkpoint with other shards would be dead weight
-    for path in [*folder.glob("*.safetensors"), folder / SAFE_WEIGHTS_INDEX_NAME]:
+    for path in [*folder.glob("model*.safetensors"), folder / SAFE_WEIGHTS_INDEX_NAME]:
         path.unlink(missing_ok=True)
     paths = [path for path in staging.iterdir() if path.name != CONFIG_NAME]
     for path in [*paths, staging / CONFIG_NAME]:
@@ -115,6 +115,11 @@ def _edit_quantization_config(folder: Path, edit: Callable[[dict[str, Any]], dic
     """
     path = folder / CONFIG_NAME
     config = json.loads(path.read_text())
+    if "quantization_config" not in config:
+        raise ValueError(
+            "The model has CAT transforms, but its quantization config was removed, as "
+            "`dequantize=True` does: it cannot be saved without losing its transforms"
+        )
     config["quantization_config"] = edit(config["quantization_config"])
     path.write_text(json.dumps(config, indent=2, sort_keys=True))
 
@@ -133,9 +138,7 @@ def find_transforms(files: list[str]) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def check_tensor_names(
-    found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]
-):
+def check_tensor_names(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]):
     """
     :param found: shapes of the transform tensors of a checkpoint, by name
     :param expected: those which its config promises

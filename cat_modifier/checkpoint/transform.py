@@ -140,7 +140,10 @@ class CATFactory(TransformFactory):
         :raises ValueError: if the transform does not fit the Linear
         """
         size = self.scheme.head_dim
-        for what, span in (("blocks", size), ("Hadamard spans", self.scheme.hadamard_size)):
+        for what, span in (
+            ("blocks", size),
+            ("Hadamard spans", self.scheme.hadamard_size),
+        ):
             if module.in_features % span:
                 raise ValueError(
                     f"{args.targets[0]} has {module.in_features} inputs, which cannot be "

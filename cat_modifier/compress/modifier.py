@@ -37,7 +37,11 @@ from cat_modifier.checkpoint.saving import save_atomically
 from cat_modifier.checkpoint.transform import CATTransform
 from cat_modifier.compress.geometry import Geometry, choose_geometry
 from cat_modifier.compress.report import GroupReport
-from cat_modifier.mathematics.hadamard import apply_hadamard, hadamard_factors, hadamard_matrix
+from cat_modifier.mathematics.hadamard import (
+    apply_hadamard,
+    hadamard_factors,
+    hadamard_matrix,
+)
 from cat_modifier.mathematics.transform import (
     Rotation,
     apply_blocks,
@@ -222,9 +226,7 @@ class CATModifier(Modifier):
             self.register_hook(linear, observe_hook, "forward_pre")
         for module in state.model.modules():
             if module not in names and any(child in names for child in module.modules()):
-                self.register_hook(
-                    module, self._mask_hook, "forward_pre", with_kwargs=True
-                )
+                self.register_hook(module, self._mask_hook, "forward_pre", with_kwargs=True)
 
     def on_sequential_epoch_end(
         self, state: State, event: Event, modules: list[Module], **kwargs
@@ -275,9 +277,7 @@ class CATModifier(Modifier):
         if self._mask is not None and self._mask.numel() == tokens.shape[0]:
             tokens = tokens[self._mask.flatten().to(tokens.device)]
         # keyed by the first caller, whom the group keeps when it grows
-        key = next(
-            (member for member in group.linears if member in self._moments), name
-        )
+        key = next((member for member in group.linears if member in self._moments), name)
         if key not in self._moments:
             geometry = self._geometry(group)
             self._moments[key] = BlockMoments(group.features, geometry.block_size)
@@ -323,7 +323,11 @@ class CATModifier(Modifier):
         if self.tensor_parallel_size > 1 and self._is_row_parallel(group):
             shards = self.tensor_parallel_size
         return choose_geometry(
-            group.owner, group.features, shards, self.block_size, Rotation(self.rotation)
+            group.owner,
+            group.features,
+            shards,
+            self.block_size,
+            Rotation(self.rotation),
         )
 
     def _is_row_parallel(self, group: InputGroup) -> bool:
@@ -377,7 +381,11 @@ class CATModifier(Modifier):
             input_moments, strength = moments.mean.to(device).double(), self.strength
         try:
             blocks = block_transform(
-                input_moments, weight_moments, Rotation(self.rotation), strength, self.damping
+                input_moments,
+                weight_moments,
+                Rotation(self.rotation),
+                strength,
+                self.damping,
             ).to(self.precision)
             # of the tensor that is served: the product of the two stays exact
             inverse = invert_blocks(blocks).mT
@@ -402,14 +410,23 @@ class CATModifier(Modifier):
             if hadamard is not None:
                 new_tokens = apply_hadamard(new_tokens, *hadamard)
             report = GroupReport.measure(
-                group, geometry, blocks, moments.count, tokens, weights, new_tokens, new_weights
+                group,
+                geometry,
+                blocks,
+                moments.count,
+                tokens,
+                weights,
+                new_tokens,
+                new_weights,
             )
             report.log()
 
         # offloaded weights can be shared between ranks: all read before any writes
         _barrier()
         for name, linear in group.linears.items():
-            update_offload_parameter(linear, "weight", new_weights[name].to(linear.weight.dtype))
+            update_offload_parameter(
+                linear, "weight", new_weights[name].to(linear.weight.dtype)
+            )
         _barrier()
         self._attach(group, geometry, blocks)
 

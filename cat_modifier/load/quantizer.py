@@ -16,7 +16,9 @@ from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
 )
-from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+from transformers.quantizers.quantizer_compressed_tensors import (
+    CompressedTensorsHfQuantizer,
+)
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
 from cat_modifier.checkpoint.config import (
@@ -68,16 +70,18 @@ class CATHfQuantizer(CompressedTensorsHfQuantizer):
     quantization_config: CATConfig
 
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs
+        self,
+        model: PreTrainedModel,
+        checkpoint_files: list[str] | None = None,
+        **kwargs,
     ):
         super()._process_model_before_weight_loading(
             model, checkpoint_files=checkpoint_files, **kwargs
         )
         if (transforms := self.quantization_config.cat_transforms) is not None:
             attach_transforms(model, transforms)
-            check_tensor_names(
-                find_transforms(checkpoint_files or []), expected_tensors(model)
-            )
+            if checkpoint_files is not None:
+                check_tensor_names(find_transforms(checkpoint_files), expected_tensors(model))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):
         super()._process_model_after_weight_loading(model, **kwargs)

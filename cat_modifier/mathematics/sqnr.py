@@ -57,9 +57,7 @@ def weight_concentration(weights: list[Tensor], symmetric: bool) -> float:
     :param weights: each of shape (out, d)
     """
     energy = sum(w.double().square().sum() for w in weights)
-    ranges = sum(
-        quantization_range(w.double(), symmetric).square().sum() for w in weights
-    )
+    ranges = sum(quantization_range(w.double(), symmetric).square().sum() for w in weights)
     return (energy / ranges).item()
 
 

@@ -15,7 +15,7 @@ to improve concentration: a Hadamard matrix spreads outliers over all channels.
 All functions are batched over blocks: moments have shape (d/k, k, k), float64.
 """
 
-from enum import Enum
+from enum import StrEnum
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 
-class Rotation(str, Enum):
+class Rotation(StrEnum):
     """
     What follows the alignment transform ``M`` of a block of size k
 

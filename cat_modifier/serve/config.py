@@ -109,9 +109,7 @@ class CATCompressedTensorsConfig(CompressedTensorsConfig):
             for name in args.targets
         }
 
-    def _find_group(
-        self, layer: torch.nn.Module, prefix: str
-    ) -> tuple[CATScheme, str] | None:
+    def _find_group(self, layer: torch.nn.Module, prefix: str) -> tuple[CATScheme, str] | None:
         """Scheme of the input transform of a layer, and name of the Linear that stores it"""
         parts = get_layer_partition_names(prefix, self.packed_modules_mapping)
         groups = [self._group_of.get(part) for part in parts]

@@ -72,15 +72,21 @@ class InputTransform(Module):
 
         :param shard_id: which part of a merged layer the tensor is stored under
         """
+        if not torch.isnan(param).all():
+            raise ValueError(
+                f"The checkpoint stores the transform tensor {self.name} a second time, under "
+                "another Linear of the same merged layer: the checkpoint is damaged"
+            )
         validate_transform(self.name, loaded, self.full_shape)
         param.data.copy_(loaded.narrow(0, self.first_block, param.shape[0]))
 
     def process_weights_after_loading(self):
         validate_transform(self.name, self.weight, self.weight.shape)
         self.weight = Parameter(self.weight.float(), requires_grad=False)
-        self._left, self._right = hadamard_pair(
-            self.hadamard_size, self.weight.device
-        ) or (None, None)
+        self._left, self._right = hadamard_pair(self.hadamard_size, self.weight.device) or (
+            None,
+            None,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         hadamard = None if self._left is None else (self._left, self._right)

@@ -23,7 +23,11 @@ def make_config() -> dict:
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "config_groups": {
-            "group_0": {"targets": ["Linear"], "weights": {"num_bits": 4}, "format": None},
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {"num_bits": 4},
+                "format": None,
+            },
             "group_1": {
                 "targets": ["re:.*down"],
                 "weights": {"num_bits": 8},
@@ -107,7 +111,13 @@ def damage(kind: str) -> dict:
 
 @pytest.mark.parametrize(
     "kind",
-    ["no transforms", "one format not marked", "no groups", "later version", "other type"]
+    [
+        "no transforms",
+        "one format not marked",
+        "no groups",
+        "later version",
+        "other type",
+    ]
     + ["type from a file", "no Hadamard order", "negative block", "target twice"]
     + ["pattern as target", "no targets", "other location"],
 )

@@ -32,7 +32,9 @@ print(steps)
 
 def write(folder: Path, kill_at: int) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-c", WRITE, str(folder), str(kill_at)], capture_output=True, text=True
+        [sys.executable, "-c", WRITE, str(folder), str(kill_at)],
+        capture_output=True,
+        text=True,
     )
 
 
@@ -91,7 +93,10 @@ def test_a_new_folder_is_not_left_behind_with_half_a_checkpoint(tmp_path):
     [
         ({}, "a.cat_input.weight is missing"),
         ({"a.cat_input.weight": (1, 2, 2)}, "a.cat_input.weight has shape"),
-        ({"a.cat_input.weight": (2, 2, 2), "b.cat_input.weight": (2, 2, 2)}, "b.cat_input"),
+        (
+            {"a.cat_input.weight": (2, 2, 2), "b.cat_input.weight": (2, 2, 2)},
+            "b.cat_input",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_the_config_are_named(found, message):

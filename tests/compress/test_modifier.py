@@ -179,13 +179,18 @@ if rank == 0:
 def test_ranks_sum_their_moments(tmp_path):
     model = transform(make_model(tmp_path / "model"), CATModifier(), tokens=make_tokens(6))
     script = tmp_path / "run.py"
-    script.write_text(DISTRIBUTED.replace(
-        "from test_modifier", "from transformers import AutoModelForCausalLM\nfrom test_modifier"
-    ))
+    script.write_text(
+        DISTRIBUTED.replace(
+            "from test_modifier",
+            "from transformers import AutoModelForCausalLM\nfrom test_modifier",
+        )
+    )
     arguments = [str(Path(__file__).parent), str(tmp_path / "model")]
     arguments += [str(tmp_path / "quantized"), str(tmp_path / "transforms.pt")]
     environment = os.environ | {
-        "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""
+        "PYTHONPATH": str(ROOT / "tests"),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--master-port", "29511", str(script), *arguments]
@@ -218,7 +223,10 @@ def test_blocks_divide_the_inputs(tmp_path, options, expected):
     if options.get("rotation") == "block-hadamard":
         assert found <= expected
     elif "tensor_parallel_size" in options:
-        assert found == {(96, 96), (48, 48)}  # q/k/v and gate/up; o_proj; down_proj has 96
+        assert found == {
+            (96, 96),
+            (48, 48),
+        }  # q/k/v and gate/up; o_proj; down_proj has 96
     else:
         assert found == expected
 
@@ -262,16 +270,19 @@ def test_cat_is_better_than_hadamard_and_gptq_better_than_rounding(tmp_path):
     reference = logits_of(make_model(tmp_path / "r"))
     recipes = {
         "plain": [QuantizationModifier(**int_scheme(4, 4))],
-        "hadamard": [CATModifier(strength=0.0), QuantizationModifier(**int_scheme(4, 4))],
+        "hadamard": [
+            CATModifier(strength=0.0),
+            QuantizationModifier(**int_scheme(4, 4)),
+        ],
         "cat": [CATModifier(), QuantizationModifier(**int_scheme(4, 4))],
         "cat, gptq": [CATModifier(), GPTQModifier(**int_scheme(4, 4))],
     }
     sqnr = {}
     for name, recipe in recipes.items():
         model = transform(make_model(tmp_path / name), *recipe, tokens=make_tokens(32))
-        sqnr[name] = -20 * torch.log10(
-            torch.tensor(relative_error(logits_of(model), reference))
-        ).item()
+        sqnr[name] = (
+            -20 * torch.log10(torch.tensor(relative_error(logits_of(model), reference))).item()
+        )
     assert sqnr["hadamard"] > sqnr["plain"], sqnr
     assert sqnr["cat"] > sqnr["hadamard"] + 3, sqnr
     assert sqnr["cat, gptq"] > sqnr["cat"], sqnr
@@ -290,7 +301,11 @@ def test_after_smoothquant(tmp_path):
 
 def test_quantization_before_cat_is_refused(tmp_path):
     with pytest.raises(ValueError, match="put CATModifier before"):
-        transform(make_model(tmp_path), QuantizationModifier(**int_scheme(4, 4)), CATModifier())
+        transform(
+            make_model(tmp_path),
+            QuantizationModifier(**int_scheme(4, 4)),
+            CATModifier(),
+        )
 
 
 @pytest.mark.parametrize("pipeline", ["sequential", "basic"])
@@ -306,7 +321,9 @@ def test_two_transforms_of_one_input_are_refused(tmp_path):
         transform(model, CATModifier())
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem
+)
 def test_recipes_run(tmp_path, recipe):
     model = make_model(tmp_path / "model", dtype=torch.bfloat16)
     oneshot(
@@ -415,6 +432,11 @@ def test_log_tells_what_each_transform_did(tmp_path, logs):
     transform(make_model(tmp_path), CATModifier(), QuantizationModifier(**int_scheme(4, 8)))
     lines = [line for line in logs if "predicted W4A8 SQNR" in line]
     assert len(lines) == 8
-    for word in ("q_proj/k_proj/v_proj", "alignment", "condition number", "block size 96"):
+    for word in (
+        "q_proj/k_proj/v_proj",
+        "alignment",
+        "condition number",
+        "block size 96",
+    ):
         assert any(word in line for line in lines)
     assert any("block_size=128 does not suit 96 inputs" in line for line in logs)

@@ -73,17 +73,24 @@ def test_saving_again_and_loading_again(checkpoint, tmp_path, forward_first):
     loaded.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits_of(again), logits_of(loaded))
-    assert load_file(tmp_path / "model.safetensors").keys() == load_file(
-        checkpoint[1] / "model.safetensors"
-    ).keys()
+    assert (
+        load_file(tmp_path / "model.safetensors").keys()
+        == load_file(checkpoint[1] / "model.safetensors").keys()
+    )
 
 
 def test_transforms_are_stored_once_a_group(checkpoint):
     tensors = load_file(checkpoint[1] / "model.safetensors")
     names = sorted(name for name in tensors if "cat_input" in name)
-    layer = [f"{name}.cat_input.weight" for name in (
-        "mlp.down_proj", "mlp.gate_proj", "self_attn.o_proj", "self_attn.q_proj"
-    )]
+    layer = [
+        f"{name}.cat_input.weight"
+        for name in (
+            "mlp.down_proj",
+            "mlp.gate_proj",
+            "self_attn.o_proj",
+            "self_attn.q_proj",
+        )
+    ]
     assert names == [f"model.layers.{i}.{name}" for i in range(2) for name in layer]
     assert all(tensors[name].dtype == torch.bfloat16 for name in names)
 

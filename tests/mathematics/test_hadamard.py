@@ -11,7 +11,22 @@ from cat_modifier.mathematics.hadamard import (
 )
 
 # input sizes of Linears in released models
-WIDTHS = [576, 896, 1536, 2048, 3072, 4096, 4864, 5120, 8192, 8960, 9728, 14336, 18944, 28672]
+WIDTHS = [
+    576,
+    896,
+    1536,
+    2048,
+    3072,
+    4096,
+    4864,
+    5120,
+    8192,
+    8960,
+    9728,
+    14336,
+    18944,
+    28672,
+]
 
 
 @pytest.mark.parametrize("order", [1, 2, 4, 12, 20, 28, 36, 40, 48, 72, 76, 108, 148, 576])

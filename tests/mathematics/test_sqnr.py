@@ -40,7 +40,9 @@ def test_prediction_is_what_is_measured(bits, symmetric):
         weight_concentration([w], symmetric=True),
         activation_concentration(x, symmetric),
         alignment(
-            signal.item() / len(x), w.square().sum().item(), x.square().sum().item() / len(x)
+            signal.item() / len(x),
+            w.square().sum().item(),
+            x.square().sum().item() / len(x),
         ),
     )
     assert to_db(predicted) == pytest.approx(to_db(measured.item()), abs=0.5)

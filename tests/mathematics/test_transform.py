@@ -156,7 +156,12 @@ def degenerate(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("rotation", list(Rotation))
 @pytest.mark.parametrize(
     "kind",
-    ["dead input channels", "dead weight columns", "dead blocks", "no activation at all"]
+    [
+        "dead input channels",
+        "dead weight columns",
+        "dead blocks",
+        "no activation at all",
+    ]
     + ["constant inputs", "one token", "tiny", "huge outlier"],
 )
 def test_degenerate_moments_give_a_well_conditioned_transform(kind, rotation):

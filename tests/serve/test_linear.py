@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading and sharding of input transforms, rank by rank"""
+
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.transform import TransformArgs
+
+from cat_modifier.checkpoint.config import CATScheme, CATTransformConfig
+from cat_modifier.checkpoint.transform import hadamard_pair, transform_input
+from cat_modifier.serve.config import CATCompressedTensorsConfig
+from cat_modifier.serve.linear import InputTransform
+
+NAME = "layers.0.down_proj.cat_input.weight"
+
+
+def make(hadamard_size=1, ranks=1, rank=0, loaded=None, input_size=96):
+    scheme = CATScheme(head_dim=16, hadamard_size=hadamard_size, apply=[])
+    transform = InputTransform(NAME, scheme, input_size, input_size // ranks, rank)
+    if loaded is not None:
+        transform.load(transform.weight, loaded)
+        transform.process_weights_after_loading()
+    return transform
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("hadamard_size", [1, 16])
+def test_shards_put_together_are_the_whole(ranks, hadamard_size):
+    blocks = torch.randn(6, 16, 16).bfloat16()
+    x = torch.randn(5, 96)
+    whole = transform_input(x, blocks, hadamard_pair(hadamard_size, x.device))
+    parts = [
+        make(hadamard_size, ranks, rank, blocks)(part)
+        for rank, part in enumerate(x.chunk(ranks, -1))
+    ]
+    assert torch.allclose(torch.cat(parts, -1), whole, atol=1e-6)
+
+
+@pytest.mark.parametrize("hadamard_size, ranks", [(96, 2), (48, 4), (1, 4)])
+def test_shards_which_would_cut_a_transform_are_refused(hadamard_size, ranks):
+    with pytest.raises(ValueError, match=f"tensor_parallel_size={ranks}"):
+        make(hadamard_size, ranks)
+
+
+def test_a_tensor_that_was_never_loaded_is_named():
+    with pytest.raises(ValueError, match=f"{NAME} is missing"):
+        make().process_weights_after_loading()
+
+
+@pytest.mark.parametrize("shape", [(5, 16, 16), (6, 8, 16), (96, 16)])
+def test_a_tensor_of_another_shape_is_named(shape):
+    with pytest.raises(ValueError, match=f"{NAME} has shape"):
+        make(loaded=torch.ones(shape))
+
+
+def test_a_tensor_that_is_not_finite_is_named():
+    blocks = torch.ones(6, 16, 16)
+    blocks[5, 1, 2] = torch.inf
+    with pytest.raises(ValueError, match=f"{NAME} .*not finite"):
+        make(loaded=blocks)
+
+
+def make_config(*groups: list[str]) -> CATCompressedTensorsConfig:
+    config = CATCompressedTensorsConfig({}, [], "pack-quantized")
+    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    apply = [TransformArgs(targets=list(group), location="input") for group in groups]
+    scheme = CATScheme(head_dim=16, apply=apply)
+    config._set_transforms(CATTransformConfig(config_groups={"cat": scheme}))
+    return config
+
+
+def test_merged_layers_find_the_transform_of_their_parts():
+    config = make_config(["a.q_proj", "a.k_proj", "a.v_proj"], ["a.o_proj"])
+    layer = torch.nn.Module()
+    assert config._find_group(layer, "a.qkv_proj")[1] == "a.q_proj"
+    assert config._find_group(layer, "a.o_proj")[1] == "a.o_proj"
+    assert config._find_group(layer, "b.o_proj") is None
+
+
+@pytest.mark.parametrize(
+    "groups, error, message",
+    [
+        (
+            [["a.q_proj"], ["a.k_proj", "a.v_proj"]],
+            ValueError,
+            "do not share one transform",
+        ),
+        ([["a.q_proj", "a.k_proj"]], ValueError, "do not share one transform"),
+        (
+            [["a.q_proj", "a.k_proj", "a.v_proj", "a.g_proj"]],
+            NotImplementedError,
+            "share their transform with a.g_proj",
+        ),
+    ],
+)
+def test_transforms_which_do_not_fit_merged_layers_are_refused(groups, error, message):
+    with pytest.raises(error, match=message):
+        make_config(*groups)._find_group(torch.nn.Module(), "a.qkv_proj")
+
+
+@pytest.mark.parametrize("input_bits", [4, 8])
+def test_integers_that_vllm_would_silently_run_with_16_bit_activations_are_refused(
+    input_bits,
+):
+    weights = QuantizationArgs(num_bits=4, type="int", strategy="group", group_size=32)
+    inputs = QuantizationArgs(num_bits=input_bits, type="int", strategy="token", dynamic=True)
+    with pytest.raises(NotImplementedError, match="strategy `channel`"):
+        make_config()._get_scheme_from_parts(weights, inputs, None, "pack-quantized", "a")

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CAT checkpoints in real vLLM, held against Transformers on the same checkpoint"""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import serve
+from safetensors.torch import load_file, save_file
+
+
+def reference(folder) -> tuple[list, torch.Tensor]:
+    data = json.loads((folder / "reference.json").read_text())
+    return data["ids"], torch.tensor(data["logprobs"])
+
+
+def logprobs(result: dict) -> torch.Tensor:
+    return torch.tensor(result["logprobs"]).T
+
+
+def perplexity(values: torch.Tensor) -> float:
+    return math.exp(-values.mean().item())
+
+
+# ---- the real model ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, options, environment",
+    [
+        ("smollm2-w4a4", {}, {}),
+        (
+            "smollm2-padded-w4a4-tp2",
+            {"tensor_parallel_size": 2},
+            {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        ),
+    ],
+    ids=["1 rank", "2 ranks"],
+)
+def test_perplexity_of_the_real_model_is_that_in_transformers(
+    checkpoints, name, options, environment
+):
+    ids, expected = reference(checkpoints / name)
+    options = {"dtype": "bfloat16", "max_model_len": 512} | options
+    result = serve(checkpoints / name, ids, environment, options=options)
+    assert not result["error"], result["log"]
+    assert perplexity(logprobs(result)) == pytest.approx(perplexity(expected), rel=0.01)
+    assert result["quantization"] == "cat-modifier"
+    assert "OneDNNInt8Kernel for W4A4 integers (activations: 4 bits" in result["log"]
+
+
+def test_prefix_caching_and_chunked_prefill_change_nothing(checkpoints):
+    ids, _ = reference(checkpoints / "smollm2-w4a4")
+    # two prompts in three have a long prefix in common
+    prompts = [ids[0][:200], ids[0][:160] + ids[1][:40], ids[2][:200]]
+    jobs = {
+        "plain": {},
+        "both": {
+            "enable_prefix_caching": True,
+            "enable_chunked_prefill": True,
+            "max_num_batched_tokens": 64,
+        },
+    }
+    tokens = {}
+    for name, options in jobs.items():
+        result = serve(
+            checkpoints / "smollm2-w4a4",
+            prompts,
+            options={"dtype": "float32", "max_model_len": 512} | options,
+            max_tokens=16,
+            repeat=2,
+            without_logprobs=True,
+        )
+        assert not result["error"], result["log"]
+        tokens[name] = result["tokens"]
+    assert tokens["plain"] == tokens["both"]
+
+
+# ---- schemes, biases, compilation --------------------------------------------------------
+
+SERVED = {
+    "qwen2-w4a4": "W4A4 integers",
+    "qwen2-w4a4-tp2": "W4A4 integers",
+    "llama-w4a4-biases": "W4A4 integers",
+    "llama-w4a4-symmetric": "W4A4 integers",
+    "qwen3-w4a4-int-quantized": "W4A4 integers",
+    "llama-w4a8": "W4A8 integers",
+    "llama-w8a8": "CompressedTensorsW8A8Int8",
+    "llama-w4a16": "CompressedTensorsWNA16",
+}
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_logprobs_are_those_in_transformers(checkpoints, name):
+    ids, expected = reference(checkpoints / name)
+    result = serve(checkpoints / name, ids)
+    assert not result["error"], result["log"]
+    assert result["quantization"] == "cat-modifier"
+    assert SERVED[name] in result["log"]
+    error = logprobs(result) - expected
+    # a code that rounds the other way is rare, and moves few tokens
+    sqnr = 10 * math.log10(expected.var() / error.var())
+    assert sqnr > 25, f"{sqnr:.1f} dB"
+
+
+def test_two_ranks_with_biases(checkpoints):
+    ids, expected = reference(checkpoints / "qwen2-w4a4-tp2")
+    environment = {
+        "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    }
+    result = serve(
+        checkpoints / "qwen2-w4a4-tp2",
+        ids,
+        environment,
+        options={"tensor_parallel_size": 2},
+    )
+    assert not result["error"], result["log"]
+    sqnr = 10 * math.log10(expected.var() / (logprobs(result) - expected).var())
+    assert sqnr > 25, f"{sqnr:.1f} dB"
+
+
+def test_compiled(checkpoints):
+    ids, expected = reference(checkpoints / "qwen2-w4a4")
+    environment = {"VLLM_USE_AOT_COMPILE": "0"}
+    result = serve(
+        checkpoints / "qwen2-w4a4", ids, environment, options={"enforce_eager": False}
+    )
+    assert not result["error"], result["log"]
+    assert "torch.compile took" in result["log"] or "Compiling" in result["log"]
+    sqnr = 10 * math.log10(expected.var() / (logprobs(result) - expected).var())
+    assert sqnr > 25, f"{sqnr:.1f} dB"
+
+
+# ---- what must not be served ---------------------------------------------------------------
+
+
+def test_more_ranks_than_the_transform_allows_are_refused(checkpoints):
+    ids, _ = reference(checkpoints / "qwen2-w4a4")
+    environment = {
+        "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    }
+    result = serve(
+        checkpoints / "qwen2-w4a4",
+        ids,
+        environment,
+        options={"tensor_parallel_size": 2},
+    )
+    assert result["error"]
+    assert "CATModifier(tensor_parallel_size=2)" in result["log"]
+
+
+@pytest.mark.parametrize("name", ["qwen2-w4a4", "llama-w8a8", "llama-w4a16"])
+def test_vllm_without_the_plugin_refuses_and_names_the_package(checkpoints, name):
+    ids, _ = reference(checkpoints / name)
+    result = serve(checkpoints / name, ids, {"VLLM_PLUGINS": ""})
+    assert result["error"]
+    assert "cat-modifier" in result["log"]
+
+
+def test_other_models_are_untouched(checkpoints):
+    ids, expected = reference(checkpoints / "stock-w8a8")
+    with_plugin = serve(checkpoints / "stock-w8a8", ids)
+    without = serve(checkpoints / "stock-w8a8", ids, {"VLLM_PLUGINS": ""})
+    assert with_plugin["quantization"] == without["quantization"] == "compressed-tensors"
+    assert with_plugin["logprobs"] == without["logprobs"]
+
+
+@pytest.mark.parametrize("kind", ["missing", "misshapen", "not finite", "extra"])
+def test_damaged_tensors_are_errors_that_name_them(checkpoints, tmp_path, kind):
+    folder = tmp_path / "damaged"
+    shutil.copytree(checkpoints / "qwen2-w4a4", folder)
+    name = "model.layers.1.self_attn.q_proj.cat_input.weight"
+    tensors = load_file(folder / "model.safetensors")
+    if kind == "missing":
+        del tensors[name]
+    elif kind == "misshapen":
+        tensors[name] = tensors[name][:, 1:].contiguous()
+    elif kind == "not finite":
+        tensors[name][0, 0, 0] = torch.nan
+    else:
+        # a second transform for a part of the merged layer
+        name = "model.layers.1.self_attn.k_proj.cat_input.weight"
+        tensors[name] = tensors["model.layers.1.self_attn.q_proj.cat_input.weight"] * 2
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    result = serve(folder, [[3, 4, 5]])
+    assert result["error"]
+    assert name in result["log"] or (kind == "extra" and "q_proj.cat_input" in result["log"])
+
+
+# ---- the server ------------------------------------------------------------------------------
+
+
+def test_importing_the_package_does_not_import_vllm():
+    script = "import sys, cat_modifier; sys.exit('vllm' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)
