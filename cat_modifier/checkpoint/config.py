@@ -107,23 +107,21 @@ class CATTransformConfig(TransformConfig):
         ]
 
     def add_group(
-        self,
-        names: list[str],
-        block_size: int,
-        hadamard_size: int,
-        precision: torch.dtype,
-    ):
+        self, names: list[str], block_size: int, hadamard_size: int, precision: torch.dtype
+    ) -> tuple[CATScheme, TransformArgs]:
         """
         :param names: of the Linears of the group, the one which holds the tensor first
+        :return: the scheme of the group, and its entry in it
         """
         key = f"cat_{block_size}_{hadamard_size}"
         if key not in self.config_groups:
             self.config_groups[key] = CATScheme(
                 head_dim=block_size, hadamard_size=hadamard_size, precision=precision
             )
-        self.config_groups[key].apply.append(
-            TransformArgs(targets=list(names), location=TransformLocation.INPUT)
-        )
+        scheme = self.config_groups[key]
+        args = TransformArgs(targets=list(names), location=TransformLocation.INPUT)
+        scheme.apply.append(args)
+        return scheme, args
 
 
 def mark_quantization_config(quantization_config: dict[str, Any]) -> dict[str, Any]:

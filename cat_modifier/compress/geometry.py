@@ -4,8 +4,6 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from loguru import logger
-
 from cat_modifier.mathematics.hadamard import is_hadamard_order, largest_hadamard_order
 from cat_modifier.mathematics.transform import Rotation
 
@@ -17,10 +15,12 @@ class Geometry:
     """
     :param block_size: k, channels of a block
     :param hadamard_size: channels that are mixed after the blocks at run time; 1 if none
+    :param remark: why they are not larger, for the log
     """
 
     block_size: int
     hadamard_size: int
+    remark: str
 
 
 def choose_geometry(
@@ -51,18 +51,14 @@ def choose_geometry(
         for k in range(bound, 0, -1)
         if shard % k == 0 and (not rotation.is_folded or is_hadamard_order(k))
     )
+    remarks = []
     if block_size not in ("full", size):
-        logger.debug(
-            f"{name}: block_size={block_size} does not suit {features} inputs"
-            + (f" in {shards} shards" if shards > 1 else "")
-            + f": using {size}"
-        )
+        remarks.append(f"blocks of {block_size} do not suit {features} inputs")
     hadamard_size = 1
     if rotation is Rotation.HADAMARD:
         hadamard_size = largest_hadamard_order(shard)
         if hadamard_size < shard:
-            logger.debug(
-                f"{name}: no Hadamard matrix of order {shard} is known: using order "
-                f"{hadamard_size} on each of {features // hadamard_size} spans"
-            )
-    return Geometry(size, hadamard_size)
+            remarks.append(f"no Hadamard matrix of order {shard} is known")
+    if shards > 1:
+        remarks.append(f"in {shards} shards")
+    return Geometry(size, hadamard_size, ", ".join(remarks))

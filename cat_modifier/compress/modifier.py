@@ -14,7 +14,6 @@ from compressed_tensors import (
 )
 from compressed_tensors.distributed import is_distributed, is_source_process
 from compressed_tensors.quantization import QuantizationStatus
-from compressed_tensors.transform import TransformArgs
 from compressed_tensors.transform.factory.base import TransformBase
 from compressed_tensors.utils import (
     TorchDtype,
@@ -30,25 +29,16 @@ from pydantic import Field, PrivateAttr, field_validator
 from torch import Tensor
 from torch.nn import Linear, Module, Parameter
 
-from cat_modifier.calibration.groups import GroupObserver, InputGroup, padding_mask
+from cat_modifier.calibration.groups import InputGroup
+from cat_modifier.calibration.inputs import InputCalibration
 from cat_modifier.calibration.moments import BlockMoments, TokenSample
-from cat_modifier.checkpoint.config import CATScheme, CATTransformConfig
+from cat_modifier.checkpoint.config import CATTransformConfig
 from cat_modifier.checkpoint.saving import save_atomically
 from cat_modifier.checkpoint.transform import CATTransform
 from cat_modifier.compress.geometry import Geometry, choose_geometry
+from cat_modifier.compress.insertion import compute_insertion
 from cat_modifier.compress.report import GroupReport
-from cat_modifier.mathematics.hadamard import (
-    apply_hadamard,
-    hadamard_factors,
-    hadamard_matrix,
-)
-from cat_modifier.mathematics.transform import (
-    Rotation,
-    apply_blocks,
-    block_transform,
-    diagonal_blocks,
-    invert_blocks,
-)
+from cat_modifier.mathematics.transform import Rotation
 
 __all__ = ["CATModifier"]
 
@@ -136,10 +126,7 @@ class CATModifier(Modifier):
     tensor_parallel_size: int = Field(default=1, ge=1)
 
     _linears: dict[str, Linear] = PrivateAttr(default_factory=dict)
-    _observer: GroupObserver | None = PrivateAttr(default=None)
-    _moments: dict[str, BlockMoments] = PrivateAttr(default_factory=dict)
-    _samples: dict[str, TokenSample] = PrivateAttr(default_factory=dict)
-    _mask: Tensor | None = PrivateAttr(default=None)
+    _calibration: InputCalibration | None = PrivateAttr(default=None)
     _finished: set[Module] = PrivateAttr(default_factory=set)
     _transformed: set[str] = PrivateAttr(default_factory=set)
     _config: CATTransformConfig | None = PrivateAttr(default=None)
@@ -182,11 +169,6 @@ class CATModifier(Modifier):
                     f"CATModifier can transform the inputs of torch.nn.Linear, but {name} "
                     f"is a {type(module).__name__}: add it to `ignore`"
                 )
-            if any(isinstance(child, TransformBase) for child in module.children()):
-                raise ValueError(
-                    f"The input of {name} has an online transform already, and a second "
-                    "one cannot be applied: leave one of the two modifiers out"
-                )
             if owners.setdefault(id(module.weight), name) != name:
                 raise ValueError(
                     f"{name} and {owners[id(module.weight)]} share their weight, so that "
@@ -198,11 +180,16 @@ class CATModifier(Modifier):
 
     def on_calibration_start(self, state: State, event: Event, **kwargs):
         """
-        :raises ValueError: if another modifier shares the calibration pass, or if weights
-            are quantized already
+        :raises ValueError: if another modifier shares the calibration pass, if an input has
+            a transform, or if weights are quantized already
         """
         self._refuse_shared_pass()
         for name, linear in self._linears.items():
+            if any(isinstance(child, TransformBase) for child in linear.children()):
+                raise ValueError(
+                    f"The input of {name} has an online transform already, and a second one "
+                    "cannot be applied: leave one of the two modifiers out"
+                )
             status = getattr(linear, "quantization_status", None)
             if status is not None and status > QuantizationStatus.CALIBRATION:
                 raise ValueError(
@@ -213,20 +200,26 @@ class CATModifier(Modifier):
         if any(linear.weight is embeddings.weight for linear in self._linears.values()):
             untie_word_embeddings(state.model)
 
-        self._observer = GroupObserver(self._linears)
+        self._calibration = InputCalibration(
+            self._linears, lambda group: self._geometry(group).block_size, _SAMPLE_SIZE
+        )
         if self.mappings is not None:
-            self._observer.set_groups(self._match_mappings(state.model))
+            self._calibration.observer.set_groups(self._match_mappings(state.model))
 
         names = {linear: name for name, linear in self._linears.items()}
 
-        def observe_hook(linear: Linear, args: tuple):
-            self._observe(names[linear], args[0])
+        def input_hook(linear: Linear, args: tuple):
+            self._calibration.observe(names[linear], args[0])
 
-        for linear in self._linears.values():
-            self.register_hook(linear, observe_hook, "forward_pre")
+        def mask_hook(module: Module, args: tuple, kwargs: dict):
+            if "attention_mask" in kwargs:
+                self._calibration.set_attention_mask(kwargs["attention_mask"])
+
         for module in state.model.modules():
-            if module not in names and any(child in names for child in module.modules()):
-                self.register_hook(module, self._mask_hook, "forward_pre", with_kwargs=True)
+            if module in names:
+                self.register_hook(module, input_hook, "forward_pre")
+            elif any(child in names for child in module.modules()):
+                self.register_hook(module, mask_hook, "forward_pre", with_kwargs=True)
 
     def on_sequential_epoch_end(
         self, state: State, event: Event, modules: list[Module], **kwargs
@@ -234,65 +227,40 @@ class CATModifier(Modifier):
         self._finished.update(modules)
         groups = [
             group
-            for group in self._pending_groups()
+            for group in self._calibration.pending_groups()
             if self._finished.issuperset(group.linears.values())
         ]
-        self._transform_groups(state.model, groups)
+        self._transform_groups(groups)
 
     def on_calibration_end(self, state: State, event: Event, **kwargs):
         """
         :raises ValueError: if no Linear saw any tokens
         """
         self.remove_hooks()
-        self._transform_groups(state.model, self._pending_groups())
+        self._transform_groups(self._calibration.pending_groups())
         if not self._transformed:
             raise ValueError(
                 "CATModifier saw no tokens: pass a calibration `dataset` to oneshot, and "
                 "do not set `pipeline='datafree'`"
             )
-        self._rotate_unseen(state.model)
-        self._refuse_other_online_transforms(state.model)
+        self._rotate_unseen()
         setattr(state.model, TRANSFORM_CONFIG_NAME, self._config)
-        self._moments.clear()
-        self._samples.clear()
-        self._mask = None
+        self._calibration = None
 
     def on_finalize(self, state: State, **kwargs) -> bool:
+        """
+        :raises ValueError: if another modifier has replaced the transforms
+        """
+        if getattr(state.model, TRANSFORM_CONFIG_NAME, None) is not self._config:
+            raise ValueError(
+                "Another modifier with transforms ran after CATModifier, and a checkpoint "
+                "cannot hold both: put it first if its transforms are folded into weights, "
+                "and leave it out if they are applied at run time"
+            )
         save_atomically(state.model)
         return True
 
     ## Calibration ##
-
-    def _mask_hook(self, module: Module, args: tuple, kwargs: dict):
-        mask = kwargs.get("attention_mask")
-        if isinstance(mask, Tensor) and (real := padding_mask(mask)) is not None:
-            self._mask = real
-
-    def _observe(self, name: str, x: Tensor):
-        group, is_new = self._observer.observe(name, x)
-        if not is_new:
-            return
-        tokens = x.reshape(-1, x.shape[-1])
-        # inputs of another layout (tokens routed to an expert) cannot be matched to a mask
-        if self._mask is not None and self._mask.numel() == tokens.shape[0]:
-            tokens = tokens[self._mask.flatten().to(tokens.device)]
-        # keyed by the first caller, whom the group keeps when it grows
-        key = next((member for member in group.linears if member in self._moments), name)
-        if key not in self._moments:
-            geometry = self._geometry(group)
-            self._moments[key] = BlockMoments(group.features, geometry.block_size)
-            self._samples[key] = TokenSample(_SAMPLE_SIZE)
-        self._moments[key].update(tokens)
-        self._samples[key].update(tokens)
-
-    def _pending_groups(self) -> list[InputGroup]:
-        """Groups that were observed, and are not transformed yet"""
-        return [
-            group
-            for group in self._observer.groups
-            if group.owner not in self._transformed
-            and any(member in self._moments for member in group.linears)
-        ]
 
     def _match_mappings(self, model: Module) -> list[list[str]]:
         names = {linear: name for name, linear in self._linears.items()}
@@ -342,28 +310,25 @@ class CATModifier(Modifier):
                 return True
         return False
 
-    def _transform_groups(self, model: Module, groups: list[InputGroup]):
+    def _transform_groups(self, groups: list[InputGroup]):
         self._refuse_different_groups(groups)
-        for group in tqdm.tqdm(
-            groups, desc="Transforming", disable=not (groups and is_source_process())
-        ):
-            key = next(member for member in group.linears if member in self._moments)
-            moments, sample = self._moments.pop(key), self._samples.pop(key)
+        is_quiet = not groups or not is_source_process()
+        for group in tqdm.tqdm(groups, desc="Transforming", disable=is_quiet):
+            moments, sample = self._calibration.take(group)
             moments.reduce(get_execution_device(group.linears[group.owner]))
-            if moments.count == 0:
-                continue  # every token was padding: as if it had seen none
-            self._transform_group(model, group, moments, sample)
+            # if every token was padding, the group is left to be treated as unseen
+            if moments.count:
+                self._transform_group(group, moments, sample)
 
     def _transform_group(
         self,
-        model: Module,
         group: InputGroup,
-        moments: BlockMoments | None,
-        sample: TokenSample | None,
+        moments: BlockMoments | None = None,
+        sample: TokenSample | None = None,
     ):
         """
-        :param moments: of the input; None if there are none, and the transform is to be
-            the rotation alone
+        :param moments: of the input; None if it was not seen
+        :param sample: of the input, for the report
         """
         geometry = self._geometry(group)
         device = get_execution_device(group.linears[group.owner])
@@ -371,53 +336,28 @@ class CATModifier(Modifier):
         for name, linear in group.linears.items():
             with align_module_device(linear):
                 weights[name] = linear.weight.detach().to(device, torch.float64)
-
-        size, count = geometry.block_size, group.features // geometry.block_size
-        weight_moments = sum(diagonal_blocks(w, size) for w in weights.values())
-        if moments is None:
-            identity = torch.eye(size, dtype=torch.float64, device=device)
-            input_moments, strength = identity.expand(count, size, size), 0.0
-        else:
-            input_moments, strength = moments.mean.to(device).double(), self.strength
         try:
-            blocks = block_transform(
-                input_moments,
-                weight_moments,
+            insertion = compute_insertion(
+                moments and moments.mean,
+                weights,
+                geometry,
                 Rotation(self.rotation),
-                strength,
+                self.strength,
                 self.damping,
-            ).to(self.precision)
-            # of the tensor that is served: the product of the two stays exact
-            inverse = invert_blocks(blocks).mT
+                self.precision,
+            )
+            new_weights = {
+                name: insertion.transform_weight(weight) for name, weight in weights.items()
+            }
         except ValueError as error:
             raise ValueError(f"Cannot transform the input of {group.owner}: {error}") from error
 
-        hadamard = None
-        if geometry.hadamard_size > 1:
-            factors = hadamard_factors(geometry.hadamard_size)
-            hadamard = [hadamard_matrix(order).to(device) for order in factors]
-
-        new_weights = {}
-        for name, weight in weights.items():
-            weight = apply_blocks(weight, inverse)
-            if hadamard is not None:
-                weight = apply_hadamard(weight, *hadamard)
-            new_weights[name] = weight
-
         if sample is not None and sample.tokens is not None and is_source_process():
             tokens = sample.tokens.to(device, torch.float64)
-            new_tokens = apply_blocks(tokens, blocks.double())
-            if hadamard is not None:
-                new_tokens = apply_hadamard(new_tokens, *hadamard)
+            before = (tokens, weights)
+            after = (insertion.transform_tokens(tokens), new_weights)
             report = GroupReport.measure(
-                group,
-                geometry,
-                blocks,
-                moments.count,
-                tokens,
-                weights,
-                new_tokens,
-                new_weights,
+                group, geometry, insertion.blocks, moments.count, before, after
             )
             report.log()
 
@@ -428,24 +368,17 @@ class CATModifier(Modifier):
                 linear, "weight", new_weights[name].to(linear.weight.dtype)
             )
         _barrier()
-        self._attach(group, geometry, blocks)
+        self._attach(group, geometry, insertion.blocks)
 
     def _attach(self, group: InputGroup, geometry: Geometry, blocks: Tensor):
-        names = list(group.linears)
-        self._config.add_group(
-            names, geometry.block_size, geometry.hadamard_size, self.precision
+        scheme, args = self._config.add_group(
+            list(group.linears), geometry.block_size, geometry.hadamard_size, self.precision
         )
-        scheme: CATScheme = next(
-            scheme
-            for scheme in self._config.config_groups.values()
-            if scheme.apply and scheme.apply[-1].targets == names
-        )
-        args: TransformArgs = scheme.apply[-1]
         weight = Parameter(blocks.contiguous(), requires_grad=False)
         CATTransform(weight, scheme, args).attach(list(group.linears.values()))
-        self._transformed.update(names)
+        self._transformed.update(group.linears)
 
-    def _rotate_unseen(self, model: Module):
+    def _rotate_unseen(self):
         """Linears which saw no tokens, such as unused experts, are only rotated"""
         unseen = [name for name in self._linears if name not in self._transformed]
         if not unseen:
@@ -456,8 +389,7 @@ class CATModifier(Modifier):
             + (", ..." if len(unseen) > 10 else "")
         )
         for name in unseen:
-            group = InputGroup({name: self._linears[name]})
-            self._transform_group(model, group, None, None)
+            self._transform_group(InputGroup({name: self._linears[name]}))
 
     ## Refusals ##
 
@@ -485,18 +417,6 @@ class CATModifier(Modifier):
                 "The ranks observed different groups of Linears, so that their moments "
                 "cannot be summed: give every rank data for all Linears, or set `mappings`"
             )
-
-    def _refuse_other_online_transforms(self, model: Module):
-        other = getattr(model, TRANSFORM_CONFIG_NAME, None)
-        if other is None:
-            return
-        for name, scheme in other.config_groups.items():
-            if any(args.is_online() for args in scheme.apply):
-                raise ValueError(
-                    f"The model has the online transform {name} of another modifier, which "
-                    "a CAT checkpoint cannot hold: leave one of the two modifiers out"
-                )
-        # transforms that are folded into weights need no description
 
 
 def _barrier():

@@ -48,23 +48,20 @@ class GroupReport:
         geometry: Geometry,
         blocks: Tensor,
         count: int,
-        tokens: Tensor,
-        weights: dict[str, Tensor],
-        new_tokens: Tensor,
-        new_weights: dict[str, Tensor],
+        before: tuple[Tensor, dict[str, Tensor]],
+        after: tuple[Tensor, dict[str, Tensor]],
     ) -> "GroupReport":
         """
         :param blocks: transform as stored, shape (d/k, k, k)
         :param count: tokens which the moments are of
-        :param tokens: sample of the input, shape (tokens, d), float64
-        :param weights: by name, each of shape (out, d), float64
-        :param new_tokens: sample after the transform
-        :param new_weights: weights after the transform
+        :param before: sample of the input, shape (tokens, d), float64; and weights by name,
+            each of shape (out, d), float64
+        :param after: the same, transformed
         """
         weight_args, input_args = _quantization_args(group)
         bits = (weight_args.num_bits, input_args.num_bits)
         sqnr, alignments = [], []
-        for x, linears in ((tokens, weights), (new_tokens, new_weights)):
+        for x, linears in (before, after):
             outputs = [(x @ w.T).square().sum().item() for w in linears.values()]
             alignments.append(
                 alignment(
@@ -102,6 +99,7 @@ class GroupReport:
             f"{to_db(self.alignment[0]):.1f} -> {to_db(self.alignment[1]):.1f} dB, "
             f"block size {self.geometry.block_size}, Hadamard size "
             f"{self.geometry.hadamard_size}, condition number {self.condition_number:.1f}"
+            + (f" ({self.geometry.remark})" if self.geometry.remark else "")
         )
         if self.tokens < self.geometry.block_size:
             logger.warning(

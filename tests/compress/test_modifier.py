@@ -439,4 +439,4 @@ def test_log_tells_what_each_transform_did(tmp_path, logs):
         "block size 96",
     ):
         assert any(word in line for line in lines)
-    assert any("block_size=128 does not suit 96 inputs" in line for line in logs)
+    assert any("blocks of 128 do not suit 96 inputs" in line for line in logs)

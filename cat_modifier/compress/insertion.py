@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the moments of an input to its transform, and to the weights that undo it"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cat_modifier.compress.geometry import Geometry
+from cat_modifier.mathematics.hadamard import (
+    apply_hadamard,
+    hadamard_factors,
+    hadamard_matrix,
+)
+from cat_modifier.mathematics.transform import (
+    Rotation,
+    apply_blocks,
+    block_transform,
+    diagonal_blocks,
+    invert_blocks,
+)
+
+__all__ = ["Insertion", "compute_insertion"]
+
+
+@dataclass(frozen=True)
+class Insertion:
+    """
+    :param blocks: T as it is stored, shape (d/k, k, k)
+    :param inverse: of the stored T, which makes the product of what the two methods return
+        exact; shape (d/k, k, k), float64
+    :param hadamard: Kronecker factors of the Hadamard matrix after the blocks, float64;
+        None if there is none
+    """
+
+    blocks: Tensor
+    inverse: Tensor
+    hadamard: tuple[Tensor, Tensor] | None
+
+    def transform_tokens(self, tokens: Tensor) -> Tensor:
+        """
+        :param tokens: shape (tokens, d), float64
+        :return: ``H T x`` of each
+        """
+        return self._rotate(apply_blocks(tokens, self.blocks.double()))
+
+    def transform_weight(self, weight: Tensor) -> Tensor:
+        """
+        :param weight: shape (out, d), float64
+        :return: ``W T^-1 H^T``
+        """
+        return self._rotate(apply_blocks(weight, self.inverse.mT))
+
+    def _rotate(self, rows: Tensor) -> Tensor:
+        return rows if self.hadamard is None else apply_hadamard(rows, *self.hadamard)
+
+
+def compute_insertion(
+    input_moments: Tensor | None,
+    weights: Mapping[str, Tensor],
+    geometry: Geometry,
+    rotation: Rotation,
+    strength: float,
+    damping: float,
+    precision: torch.dtype,
+) -> Insertion:
+    """
+    :param input_moments: diagonal blocks of Sx, shape (d/k, k, k); None if nothing is known
+        of the input, and the transform is to be the rotation alone
+    :param weights: of the Linears which read the input, each of shape (out, d), float64
+    :param precision: dtype of the stored blocks
+    :raises ValueError: if moments are not finite, or the stored transform is singular
+    """
+    size = geometry.block_size
+    weight_moments = sum(diagonal_blocks(weight, size) for weight in weights.values())
+    device = weight_moments.device
+    if input_moments is None:
+        identity = torch.eye(size, dtype=torch.float64, device=device)
+        input_moments, strength = identity.expand_as(weight_moments), 0.0
+    blocks = block_transform(
+        input_moments.to(device, torch.float64), weight_moments, rotation, strength, damping
+    ).to(precision)
+    hadamard = None
+    if geometry.hadamard_size > 1:
+        left, right = hadamard_factors(geometry.hadamard_size)
+        hadamard = hadamard_matrix(left).to(device), hadamard_matrix(right).to(device)
+    return Insertion(blocks, invert_blocks(blocks), hadamard)
