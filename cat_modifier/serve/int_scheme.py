@@ -50,7 +50,8 @@ def quantize_per_token(
     x = x.float()
     tiny = torch.finfo(torch.float32).tiny
     if symmetric:
-        scale = (x.abs().amax(-1, keepdim=True) * 2 / (q_max - q_min)).clamp_min(tiny)
+        # this very expression: an ulp decides whether the largest value, at 7.5, rounds up
+        scale = (x.abs().amax(-1, keepdim=True) / ((q_max - q_min) / 2)).clamp_min(tiny)
         return (x / scale).round().clamp(q_min, q_max).to(torch.int8), scale, None
     low = x.amin(-1, keepdim=True).clamp_max(0)
     high = x.amax(-1, keepdim=True).clamp_min(0)

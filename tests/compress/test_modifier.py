@@ -12,6 +12,7 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+from llmcompressor.modifiers.transform.spinquant import SpinQuantModifier
 from llmcompressor.recipe import Recipe
 from loguru import logger
 from tiny_models import (
@@ -62,6 +63,7 @@ CASES = [
     (family, tied, options)
     for family in FAMILIES
     for tied in (False, True)
+    if family != "qwen3-moe"
     for options in (
         {"block_size": 16, "rotation": "hadamard"},
         {"block_size": "full", "rotation": "none"},
@@ -313,6 +315,54 @@ def test_a_shared_pass_is_refused(tmp_path, pipeline):
     modifiers = CATModifier(), GPTQModifier(**int_scheme(4, 4))
     with pytest.raises(ValueError, match="cannot share a calibration pass with GPTQModifier"):
         transform(make_model(tmp_path), *modifiers, pipeline=pipeline)
+
+
+SPINQUANT = {"rotations": ["R1", "R4"], "transform_type": "random-hadamard"}
+
+
+@pytest.mark.parametrize(
+    "modifiers, message",
+    [
+        (lambda: [SpinQuantModifier(**SPINQUANT), CATModifier()], "online transform already"),
+        (lambda: [CATModifier(), SpinQuantModifier(rotations=["R2"])], "ran after CATModifier"),
+    ],
+)
+def test_transforms_of_other_modifiers_are_refused(tmp_path, modifiers, message):
+    model = make_model(tmp_path, hidden_size=128, head_dim=32, intermediate_size=256)
+    with pytest.raises(ValueError, match=message):
+        transform(model, *modifiers())
+
+
+def test_folded_transforms_of_other_modifiers_compose(tmp_path):
+    sizes = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 256}
+    rotations = ["R1", "R2"]  # which change the function by centering the embedding
+    before = logits_of(
+        transform(make_model(tmp_path / "a", **sizes), SpinQuantModifier(rotations=rotations))
+    )
+    model = make_model(tmp_path / "b", **sizes)
+    transform(model, SpinQuantModifier(rotations=rotations), CATModifier())
+    assert relative_error(logits_of(model), before) < 1e-4
+    assert model.transform_config.requires == "cat-modifier"
+
+
+def test_experts_of_a_mixture(tmp_path):
+    """The gates of all experts are a group; each down projection is one of its own"""
+    model = make_model(
+        tmp_path,
+        "qwen3-moe",
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=48,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+    )
+    before = logits_of(model)
+    transform(model, CATModifier())
+    groups = [args.targets for _, args in model.transform_config.groups()]
+    gates = next(group for group in groups if "model.layers.0.mlp.experts.0.gate_proj" in group)
+    assert sum(name.startswith("model.layers.0.mlp.experts") for name in gates) == 8
+    assert sum("down_proj" in group[0] for group in groups) == 2 * 4
+    assert relative_error(logits_of(model), before) < 1e-4
 
 
 def test_two_transforms_of_one_input_are_refused(tmp_path):

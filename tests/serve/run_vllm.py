@@ -6,6 +6,7 @@ Run vLLM once, in a process of its own, and print what it computed as the last l
 """
 
 import json
+import os
 import sys
 
 from vllm import LLM, SamplingParams
@@ -20,18 +21,19 @@ def main(job: dict):
     llm = LLM(job["model"], **(options | job["options"]))
     params = SamplingParams(
         temperature=0,
-        max_tokens=job.get("max_tokens", 1),
-        prompt_logprobs=0,
-        ignore_eos=True,
+        max_tokens=1,
+        # the prompt is cached only if nothing of it is asked for
+        prompt_logprobs=None if job.get("first_token_only") else 0,
+        logprobs=0,
     )
-    if job.get("without_logprobs"):
-        params.prompt_logprobs = None
     prompts = [{"prompt_token_ids": ids} for ids in job["ids"]]
     for _ in range(job.get("repeat", 1)):
         outputs = llm.generate(prompts, params, use_tqdm=False)
     result = {
         "quantization": llm.llm_engine.model_config.quantization,
-        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "cached_tokens": sum(output.num_cached_tokens or 0 for output in outputs),
+        "first_tokens": [output.outputs[0].token_ids[0] for output in outputs],
+        "first_logprobs": [output.outputs[0].cumulative_logprob for output in outputs],
         "logprobs": [
             [
                 entry[token].logprob
@@ -43,7 +45,9 @@ def main(job: dict):
             if output.prompt_logprobs
         ],
     }
-    print("\n" + json.dumps(result))
+    print("\n" + json.dumps(result), flush=True)
+    # with several ranks vLLM's CPU workers abort when the interpreter shuts down
+    os._exit(0)
 
 
 if __name__ == "__main__":

