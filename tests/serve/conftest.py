@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -20,28 +21,21 @@ ENVIRONMENT = {
 def serve(model: Path, ids: list, environment: dict | None = None, **job) -> dict:
     """
     :param job: see run_vllm.py
-    :return: what it prints, with its log under "log"; "error" if it failed
+    :return: what it writes, with its log under "log"; "error" if it failed
     """
     job = {"model": str(model), "ids": ids, "options": {}} | job
-    command = [
-        sys.executable,
-        str(Path(__file__).parent / "run_vllm.py"),
-        json.dumps(job),
-    ]
-    result = subprocess.run(
-        command,
-        env=os.environ | ENVIRONMENT | (environment or {}),
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    log = result.stdout + result.stderr
-    if result.returncode != 0:
-        return {"error": True, "log": log}
-    return json.loads(result.stdout.strip().splitlines()[-1]) | {
-        "log": log,
-        "error": False,
-    }
+    script = str(Path(__file__).parent / "run_vllm.py")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "result.json"
+        process = subprocess.run(
+            [sys.executable, script, json.dumps(job), str(file)],
+            env=os.environ | ENVIRONMENT | (environment or {}),
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+        result = json.loads(file.read_text()) if process.returncode == 0 else {}
+    return result | {"log": process.stdout + process.stderr, "error": not result}
 
 
 @pytest.fixture(scope="session")

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Run vLLM once, in a process of its own, and print what it computed as the last line.
+Run vLLM once, in a process of its own, and write what it computed to a JSON file.
 
-    python tests/serve/run_vllm.py '{"model": ..., "ids": [[...]], "options": {...}}'
+    python tests/serve/run_vllm.py '{"model": ..., "ids": [[...]], "options": {...}}' FILE
 """
 
 import json
 import os
 import sys
+from pathlib import Path
 
 from vllm import LLM, SamplingParams
 
 
-def main(job: dict):
+def main(job: dict, file: Path):
     options = {
         "max_model_len": 256,
         "enforce_eager": True,
@@ -45,10 +46,11 @@ def main(job: dict):
             if output.prompt_logprobs
         ],
     }
-    print("\n" + json.dumps(result), flush=True)
-    # with several ranks vLLM's CPU workers abort when the interpreter shuts down
+    file.write_text(json.dumps(result))
+    # with several ranks the interpreter would abort when it shuts down
+    llm.llm_engine.engine_core.shutdown()
     os._exit(0)
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    main(json.loads(sys.argv[1]), Path(sys.argv[2]))
