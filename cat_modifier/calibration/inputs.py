@@ -30,28 +30,34 @@ class InputCalibration:
         self.observer = GroupObserver(linears)
         self._block_size = block_size
         self._sample_size = sample_size
-        self._mask: Tensor | None = None
+        self._masks: dict[int, Tensor] = {}
         # by the first Linear that was called, which may not be the group's owner for ever
         self._statistics: dict[str, tuple[BlockMoments, TokenSample]] = {}
 
-    def set_attention_mask(self, attention_mask: Tensor | None):
+    def set_attention_mask(self, batch: int, attention_mask: object):
         """
-        :param attention_mask: of the batch that follows, in any form that a model passes on
+        :param batch: index of the batch, which may pass through the model in several parts
+        :param attention_mask: of the batch, in any form that a model passes on; forms that
+            cannot be read leave what is known of the batch
         """
-        self._mask = padding_mask(attention_mask)
+        mask = padding_mask(attention_mask)
+        if mask is not None:
+            self._masks[batch] = mask
 
-    def observe(self, name: str, x: Tensor):
+    def observe(self, name: str, x: Tensor, batch: int):
         """
         :param name: of the Linear that is called
         :param x: its input, shape (..., d)
+        :param batch: index of the batch
         """
         group, is_new = self.observer.observe(name, x)
         if not is_new:
             return
         tokens = x.reshape(-1, x.shape[-1])
         # inputs of another layout (tokens routed to an expert) cannot be matched to a mask
-        if self._mask is not None and self._mask.numel() == tokens.shape[0]:
-            tokens = tokens[self._mask.flatten().to(tokens.device)]
+        mask = self._masks.get(batch)
+        if mask is not None and mask.numel() == tokens.shape[0]:
+            tokens = tokens[mask.flatten().to(tokens.device)]
         key = self._key(group)
         if key is None:
             key, size = name, self._block_size(group)

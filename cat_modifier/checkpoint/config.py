@@ -155,9 +155,13 @@ def read_quantization_config(
         later version
     """
     config = quantization_config or {}
-    config_groups = config.get("config_groups") or {}
-    formats = [group.get("format") or "" for group in config_groups.values()]
-    is_marked = [group_format.startswith(_FORMAT_PREFIX) for group_format in formats]
+    # configs of other methods can have entries of these names and of any type
+    config_groups = config.get("config_groups")
+    groups = config_groups.values() if isinstance(config_groups, dict) else []
+    is_marked = [
+        isinstance(group, dict) and str(group.get("format")).startswith(_FORMAT_PREFIX)
+        for group in groups
+    ]
     if not (_has_transform(config) or any(is_marked)):
         return None
     if not (_has_transform(config) and is_marked and all(is_marked)):
@@ -180,5 +184,5 @@ def read_quantization_config(
 
 
 def _has_transform(quantization_config: dict[str, Any]) -> bool:
-    transform_config = quantization_config.get("transform_config") or {}
-    return transform_config.get("requires") == _REQUIRES
+    transform_config = quantization_config.get("transform_config")
+    return isinstance(transform_config, dict) and transform_config.get("requires") == _REQUIRES

@@ -14,9 +14,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
-from compressed_tensors.distributed import is_source_process
+import torch.distributed as dist
+from compressed_tensors.distributed import is_distributed, is_source_process
 from compressed_tensors.quantization.utils import is_module_quantized
 from safetensors import safe_open
 from transformers import PreTrainedModel
@@ -38,14 +40,14 @@ def save_atomically(model: PreTrainedModel):
     save_method = model.save_pretrained
 
     @wraps(save_method)
-    def save_pretrained(save_directory: str | os.PathLike, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         if kwargs.get("push_to_hub"):
             # it would upload the staging folder, and before it is marked
             raise ValueError(
                 "`push_to_hub=True` is not supported by CAT checkpoints: call "
                 "`model.push_to_hub(repo_id)` instead"
             )
-        if not any(is_module_quantized(module) for module in model.modules()):
+        if not any(is_module_quantized(module) for module in self.modules()):
             raise ValueError(
                 "The model has CAT transforms, but nothing is quantized: add a "
                 "QuantizationModifier or a GPTQModifier to the recipe after CATModifier"
@@ -55,7 +57,8 @@ def save_atomically(model: PreTrainedModel):
             if is_source_process():
                 _edit_quantization_config(staging, mark_quantization_config)
 
-    model.save_pretrained = save_pretrained
+    # a method, which llm-compressor can wrap in turn
+    model.save_pretrained = MethodType(save_pretrained, model)
 
 
 @contextmanager
@@ -76,6 +79,8 @@ def _atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
         yield staging
         if is_source_process():
             _replace(folder, staging)
+        if is_distributed():
+            dist.barrier()  # no rank may look for the checkpoint before it is there
     finally:
         if is_source_process():
             shutil.rmtree(staging, ignore_errors=True)

@@ -127,8 +127,7 @@ class CATTransform(TransformBase):
 @TransformFactory.register(TRANSFORM_TYPE)
 class CATFactory(TransformFactory):
     """
-    Attaches the transforms of one scheme to a model, to be filled from a checkpoint. The
-    values are NaN until then: a transform which is never filled cannot go unnoticed.
+    Attaches the transforms of one scheme to a model, to be filled from a checkpoint.
     """
 
     scheme: CATScheme
@@ -149,9 +148,8 @@ class CATFactory(TransformFactory):
                     f"{args.targets[0]} has {module.in_features} inputs, which cannot be "
                     f"divided into {what} of {span}"
                 )
-        data = torch.full(
+        data = torch.empty(
             (module.in_features // size, size, size),
-            torch.nan,
             dtype=self.scheme.precision,
             device=get_offloaded_device(module),
         )

@@ -2,6 +2,7 @@
 """CATModifier, which inserts concentration-alignment transforms into a model"""
 
 import re
+from collections.abc import Sized
 from typing import Literal
 
 import torch
@@ -13,6 +14,7 @@ from compressed_tensors import (
     match_named_modules,
 )
 from compressed_tensors.distributed import is_distributed, is_source_process
+from compressed_tensors.offload import OffloadCache
 from compressed_tensors.quantization import QuantizationStatus
 from compressed_tensors.transform.factory.base import TransformBase
 from compressed_tensors.utils import (
@@ -107,8 +109,9 @@ class CATModifier(Modifier):
         mapping are grouped by observing which of them read the same input
     :param precision: dtype in which T is stored. The inverse is taken of the stored T
     :param tensor_parallel_size: largest tensor parallel size at which the checkpoint can be
-        served: blocks and Hadamard products then stay within one of as many shards of the
-        inputs of row-parallel Linears (o_proj, down_proj)
+        served: blocks and Hadamard products then stay within one of as many shards of those
+        inputs that may be sharded (o_proj, down_proj, and all whose Linears are not
+        `colwise` in the model's `tp_plan`)
     """
 
     requires_calibration_data: bool = True
@@ -154,8 +157,12 @@ class CATModifier(Modifier):
 
     def on_initialize(self, state: State, **kwargs) -> bool:
         """
-        :raises ValueError: if there is nothing to transform, or a target cannot be
+        :raises ValueError: if there is nothing to transform or to calibrate on, if a target
+            cannot be transformed, or if a later modifier would undo it
         """
+        data = state.data.calib
+        if isinstance(data, Sized) and len(data) == 0:
+            raise ValueError("The calibration dataset is empty")
         matched = dict(match_named_modules(state.model, self.targets, self.ignore))
         if not matched:
             raise ValueError(
@@ -169,11 +176,14 @@ class CATModifier(Modifier):
                     f"CATModifier can transform the inputs of torch.nn.Linear, but {name} "
                     f"is a {type(module).__name__}: add it to `ignore`"
                 )
-            if owners.setdefault(id(module.weight), name) != name:
+            with OffloadCache.disable_onloading():  # onloading would make a copy
+                owner = owners.setdefault(id(module.weight), name)
+            if owner != name:
                 raise ValueError(
-                    f"{name} and {owners[id(module.weight)]} share their weight, so that "
-                    "their inputs cannot have transforms of their own: add both to `ignore`"
+                    f"{name} and {owner} share their weight, so that their inputs cannot have "
+                    "transforms of their own: add both to `ignore`"
                 )
+        self._refuse_later_transforms()
         self._linears = matched
         self._config = CATTransformConfig(config_groups={})
         return True
@@ -196,8 +206,8 @@ class CATModifier(Modifier):
                     f"{name} is quantized already: put CATModifier before the quantization "
                     "modifier in the recipe"
                 )
-        embeddings = state.model.get_input_embeddings()
-        if any(linear.weight is embeddings.weight for linear in self._linears.values()):
+        # the weight of a head which is tied to the embedding cannot change alone
+        if state.model.get_output_embeddings() in self._linears.values():
             untie_word_embeddings(state.model)
 
         self._calibration = InputCalibration(
@@ -209,11 +219,12 @@ class CATModifier(Modifier):
         names = {linear: name for name, linear in self._linears.items()}
 
         def input_hook(linear: Linear, args: tuple):
-            self._calibration.observe(names[linear], args[0])
+            self._calibration.observe(names[linear], args[0], state.current_batch_idx)
 
         def mask_hook(module: Module, args: tuple, kwargs: dict):
-            if "attention_mask" in kwargs:
-                self._calibration.set_attention_mask(kwargs["attention_mask"])
+            self._calibration.set_attention_mask(
+                state.current_batch_idx, kwargs.get("attention_mask")
+            )
 
         for module in state.model.modules():
             if module in names:
@@ -248,15 +259,6 @@ class CATModifier(Modifier):
         self._calibration = None
 
     def on_finalize(self, state: State, **kwargs) -> bool:
-        """
-        :raises ValueError: if another modifier has replaced the transforms
-        """
-        if getattr(state.model, TRANSFORM_CONFIG_NAME, None) is not self._config:
-            raise ValueError(
-                "Another modifier with transforms ran after CATModifier, and a checkpoint "
-                "cannot hold both: put it first if its transforms are folded into weights, "
-                "and leave it out if they are applied at run time"
-            )
         save_atomically(state.model)
         return True
 
@@ -288,7 +290,7 @@ class CATModifier(Modifier):
 
     def _geometry(self, group: InputGroup) -> Geometry:
         shards = 1
-        if self.tensor_parallel_size > 1 and self._is_row_parallel(group):
+        if self.tensor_parallel_size > 1 and self._may_be_sharded(group):
             shards = self.tensor_parallel_size
         return choose_geometry(
             group.owner,
@@ -298,17 +300,18 @@ class CATModifier(Modifier):
             Rotation(self.rotation),
         )
 
-    def _is_row_parallel(self, group: InputGroup) -> bool:
-        plan = getattr(active_session().state.model, "tp_plan", None)
-        if not plan:
-            return True  # unknown: any input may be sharded
-        for pattern, style in plan.items():
-            regex = re.escape(pattern).replace(r"\*", r"\d+")
-            if style.startswith("rowwise") and any(
-                re.search(rf"(^|\.){regex}$", name) for name in group.linears
-            ):
-                return True
-        return False
+    def _may_be_sharded(self, group: InputGroup) -> bool:
+        """Whether a tensor parallel rank may get a part of the input, not all of it"""
+        plan = getattr(active_session().state.model, "tp_plan", None) or {}
+        # the plan is Transformers', and vLLM's can differ: trust nothing but a clear yes
+        column_parallel = [
+            re.compile(r"(^|\.)" + re.escape(pattern).replace(r"\*", r"\d+") + "$")
+            for pattern, style in plan.items()
+            if style == "colwise"
+        ]
+        return not all(
+            any(pattern.search(name) for pattern in column_parallel) for name in group.linears
+        )
 
     def _transform_groups(self, groups: list[InputGroup]):
         self._refuse_different_groups(groups)
@@ -381,6 +384,11 @@ class CATModifier(Modifier):
     def _rotate_unseen(self):
         """Linears which saw no tokens, such as unused experts, are only rotated"""
         unseen = [name for name in self._linears if name not in self._transformed]
+        mapped = [
+            group
+            for group in self._calibration.observer.groups
+            if group.owner not in self._transformed
+        ]
         if not unseen:
             return
         logger.warning(
@@ -388,8 +396,11 @@ class CATModifier(Modifier):
             f"are rotated without alignment: {', '.join(unseen[:10])}"
             + (", ..." if len(unseen) > 10 else "")
         )
+        for group in mapped:
+            self._transform_group(group)
         for name in unseen:
-            self._transform_group(InputGroup({name: self._linears[name]}))
+            if name not in self._transformed:
+                self._transform_group(InputGroup({name: self._linears[name]}))
 
     ## Refusals ##
 
@@ -404,6 +415,23 @@ class CATModifier(Modifier):
                 f"CATModifier cannot share a calibration pass with {', '.join(sharing)}, "
                 "which would be calibrated on inputs that are not transformed yet. Use "
                 "`oneshot(..., pipeline='independent')`, the default"
+            )
+
+    def _refuse_later_transforms(self):
+        modifiers = active_session().lifecycle.recipe.modifiers
+        position = next((i for i, other in enumerate(modifiers) if other is self), 0)
+        later = [
+            type(modifier).__name__
+            for modifier in modifiers[position + 1 :]
+            if any(
+                base.__module__.startswith("llmcompressor.modifiers.transform.")
+                for base in type(modifier).__mro__
+            )
+        ]
+        if later:
+            raise ValueError(
+                f"{', '.join(later)} would change inputs or weights between which CATModifier "
+                "has put a transform: put it before CATModifier in the recipe"
             )
 
     def _refuse_different_groups(self, groups: list[InputGroup]):

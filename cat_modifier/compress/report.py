@@ -27,7 +27,10 @@ class GroupReport:
     :param group: the Linears
     :param geometry: of their transform
     :param tokens: which the moments are of
-    :param bits: of weights and activations for which SQNR is predicted
+    :param bits: of weights and activations for which SQNR is predicted; None if they are
+        not quantized
+    :param is_float: whether they are to be quantized to floats, of which theorem 2.4 does
+        not speak
     :param sqnr: predicted by theorem 2.4 before and after, ratios
     :param alignment: before and after, ratios
     :param condition_number: of the transform as stored
@@ -36,7 +39,8 @@ class GroupReport:
     group: InputGroup
     geometry: Geometry
     tokens: int
-    bits: tuple[int, int]
+    bits: tuple[int | None, int | None]
+    is_float: bool
     sqnr: tuple[float, float]
     alignment: tuple[float, float]
     condition_number: float
@@ -59,7 +63,7 @@ class GroupReport:
         :param after: the same, transformed
         """
         weight_args, input_args = _quantization_args(group)
-        bits = (weight_args.num_bits, input_args.num_bits)
+        bits = tuple(args and args.num_bits for args in (weight_args, input_args))
         sqnr, alignments = [], []
         for x, linears in (before, after):
             outputs = [(x @ w.T).square().sum().item() for w in linears.values()]
@@ -73,8 +77,10 @@ class GroupReport:
             sqnr.append(
                 predicted_sqnr(
                     *bits,
-                    weight_concentration(list(linears.values()), weight_args.symmetric),
-                    activation_concentration(x, input_args.symmetric),
+                    weight_concentration(
+                        list(linears.values()), weight_args is None or weight_args.symmetric
+                    ),
+                    activation_concentration(x, input_args is None or input_args.symmetric),
                     alignments[-1],
                 )
             )
@@ -83,6 +89,7 @@ class GroupReport:
             geometry,
             count,
             bits,
+            weight_args is not None and weight_args.type == QuantizationType.FLOAT,
             tuple(sqnr),
             tuple(alignments),
             condition_number(blocks),
@@ -94,7 +101,8 @@ class GroupReport:
         shown = "/".join(members[:4]) + ("/..." if len(members) > 4 else "")
         prefix = self.group.owner.rpartition(".")[0]
         logger.info(
-            f"{prefix}.{shown}: predicted W{self.bits[0]}A{self.bits[1]} SQNR "
+            f"{prefix}.{shown}: predicted W{self.bits[0] or 16}A{self.bits[1] or 16} SQNR"
+            f"{' as integers' if self.is_float else ''} "
             f"{to_db(self.sqnr[0]):.1f} -> {to_db(self.sqnr[1]):.1f} dB, alignment "
             f"{to_db(self.alignment[0]):.1f} -> {to_db(self.alignment[1]):.1f} dB, "
             f"block size {self.geometry.block_size}, Hadamard size "
@@ -109,12 +117,12 @@ class GroupReport:
             )
 
 
-def _quantization_args(group: InputGroup) -> tuple[QuantizationArgs, QuantizationArgs]:
-    """Of weights and inputs, as the recipe will quantize them; 4 bits where it does not"""
+def _quantization_args(
+    group: InputGroup,
+) -> tuple[QuantizationArgs | None, QuantizationArgs | None]:
+    """Of weights and inputs, as the recipe will quantize them; 4 bits if it does not say"""
     scheme = getattr(group.linears[group.owner], "quantization_scheme", None)
-    default = QuantizationArgs(num_bits=4, type=QuantizationType.INT)
-    found = (
-        getattr(scheme, "weights", None) or default,
-        getattr(scheme, "input_activations", None) or default,
-    )
-    return found
+    if scheme is None:
+        default = QuantizationArgs(num_bits=4, type=QuantizationType.INT)
+        return default, default
+    return scheme.weights, scheme.input_activations

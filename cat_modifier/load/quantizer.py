@@ -8,7 +8,7 @@ without CAT transforms they pass everything on to it.
 
 from typing import Any
 
-import torch
+from compressed_tensors.compressors import compress_module
 from compressed_tensors.quantization import QuantizationStatus
 from compressed_tensors.quantization.utils import is_module_quantized
 from transformers import PreTrainedModel
@@ -19,7 +19,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.quantizer_compressed_tensors import (
     CompressedTensorsHfQuantizer,
 )
-from transformers.utils.quantization_config import CompressedTensorsConfig
+from transformers.utils import quantization_config as stock
 
 from cat_modifier.checkpoint.config import (
     CATTransformConfig,
@@ -38,11 +38,14 @@ from cat_modifier.checkpoint.transform import (
     validate_transform,
 )
 
-__all__ = ["CATConfig", "CATHfQuantizer", "register"]
+__all__ = ["CATHfQuantizer", "CompressedTensorsConfig", "register"]
 
 
-class CATConfig(CompressedTensorsConfig):
+class CompressedTensorsConfig(stock.CompressedTensorsConfig):
     """
+    Has the name of its base class, by which Transformers tells whether a config that is
+    passed to ``from_pretrained`` suits that of the checkpoint.
+
     :param kwargs: quantization config as in ``config.json``
 
     Attributes:
@@ -67,7 +70,11 @@ class CATConfig(CompressedTensorsConfig):
 class CATHfQuantizer(CompressedTensorsHfQuantizer):
     """Loads compressed-tensors checkpoints, and attaches their CAT transforms if any"""
 
-    quantization_config: CATConfig
+    quantization_config: CompressedTensorsConfig
+
+    @property
+    def _transforms(self) -> CATTransformConfig | None:
+        return getattr(self.quantization_config, "cat_transforms", None)
 
     def _process_model_before_weight_loading(
         self,
@@ -78,14 +85,15 @@ class CATHfQuantizer(CompressedTensorsHfQuantizer):
         super()._process_model_before_weight_loading(
             model, checkpoint_files=checkpoint_files, **kwargs
         )
-        if (transforms := self.quantization_config.cat_transforms) is not None:
-            attach_transforms(model, transforms)
-            if checkpoint_files is not None:
-                check_tensor_names(find_transforms(checkpoint_files), expected_tensors(model))
+        if self._transforms is not None:
+            if checkpoint_files is None:
+                raise ValueError("CAT checkpoints are loaded from files, not from a state_dict")
+            attach_transforms(model, self._transforms)
+            check_tensor_names(find_transforms(checkpoint_files), expected_tensors(model))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):
         super()._process_model_after_weight_loading(model, **kwargs)
-        if self.quantization_config.cat_transforms is None:
+        if self._transforms is None:
             return
         for name, module in model.named_modules():
             if isinstance(module, CATTransform):
@@ -93,19 +101,25 @@ class CATHfQuantizer(CompressedTensorsHfQuantizer):
         save_atomically(model)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel):
-        # the first forward pass decompresses the weights, but the config that is saved
-        # with them promises compressed ones
-        if self.quantization_config.cat_transforms is not None and any(
-            is_module_quantized(module)
-            and module.quantization_status != QuantizationStatus.COMPRESSED
-            for module in model.modules()
-        ):
-            with torch.no_grad():
-                self.compressor.compress_model(model, skip_compressed=True)
+        if self._transforms is not None and not self.quantization_config.dequantize:
+            # the first forward pass decompresses the weights, but the config that is saved
+            # with them promises compressed ones
+            decompressed = [
+                module
+                for module in model.modules()
+                if is_module_quantized(module)
+                and module.quantization_status != QuantizationStatus.COMPRESSED
+            ]
+            for module in decompressed:
+                compress_module(module)
+            if decompressed:
+                status = QuantizationStatus.COMPRESSED
+                self.compressor.quantization_config.quantization_status = status
+                self.compressor.add_decompress_hook(model)
         return super().get_state_dict_and_metadata(model)
 
 
 def register():
     """Let ``from_pretrained`` load CAT checkpoints. Safe to call again."""
     AUTO_QUANTIZER_MAPPING["compressed-tensors"] = CATHfQuantizer
-    AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"] = CATConfig
+    AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"] = CompressedTensorsConfig

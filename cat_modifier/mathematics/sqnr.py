@@ -22,7 +22,9 @@ __all__ = [
 
 
 def to_db(ratio: float) -> float:
-    """``10 log10(ratio)``; -inf for a ratio of 0"""
+    """``10 log10(ratio)``; -inf for a ratio of 0, nan for nan"""
+    if math.isnan(ratio):
+        return math.nan
     return 10 * math.log10(ratio) if ratio > 0 else -math.inf
 
 
@@ -68,13 +70,15 @@ def alignment(output_energy: float, weight_energy: float, input_energy: float) -
     :param output_energy: ``E||W x||^2``, summed over the Linears of a group
     :param weight_energy: ``||W||_F^2``, summed over the Linears of a group
     :param input_energy: ``E||x||^2``
+    :return: nan if the weight or the input is zero
     """
-    return output_energy / (weight_energy * input_energy)
+    product = weight_energy * input_energy
+    return output_energy / product if product else math.nan
 
 
 def predicted_sqnr(
-    weight_bits: int,
-    activation_bits: int,
+    weight_bits: int | None,
+    activation_bits: int | None,
     weight_concentration: float,
     activation_concentration: float,
     alignment: float,
@@ -83,12 +87,15 @@ def predicted_sqnr(
     Theorem 2.4 for any two bit widths: the parallel sum of ``12 N(b)^2 C A`` over weights
     and activations, where ``N(b) = 2^b - 1`` intervals.
 
-    :return: the ratio of the energies of ``W x`` and of its error
+    :param weight_bits: None if weights are not quantized; the same for activations
+    :return: the ratio of the energies of ``W x`` and of its error; nan if either is zero
     """
     noise = 0.0
     for bits, concentration in (
         (weight_bits, weight_concentration),
         (activation_bits, activation_concentration),
     ):
-        noise += 1 / (12 * (2**bits - 1) ** 2 * concentration * alignment)
-    return 1 / noise
+        if bits is not None:
+            signal = 12 * (2**bits - 1) ** 2 * concentration * alignment
+            noise += 1 / signal if signal else math.nan
+    return 1 / noise if noise else math.inf

@@ -12,7 +12,7 @@ from cat_modifier.checkpoint.config import (
     read_quantization_config,
 )
 from cat_modifier.serve.int_scheme import CATIntScheme
-from cat_modifier.serve.linear import CATLinearMethod
+from cat_modifier.serve.linear import CATLinearMethod, InputTransform
 from cat_modifier.serve.vllm_api import (
     CompressedTensorsConfig,
     CompressedTensorsScheme,
@@ -21,6 +21,7 @@ from cat_modifier.serve.vllm_api import (
     RoutedExperts,
     WeightsMapper,
     get_layer_partition_names,
+    get_pp_group,
 )
 
 __all__ = ["CATCompressedTensorsConfig", "METHOD_NAME"]
@@ -65,16 +66,21 @@ class CATCompressedTensorsConfig(CompressedTensorsConfig):
     def get_quant_method(
         self, layer: torch.nn.Module, prefix: str
     ) -> QuantizeMethodBase | None:
-        method = super().get_quant_method(layer, prefix)
+        parts = get_layer_partition_names(prefix, self.packed_modules_mapping)
+        group = self._find_group(parts)
         if isinstance(layer, RoutedExperts):
             self._refuse_experts(prefix)
-        if not isinstance(layer, LinearBase):
-            return method
-        group = self._find_group(layer, prefix)
+        elif group is not None and not isinstance(layer, LinearBase):
+            raise NotImplementedError(
+                f"{prefix} has an input transform, but vLLM computes it in a "
+                f"{type(layer).__name__}: add it to `ignore` of CATModifier"
+            )
+        method = super().get_quant_method(layer, prefix)
         if group is None:
             return method
         scheme, owner = group
-        return CATLinearMethod(method, scheme, owner)
+        self._claimed.update(parts)
+        return CATLinearMethod(method, scheme, owner, owner in parts, self)
 
     def _get_scheme_from_parts(
         self,
@@ -101,17 +107,38 @@ class CATCompressedTensorsConfig(CompressedTensorsConfig):
             weight_quant, input_quant, output_quant, format, layer_name
         )
 
+    def check_claimed(self):
+        """
+        After all layers are made: any Linear that vLLM made without asking for its
+        quantization method would be applied to an input that is not transformed.
+
+        :raises NotImplementedError: if there is one
+        """
+        for members in {tuple(members) for _, members in self._group_of.values()}:
+            forgotten = [name for name in members if name not in self._claimed]
+            # with pipeline parallelism another rank has the other groups
+            is_elsewhere = len(forgotten) == len(members) and get_pp_group().world_size > 1
+            if forgotten and not is_elsewhere:
+                raise NotImplementedError(
+                    f"{forgotten[0]} has an input transform, but vLLM computes it in a layer "
+                    "which cannot be quantized: add it to `ignore` of CATModifier"
+                )
+
     def _set_transforms(self, transforms: CATTransformConfig):
         self.cat_transforms = transforms
+        self.input_transforms: dict[str, InputTransform] = {}
+        self._claimed: set[str] = set()
         self._group_of = {
             name: (scheme, args.targets)
             for scheme, args in transforms.groups()
             for name in args.targets
         }
 
-    def _find_group(self, layer: torch.nn.Module, prefix: str) -> tuple[CATScheme, str] | None:
-        """Scheme of the input transform of a layer, and name of the Linear that stores it"""
-        parts = get_layer_partition_names(prefix, self.packed_modules_mapping)
+    def _find_group(self, parts: list[str]) -> tuple[CATScheme, str] | None:
+        """
+        :param parts: names of the Linears which vLLM merges into one layer
+        :return: scheme of their input transform, and name of the Linear that stores it
+        """
         groups = [self._group_of.get(part) for part in parts]
         if all(group is None for group in groups):
             return None
@@ -121,20 +148,14 @@ class CATCompressedTensorsConfig(CompressedTensorsConfig):
                 "transform in this checkpoint: group them by `mappings` of CATModifier"
             )
         scheme, members = groups[0]
-        if others := [name for name in members if name not in parts]:
-            raise NotImplementedError(
-                f"{', '.join(parts)} share their transform with {', '.join(others[:4])}, "
-                "which vLLM computes in another layer: separate them by `mappings` of "
-                "CATModifier"
-            )
         return scheme, members[0]
 
     def _refuse_experts(self, prefix: str):
-        parent = prefix.rpartition(".")[0]
-        if any(name.startswith((f"{prefix}.", f"{parent}.")) for name in self._group_of):
+        if any(name.startswith(f"{prefix}.") for name in self._group_of):
             raise NotImplementedError(
                 f"{prefix}: transforms of the inputs of fused experts cannot be served by "
-                "vLLM yet: add 're:.*experts.*' to `ignore` of CATModifier"
+                "vLLM yet: add 're:.*mlp.experts.*' to `ignore` of CATModifier and of the "
+                "quantization modifier"
             )
 
 

@@ -67,6 +67,16 @@ class CutlassInt8Kernel(Int8Kernel):
     """CUTLASS on the int8 tensor cores of NVIDIA GPUs"""
 
     def __init__(self, weight, weight_scale, symmetric, out_dtype):
+        if out_dtype not in (torch.bfloat16, torch.float16):
+            raise NotImplementedError(
+                f"The int8 product of CUTLASS returns bfloat16 or float16, not {out_dtype}: "
+                "set `--dtype bfloat16`"
+            )
+        if weight.shape[0] % 16 or weight.shape[1] % 16:
+            raise NotImplementedError(
+                "The int8 product of CUTLASS takes multiples of 16 channels, not a weight of "
+                f"shape {tuple(weight.shape)} on each rank"
+            )
         self.weight = weight.contiguous().t()  # (in, out), column-major
         self.weight_scale = weight_scale
         self.out_dtype = out_dtype
@@ -92,9 +102,10 @@ def choose_kernel() -> type[Int8Kernel]:
     """
     if current_platform.is_cpu():
         return OneDNNInt8Kernel
-    if current_platform.is_cuda():
+    # Blackwell has no int8 matrix products in vLLM
+    if current_platform.is_cuda() and not current_platform.has_device_capability(100):
         return CutlassInt8Kernel
     raise NotImplementedError(
-        "Integer activations of fewer than 8 bits are served on CPUs and on NVIDIA GPUs, not "
-        f"on {current_platform.device_name}"
+        "These integer activations are served on CPUs and on NVIDIA GPUs from Turing to "
+        f"Hopper, not on this {current_platform.device_name}. On Blackwell use NVFP4 or MXFP4"
     )

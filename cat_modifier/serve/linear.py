@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A vLLM linear layer whose input is transformed first"""
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
@@ -93,6 +95,14 @@ class InputTransform(Module):
         return transform_input(x, self.weight, hadamard)
 
 
+class TransformRegistry(Protocol):
+    """What a linear method needs of the config of the model"""
+
+    input_transforms: dict[str, InputTransform]
+
+    def check_claimed(self): ...
+
+
 @register_weight_loader_v2_supported_method
 class CATLinearMethod(LinearMethodBase):
     """
@@ -101,12 +111,24 @@ class CATLinearMethod(LinearMethodBase):
     :param method: which vLLM would use without the transform
     :param scheme: of the transform
     :param owner: name of the Linear under which the checkpoint stores the transform
+    :param is_owner: whether it is part of this layer. The transform is then a submodule of
+        the layer; other layers which read the same input use it from there
+    :param registry: of all transforms of the model, by owner
     """
 
-    def __init__(self, method: LinearMethodBase, scheme: CATScheme, owner: str):
+    def __init__(
+        self,
+        method: LinearMethodBase,
+        scheme: CATScheme,
+        owner: str,
+        is_owner: bool,
+        registry: TransformRegistry,
+    ):
         self.method = method
         self.scheme = scheme
         self.owner = owner
+        self.is_owner = is_owner
+        self.registry = registry
 
     def create_weights(
         self,
@@ -127,20 +149,24 @@ class CATLinearMethod(LinearMethodBase):
             params_dtype,
             **extra_weight_attrs,
         )
-        is_sharded = input_size_per_partition != input_size
-        transform = InputTransform(
-            self.owner + TENSOR_SUFFIX,
-            self.scheme,
-            input_size,
-            input_size_per_partition,
-            layer.tp_rank if is_sharded else 0,
-        )
-        layer.register_module(TRANSFORM_NAME, transform)
+        if self.is_owner:
+            is_sharded = input_size_per_partition != input_size
+            transform = InputTransform(
+                self.owner + TENSOR_SUFFIX,
+                self.scheme,
+                input_size,
+                input_size_per_partition,
+                layer.tp_rank if is_sharded else 0,
+            )
+            layer.register_module(TRANSFORM_NAME, transform)
+            self.registry.input_transforms[self.owner] = transform
 
     def process_weights_after_loading(self, layer: Module):
+        self.registry.check_claimed()
         self.method.process_weights_after_loading(layer)
-        getattr(layer, TRANSFORM_NAME).process_weights_after_loading()
+        self.transform = self.registry.input_transforms[self.owner]
+        if self.is_owner:
+            self.transform.process_weights_after_loading()
 
     def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        x = getattr(layer, TRANSFORM_NAME)(x)
-        return self.method.apply(layer, x, bias)
+        return self.method.apply(layer, self.transform(x), bias)

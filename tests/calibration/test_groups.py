@@ -82,4 +82,5 @@ def test_padding_is_read_from_a_causal_mask(dtype):
 
 def test_masks_of_another_kind_are_left_alone():
     assert padding_mask(None) is None
+    assert padding_mask(object()) is None  # as flex attention's
     assert padding_mask(torch.ones(2, 1, 4, 9)) is None

@@ -68,6 +68,9 @@ def test_configs_without_transforms_are_left_alone():
     assert read_quantization_config(stock) is None
     assert read_quantization_config(None) is None
     assert read_quantization_config({"quant_method": "gptq", "bits": 4}) is None
+    for groups in ([1], "all", {"group_0": None}, {"group_0": {"format": None}}):
+        config = {"config_groups": groups, "transform_config": "none"}
+        assert read_quantization_config(config) is None
 
 
 def test_stock_readers_refuse_and_name_the_package():

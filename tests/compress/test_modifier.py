@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from compressed_tensors.offload import offload_module
+from compressed_tensors.offload.cache import CPUCache
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
@@ -26,6 +27,7 @@ from tiny_models import (
 )
 
 from cat_modifier import CATModifier
+from cat_modifier.calibration.moments import BlockMoments
 from cat_modifier.checkpoint.transform import CATTransform
 
 ROOT = Path(__file__).parents[2]
@@ -99,13 +101,21 @@ def test_a_transformed_head_is_untied_from_the_embedding(tmp_path):
     assert relative_error(logits_of(model), before) < 1e-4
 
 
-def test_offloaded_model(tmp_path):
-    model = make_model(tmp_path)
+@pytest.mark.parametrize("tied, ignore", [(False, ["lm_head"]), (True, [])])
+def test_offloaded_model(tmp_path, monkeypatch, tied, ignore):
+    # as on a GPU, where each access to an offloaded weight makes a copy
+    onload = CPUCache.onload
+    monkeypatch.setattr(
+        CPUCache,
+        "onload",
+        lambda self, value: value if value is None else onload(self, value).clone(),
+    )
+    model = make_model(tmp_path, tied=tied)
     before = logits_of(model)
     for module in model.modules():
         if next(module.parameters(recurse=False), None) is not None:
             offload_module(module, onload_device="cpu", offload_device="cpu")
-    transform(model, CATModifier())
+    transform(model, CATModifier(ignore=ignore))
     assert relative_error(logits_of(model), before) < 1e-4
 
 
@@ -152,6 +162,26 @@ def test_padding_does_not_count(tmp_path, side):
         assert relative_error(transforms_of(masked)[name].float(), weight.float()) < 0.01
 
 
+def test_each_batch_has_its_own_padding(tmp_path):
+    """Also where a part of the model that sees no mask runs on all batches at once"""
+    tokens, mask = make_tokens(4, 48), torch.zeros(4, 48, dtype=torch.long)
+    for row, length in enumerate((48, 24, 16, 8)):
+        mask[row, :length] = 1
+    counts = {}
+    original = BlockMoments.reduce
+
+    def reduce(self, device):
+        counts[self.shape] = counts.get(self.shape, set()) | {self.count}
+        return original(self, device)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BlockMoments, "reduce", reduce)
+        targets = ["LlamaAttention", "LlamaMLP"]
+        options = {"tokens": tokens, "mask": mask, "sequential_targets": targets}
+        transform(make_model(tmp_path), CATModifier(), **options)
+    assert set.union(*counts.values()) == {96}
+
+
 @pytest.mark.parametrize("pipeline", ["independent", "basic", "sequential"])
 def test_pipelines_agree(tmp_path, pipeline):
     one = transform(make_model(tmp_path / "a"), CATModifier(), pipeline="independent")
@@ -195,7 +225,7 @@ def test_ranks_sum_their_moments(tmp_path):
         "CUDA_VISIBLE_DEVICES": "",
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", "29511", str(script), *arguments]
+    command += ["--standalone", str(script), *arguments]
     subprocess.run(command, env=environment, check=True, timeout=300)
     distributed = torch.load(tmp_path / "transforms.pt", weights_only=False)
     for name, weight in transforms_of(model).items():
@@ -301,6 +331,12 @@ def test_after_smoothquant(tmp_path):
     assert relative_error(logits_of(model), before) < 1e-4
 
 
+def test_smoothquant_after_cat_is_refused(tmp_path):
+    mappings = [[["re:.*gate_proj", "re:.*up_proj"], "re:.*post_attention_layernorm"]]
+    with pytest.raises(ValueError, match="put it before CATModifier"):
+        transform(make_model(tmp_path), CATModifier(), SmoothQuantModifier(mappings=mappings))
+
+
 def test_quantization_before_cat_is_refused(tmp_path):
     with pytest.raises(ValueError, match="put CATModifier before"):
         transform(
@@ -324,7 +360,7 @@ SPINQUANT = {"rotations": ["R1", "R4"], "transform_type": "random-hadamard"}
     "modifiers, message",
     [
         (lambda: [SpinQuantModifier(**SPINQUANT), CATModifier()], "online transform already"),
-        (lambda: [CATModifier(), SpinQuantModifier(rotations=["R2"])], "ran after CATModifier"),
+        (lambda: [CATModifier(), SpinQuantModifier(rotations=["R2"])], "put it before CATMod"),
     ],
 )
 def test_transforms_of_other_modifiers_are_refused(tmp_path, modifiers, message):
@@ -455,6 +491,31 @@ def test_few_tokens_are_a_warning_and_keep_the_function(tmp_path, logs):
     transform(model, CATModifier(), tokens=make_tokens(1, 5))
     assert any("5 calibration tokens do not determine" in message for message in logs)
     assert relative_error(logits_of(model), before) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["o_proj", "up_proj"])
+def test_zero_weights_keep_the_function(tmp_path, name):
+    model = make_model(tmp_path)
+    with torch.no_grad():
+        for full_name, parameter in model.named_parameters():
+            if name in full_name:
+                parameter.zero_()
+    before = logits_of(model)
+    transform(model, CATModifier())
+    assert relative_error(logits_of(model), before) < 1e-4
+
+
+def test_an_empty_dataset_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="calibration dataset is empty"):
+        transform(make_model(tmp_path), CATModifier(), tokens=make_tokens(0))
+
+
+def test_mapped_linears_without_tokens_stay_together(tmp_path):
+    model = make_model(tmp_path)
+    model.model.layers[0].ua, model.model.layers[0].ub = (torch.nn.Linear(96, 8) for _ in "ab")
+    transform(model, CATModifier(mappings=[["re:.*ua$", "re:.*ub$"]]))
+    groups = [args.targets for _, args in model.transform_config.groups()]
+    assert ["model.layers.0.ua", "model.layers.0.ub"] in groups
 
 
 def test_linears_without_tokens_are_rotated(tmp_path, logs):

@@ -16,7 +16,7 @@ from tiny_models import (
     make_tokens,
     relative_error,
 )
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from cat_modifier import CATModifier
 
@@ -107,6 +107,19 @@ def test_stock_checkpoints_load_as_without_us(tmp_path):
     with torch.no_grad():
         ours = AutoModelForCausalLM.from_pretrained(folder)(torch.arange(20)[None]).logits
     assert torch.equal(ours, torch.load(tmp_path / "logits.pt"))
+
+
+@pytest.mark.parametrize("cat", [False, True])
+def test_dequantized(tmp_path, cat):
+    """The stock config class as an argument, which must suit that of the checkpoint"""
+    model, folder = quantize(tmp_path, int_scheme(4, 8), cat=cat)
+    config = CompressedTensorsConfig(dequantize=True)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+    assert relative_error(logits_of(loaded), logits_of(model)) < 1e-5
+    if cat:
+        with pytest.raises(ValueError, match="cannot be saved without losing its transforms"):
+            loaded.save_pretrained(tmp_path / "again")
+        assert not (tmp_path / "again" / "config.json").exists()
 
 
 def test_without_our_package_loading_is_an_error_that_names_it(checkpoint):

@@ -32,7 +32,7 @@ SYMMETRIC = {"num_bits": 4, "type": "int", "strategy": "token", "symmetric": Tru
 TINY_CASES = {
     # name: (model, quantization, CAT)
     "qwen2-w4a4": ({"family": "qwen2"}, W4A4, {}),
-    "qwen2-w4a4-tp2": ({"family": "qwen2"}, W4A4, {"tensor_parallel_size": 2}),
+    "qwen2-w4a8-tp2": ({"family": "qwen2"}, int_scheme(4, 8), {"tensor_parallel_size": 2}),
     "llama-w4a4-biases": (
         {"family": "llama-biases", "tied": True},
         W4A4,

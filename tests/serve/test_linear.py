@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loading and sharding of input transforms, rank by rank"""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
@@ -8,8 +10,10 @@ from compressed_tensors.transform import TransformArgs
 
 from cat_modifier.checkpoint.config import CATScheme, CATTransformConfig
 from cat_modifier.checkpoint.transform import hadamard_pair, transform_input
+from cat_modifier.serve import config as config_module
 from cat_modifier.serve.config import CATCompressedTensorsConfig
 from cat_modifier.serve.linear import InputTransform
+from cat_modifier.serve.vllm_api import get_layer_partition_names
 
 NAME = "layers.0.down_proj.cat_input.weight"
 
@@ -69,12 +73,16 @@ def make_config(*groups: list[str]) -> CATCompressedTensorsConfig:
     return config
 
 
+def find(config, prefix: str) -> str | None:
+    group = config._find_group(get_layer_partition_names(prefix, config.packed_modules_mapping))
+    return group and group[1]
+
+
 def test_merged_layers_find_the_transform_of_their_parts():
     config = make_config(["a.q_proj", "a.k_proj", "a.v_proj"], ["a.o_proj"])
-    layer = torch.nn.Module()
-    assert config._find_group(layer, "a.qkv_proj")[1] == "a.q_proj"
-    assert config._find_group(layer, "a.o_proj")[1] == "a.o_proj"
-    assert config._find_group(layer, "b.o_proj") is None
+    assert find(config, "a.qkv_proj") == "a.q_proj"
+    assert find(config, "a.o_proj") == "a.o_proj"
+    assert find(config, "b.o_proj") is None
 
 
 @pytest.mark.parametrize(
@@ -86,16 +94,37 @@ def test_merged_layers_find_the_transform_of_their_parts():
             "do not share one transform",
         ),
         ([["a.q_proj", "a.k_proj"]], ValueError, "do not share one transform"),
-        (
-            [["a.q_proj", "a.k_proj", "a.v_proj", "a.g_proj"]],
-            NotImplementedError,
-            "share their transform with a.g_proj",
-        ),
     ],
 )
 def test_transforms_which_do_not_fit_merged_layers_are_refused(groups, error, message):
     with pytest.raises(error, match=message):
-        make_config(*groups)._find_group(torch.nn.Module(), "a.qkv_proj")
+        find(make_config(*groups), "a.qkv_proj")
+
+
+def test_a_group_wider_than_a_layer_has_one_transform():
+    """As in models whose attention and MLP read the same input"""
+    config = make_config(["a.q_proj", "a.k_proj", "a.v_proj", "a.up_proj"])
+    assert find(config, "a.qkv_proj") == find(config, "a.up_proj") == "a.q_proj"
+
+
+def test_a_linear_that_vllm_makes_without_asking_us_is_refused(monkeypatch):
+    monkeypatch.setattr(config_module, "get_pp_group", lambda: SimpleNamespace(world_size=2))
+    config = make_config(["a.o_proj", "a.gate"], ["b.o_proj"])
+    config._claimed.add("a.o_proj")  # and b is on another rank
+    with pytest.raises(NotImplementedError, match="a.gate has an input transform"):
+        config.check_claimed()
+    config._claimed.add("a.gate")
+    config.check_claimed()
+    monkeypatch.setattr(config_module, "get_pp_group", lambda: SimpleNamespace(world_size=1))
+    with pytest.raises(NotImplementedError, match="b.o_proj has an input transform"):
+        config.check_claimed()
+
+
+def test_experts_are_refused_but_not_what_stands_beside_them():
+    config = make_config(["a.mlp.shared_expert.up_proj"])
+    config._refuse_experts("a.mlp.experts")
+    with pytest.raises(NotImplementedError, match="experts"):
+        make_config(["a.mlp.experts.0.up_proj"])._refuse_experts("a.mlp.experts")
 
 
 @pytest.mark.parametrize("input_bits", [4, 8])
