@@ -48,7 +48,7 @@ def test_perplexity_of_the_real_model_is_that_in_transformers(
     # which differ between any two implementations, to noise without bias
     difference = logprobs(result) - expected
     chance = difference.std().item() / math.sqrt(difference.numel())
-    assert chance < 0.01
+    assert chance < 0.015
     assert abs(difference.mean().item()) < 0.01 + 2 * chance
     assert result["quantization"] == "cat-modifier"
     assert "OneDNNInt8Kernel for W4A4 integers (activations: 4 bits" in result["log"]
