@@ -21,6 +21,7 @@ FAMILIES = {
     "llama-biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
     "qwen2": {"model_type": "qwen2"},  # biases of q, k and v
     "qwen3": {"model_type": "qwen3"},  # norms of q and k
+    "cohere": {"model_type": "cohere"},  # attention and MLP read the same input
     "qwen3-moe": {"model_type": "qwen3_moe"},  # experts
 }
 

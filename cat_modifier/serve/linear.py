@@ -56,6 +56,7 @@ class InputTransform(Module):
                 f"CATModifier(tensor_parallel_size={shards})"
             )
         self.name = name
+        self.is_loaded = False
         self.hadamard_size = scheme.hadamard_size
         self.full_shape = (input_size // block_size, block_size, block_size)
         self.first_block = shard_rank * (shard_size // block_size)
@@ -74,16 +75,18 @@ class InputTransform(Module):
 
         :param shard_id: which part of a merged layer the tensor is stored under
         """
-        if not torch.isnan(param).all():
+        if self.is_loaded:
             raise ValueError(
                 f"The checkpoint stores the transform tensor {self.name} a second time, under "
                 "another Linear of the same merged layer: the checkpoint is damaged"
             )
         validate_transform(self.name, loaded, self.full_shape)
+        self.is_loaded = True
         param.data.copy_(loaded.narrow(0, self.first_block, param.shape[0]))
 
     def process_weights_after_loading(self):
         validate_transform(self.name, self.weight, self.weight.shape)
+        self.is_loaded = False  # other weights may be loaded later
         self.weight = Parameter(self.weight.float(), requires_grad=False)
         self._left, self._right = hadamard_pair(self.hadamard_size, self.weight.device) or (
             None,

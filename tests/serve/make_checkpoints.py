@@ -48,6 +48,7 @@ TINY_CASES = {
         int_scheme(4, 4, format="int-quantized"),
         {"rotation": "none"},
     ),
+    "cohere-w4a4": ({"family": "cohere", "tied": True}, W4A4, {}),
     "llama-w4a8": ({"family": "llama-biases"}, int_scheme(4, 8), {}),
     "llama-w8a8": (
         {"family": "llama-biases"},

@@ -94,6 +94,7 @@ SERVED = {
     "llama-w4a4-biases": "W4A4 integers",
     "llama-w4a4-symmetric": "W4A4 integers",
     "qwen3-w4a4-int-quantized": "W4A4 integers",
+    "cohere-w4a4": "W4A4 integers",
     "llama-w4a8": "W4A8 integers",
     "llama-w8a8": "CompressedTensorsW8A8Int8",
     "llama-w4a16": "CompressedTensorsWNA16",
