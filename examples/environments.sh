@@ -23,7 +23,7 @@ fail() { printf '\nerror: %s\n' "$*" >&2; exit 1; }
 
 find_python() {
     local candidate
-    for candidate in "${PYTHON:-}" python3.13 python3.12 python3.11 python3; do
+    for candidate in "${PYTHON:-}" python3 python3.11 python3.12 python3.13; do
         if [ -n "$candidate" ] && "$candidate" -c \
             'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null; then
             echo "$candidate"
