@@ -17,6 +17,9 @@ TORCH="torch==2.13.0"
 # without bytecode files every start of vLLM takes twice as long
 unset PYTHONDONTWRITEBYTECODE
 
+# idle threads of OpenMP must not spin: on two busy cores that takes 50 times as long
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
+
 say() { printf '\n== %s\n' "$*"; }
 
 fail() { printf '\nerror: %s\n' "$*" >&2; exit 1; }

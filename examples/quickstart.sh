@@ -17,8 +17,12 @@ mkdir -p "$LOG"
 run() {
     local log="$LOG/$1.log"
     shift
-    "$@" > "$log" 2>&1 || fail "$(tail -n 5 "$log")"$'\n'"(the whole log: $log)"
+    "$@" > "$log" 2>&1 &
+    wait $! || fail "$(tail -n 5 "$log")"$'\n'"(the whole log: $log)"
 }
+
+trap 'kill $(jobs -p) 2>/dev/null; wait' EXIT
+trap 'exit 130' INT TERM
 
 set_up_compress
 set_up_serve
@@ -32,12 +36,12 @@ if [ ! -f "$MODEL/config.json" ]; then
 fi
 
 for recipe in w4a4_no_transform w4a4_hadamard w4a4; do
-    say "Quantizing with recipes/$recipe.yaml to $OUTPUT/$recipe"
+    say "Quantizing with recipes/$recipe.yaml to $OUTPUT/$recipe (a minute or two; log: $LOG/$recipe.log)"
     run "$recipe" "$COMPRESS" "$EXAMPLES/quantize.py" "$MODEL" \
         --recipe "$ROOT/recipes/$recipe.yaml" --output "$OUTPUT/$recipe"
 done
 
-say "Evaluating the checkpoints"
+say "Evaluating the checkpoints (two or three minutes)"
 "$COMPRESS" "$EXAMPLES/evaluate.py" "bf16=$MODEL" \
     "W4A4 RTN=$OUTPUT/w4a4_no_transform" \
     "W4A4 RTN, Hadamard=$OUTPUT/w4a4_hadamard" \
@@ -51,12 +55,11 @@ healthy() {
 }
 
 healthy && fail "port $PORT is in use: name another one in PORT"
-say "Starting vllm serve $OUTPUT/w4a4 on 127.0.0.1:$PORT"
+say "Starting vllm serve $OUTPUT/w4a4 on 127.0.0.1:$PORT (a minute; log: $LOG/serve.log)"
 export VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}"
 "$VENVS/serve/bin/vllm" serve "$OUTPUT/w4a4" --host 127.0.0.1 --port "$PORT" \
     --enforce-eager --max-model-len 2048 > "$LOG/serve.log" 2>&1 &
 SERVER=$!
-trap 'kill "$SERVER" 2>/dev/null; wait "$SERVER" 2>/dev/null || true' EXIT
 for second in $(seq 300); do
     kill -0 "$SERVER" 2>/dev/null \
         || fail "$(tail -n 5 "$LOG/serve.log")"$'\n'"(the whole log: $LOG/serve.log)"

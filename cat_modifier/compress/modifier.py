@@ -10,6 +10,7 @@ import torch.distributed as dist
 import tqdm
 from compressed_tensors import (
     TRANSFORM_CONFIG_NAME,
+    CompressionFormat,
     match_modules_set,
     match_named_modules,
 )
@@ -35,6 +36,11 @@ from cat_modifier.calibration.groups import InputGroup
 from cat_modifier.calibration.inputs import InputCalibration
 from cat_modifier.calibration.moments import BlockMoments, TokenSample
 from cat_modifier.checkpoint.config import CATTransformConfig
+from cat_modifier.checkpoint.integers import (
+    INT8_PRODUCT_RULE,
+    is_integer,
+    suits_int8_product,
+)
 from cat_modifier.checkpoint.saving import save_atomically
 from cat_modifier.checkpoint.transform import CATTransform
 from cat_modifier.compress.geometry import Geometry, choose_geometry
@@ -161,6 +167,8 @@ class CATModifier(Modifier):
             cannot be transformed, or if a later modifier would undo it
         """
         data = state.data.calib
+        if data is None:
+            raise ValueError("CATModifier needs calibration data: pass a `dataset` to oneshot")
         if isinstance(data, Sized) and len(data) == 0:
             raise ValueError("The calibration dataset is empty")
         matched = dict(match_named_modules(state.model, self.targets, self.ignore))
@@ -206,6 +214,7 @@ class CATModifier(Modifier):
                     f"{name} is quantized already: put CATModifier before the quantization "
                     "modifier in the recipe"
                 )
+        self._warn_of_what_cannot_be_served()
         # the weight of a head which is tied to the embedding cannot change alone
         if state.model.get_output_embeddings() in self._linears.values():
             untie_word_embeddings(state.model)
@@ -259,6 +268,17 @@ class CATModifier(Modifier):
         self._calibration = None
 
     def on_finalize(self, state: State, **kwargs) -> bool:
+        for linear in self._linears.values():
+            scheme = getattr(linear, "quantization_scheme", None)
+            # by default compressed-tensors stores integers in 8 bits if activations are
+            # integers too
+            if (
+                scheme is not None
+                and scheme.format is None
+                and suits_int8_product(scheme.weights, scheme.input_activations)
+                and scheme.weights.num_bits < 8
+            ):
+                scheme.format = CompressionFormat.pack_quantized
         save_atomically(state.model)
         return True
 
@@ -403,6 +423,21 @@ class CATModifier(Modifier):
                 self._transform_group(InputGroup({name: self._linears[name]}))
 
     ## Refusals ##
+
+    def _warn_of_what_cannot_be_served(self):
+        for name, linear in self._linears.items():
+            scheme = getattr(linear, "quantization_scheme", None)
+            args = getattr(scheme, "weights", None), getattr(scheme, "input_activations", None)
+            if (
+                is_integer(*args)
+                and min(quantization.num_bits for quantization in args) < 8
+                and not suits_int8_product(*args)
+            ):
+                logger.warning(
+                    f"{name} and others will load in Transformers, but vLLM may not serve "
+                    f"them: {INT8_PRODUCT_RULE}"
+                )
+                return
 
     def _refuse_shared_pass(self):
         sharing = [

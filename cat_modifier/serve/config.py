@@ -4,13 +4,14 @@
 from typing import Any
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs, QuantizationType
+from compressed_tensors.quantization import QuantizationArgs
 
 from cat_modifier.checkpoint.config import (
     CATScheme,
     CATTransformConfig,
     read_quantization_config,
 )
+from cat_modifier.checkpoint.integers import INT8_PRODUCT_RULE, is_integer
 from cat_modifier.serve.int_scheme import CATIntScheme
 from cat_modifier.serve.linear import CATLinearMethod, InputTransform
 from cat_modifier.serve.vllm_api import (
@@ -93,15 +94,16 @@ class CATCompressedTensorsConfig(CompressedTensorsConfig):
         format = format or self.quant_format
         if CATIntScheme.suits(weight_quant, input_quant, output_quant, format):
             return CATIntScheme(weight_quant, input_quant, format)
-        # vLLM has no kernel for these that quantizes activations, and would run them with
-        # 16-bit activations without saying so
-        if _is_int(weight_quant) and _is_int(input_quant) and format == "pack-quantized":
+        # vLLM has no kernel for these that quantizes activations: it would raise an error that
+        # does not tell why, or run them with 16-bit activations without saying so
+        if is_integer(weight_quant, input_quant) and (
+            input_quant.num_bits < 8 or format == "pack-quantized"
+        ):
             raise NotImplementedError(
-                f"{layer_name}: W{weight_quant.num_bits}A{input_quant.num_bits} integers are "
-                "served with symmetric weights of strategy `channel` and dynamic activations "
-                f"of strategy `token`, not with weights of strategy `{weight_quant.strategy}`"
-                f" (symmetric={weight_quant.symmetric}) and activations of strategy "
-                f"`{input_quant.strategy}` (dynamic={input_quant.dynamic})"
+                f"{layer_name}: {INT8_PRODUCT_RULE}. This checkpoint has weights of strategy "
+                f"`{weight_quant.strategy}` (symmetric={weight_quant.symmetric}) and "
+                f"activations of strategy `{input_quant.strategy}` "
+                f"(dynamic={input_quant.dynamic})"
             )
         return super()._get_scheme_from_parts(
             weight_quant, input_quant, output_quant, format, layer_name
@@ -157,7 +159,3 @@ class CATCompressedTensorsConfig(CompressedTensorsConfig):
                 "vLLM yet: add 're:.*mlp.experts.*' to `ignore` of CATModifier and of the "
                 "quantization modifier"
             )
-
-
-def _is_int(args: QuantizationArgs | None) -> bool:
-    return args is not None and args.type == QuantizationType.INT

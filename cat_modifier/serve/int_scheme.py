@@ -11,14 +11,11 @@ from fractions import Fraction
 
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-from compressed_tensors.quantization import (
-    QuantizationArgs,
-    QuantizationStrategy,
-    QuantizationType,
-)
+from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from cat_modifier.checkpoint.integers import suits_int8_product
 from cat_modifier.serve.int8_kernels import Int8Kernel, choose_kernel
 from cat_modifier.serve.vllm_api import (
     BasevLLMParameter,
@@ -92,21 +89,11 @@ class CATIntScheme(CompressedTensorsScheme):
         Whether this scheme is the one to serve a layer: one that it can serve, except for
         W8A8 in ``int-quantized`` format, for which vLLM has kernels
         """
-        if input_quant is None or output_quant is not None:
+        if output_quant is not None or not suits_int8_product(weight_quant, input_quant):
             return False
-        bits = (weight_quant.num_bits, input_quant.num_bits)
-        if format == "int-quantized" and bits == (8, 8):
-            return False
-        return (
-            format in ("pack-quantized", "int-quantized")
-            and max(bits) <= 8
-            and weight_quant.type == input_quant.type == QuantizationType.INT
-            and weight_quant.strategy == QuantizationStrategy.CHANNEL
-            and weight_quant.symmetric
-            and not weight_quant.dynamic
-            and input_quant.strategy == QuantizationStrategy.TOKEN
-            and input_quant.dynamic is True
-        )
+        if format == "int-quantized":
+            return (weight_quant.num_bits, input_quant.num_bits) != (8, 8)
+        return format == "pack-quantized"
 
     @classmethod
     def get_min_capability(cls) -> int:

@@ -507,6 +507,27 @@ def test_zero_weights_keep_the_function(tmp_path, name):
     assert relative_error(logits_of(model), before) < 1e-4
 
 
+def test_a_forgotten_dataset_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="pass a `dataset` to oneshot"):
+        oneshot(model=make_model(tmp_path), recipe=[CATModifier()])
+
+
+def test_integers_that_vllm_cannot_serve_are_a_warning(tmp_path, logs):
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+    quantization = QuantizationModifier(**int_scheme(4, 4, weights=weights))
+    transform(make_model(tmp_path), CATModifier(), quantization)
+    assert sum("vLLM may not serve them" in message for message in logs) == 1
+
+
+def test_four_bit_weights_take_four_bits_in_files(tmp_path):
+    model = make_model(tmp_path / "model")
+    quantization = QuantizationModifier(**int_scheme(4, 4, format=None))
+    transform(model, CATModifier(), quantization, output_dir=str(tmp_path / "out"))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    group = config["quantization_config"]["config_groups"]["group_0"]
+    assert group["format"] == "cat-modifier/pack-quantized"
+
+
 def test_an_empty_dataset_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="calibration dataset is empty"):
         transform(make_model(tmp_path), CATModifier(), tokens=make_tokens(0))

@@ -133,5 +133,5 @@ def test_integers_that_vllm_would_silently_run_with_16_bit_activations_are_refus
 ):
     weights = QuantizationArgs(num_bits=4, type="int", strategy="group", group_size=32)
     inputs = QuantizationArgs(num_bits=input_bits, type="int", strategy="token", dynamic=True)
-    with pytest.raises(NotImplementedError, match="strategy `channel`"):
+    with pytest.raises(NotImplementedError, match="weights of strategy `group`"):
         make_config()._get_scheme_from_parts(weights, inputs, None, "pack-quantized", "a")

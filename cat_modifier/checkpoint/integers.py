@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which integer schemes can be served with few-bit activations"""
+
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationStrategy,
+    QuantizationType,
+)
+
+__all__ = ["INT8_PRODUCT_RULE", "is_integer", "suits_int8_product"]
+
+INT8_PRODUCT_RULE = (
+    "integers of fewer than 8 bits are served with symmetric weights of strategy `channel` "
+    "and dynamic activations of strategy `token`"
+)
+
+
+def is_integer(weights: QuantizationArgs | None, inputs: QuantizationArgs | None) -> bool:
+    """Whether both weights and activations are quantized to integers"""
+    return (
+        weights is not None
+        and inputs is not None
+        and weights.type == inputs.type == QuantizationType.INT
+    )
+
+
+def suits_int8_product(
+    weights: QuantizationArgs | None, inputs: QuantizationArgs | None
+) -> bool:
+    """
+    Whether a Linear can be computed by one int8 matrix product: the scales of weights and
+    of activations are then factors of the result.
+    """
+    return (
+        is_integer(weights, inputs)
+        and max(weights.num_bits, inputs.num_bits) <= 8
+        and weights.strategy == QuantizationStrategy.CHANNEL
+        and weights.symmetric
+        and not weights.dynamic
+        and inputs.strategy == QuantizationStrategy.TOKEN
+        and inputs.dynamic is True
+    )
