@@ -15,11 +15,11 @@ import transformers
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from texts import EMBEDDED, load_texts, windows
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cat_modifier
+from cat_modifier.calibration.texts import EMBEDDED, load_texts, windows
 
 
 @torch.no_grad()

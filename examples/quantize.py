@@ -12,10 +12,10 @@ import argparse
 import torch
 from datasets import Dataset
 from llmcompressor import oneshot
-from texts import EMBEDDED, load_texts, windows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cat_modifier  # noqa: F401  makes CATModifier known to recipes
+from cat_modifier.calibration.texts import EMBEDDED, load_texts, windows
 
 
 def main():

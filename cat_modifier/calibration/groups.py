@@ -85,13 +85,18 @@ class GroupObserver:
             self._seen[key] = (weakref.ref(x), self._group_of[name])
         return self._group_of[name], is_new
 
-    def set_groups(self, groups: Iterable[Iterable[str]]):
-        """Fix groups in advance, by the names of their Linears"""
+    def set_groups(self, groups: Iterable[Iterable[str]], are_closed: bool = True):
+        """
+        Make groups in advance.
+
+        :param groups: the names of their Linears
+        :param are_closed: whether no further Linear joins, whatever its input
+        """
         for names in groups:
             group = InputGroup()
             for name in names:
                 self._add(group, name)
-            group.is_closed = True
+            group.is_closed = are_closed
 
     def _add(self, group: InputGroup, name: str):
         members = [*group.linears, name]

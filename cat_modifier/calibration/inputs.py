@@ -1,38 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What calibration learns of the inputs of Linears: their groups, moments and a sample"""
+"""What calibration learns of the inputs of Linears: their groups, and statistics of each"""
 
 from collections.abc import Callable, Mapping
+from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor
 from torch.nn import Linear
 
 from cat_modifier.calibration.groups import GroupObserver, InputGroup, padding_mask
-from cat_modifier.calibration.moments import BlockMoments, TokenSample
 
 __all__ = ["InputCalibration"]
 
 
-class InputCalibration:
+class Statistics(Protocol):
+    """Of an input"""
+
+    def update(self, tokens: Tensor):
+        """
+        :param tokens: shape (tokens, d)
+        """
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]): ...
+
+
+StatisticsType = TypeVar("StatisticsType", bound=Statistics)
+
+
+class InputCalibration(Generic[StatisticsType]):
     """
     Watches calls of Linears. Each input is counted once, however many Linears read it.
 
     :param linears: by full name, in the order of the model
-    :param block_size: from a group to k, the size of the blocks of its moments
-    :param sample_size: tokens to keep of each input
+    :param new_statistics: makes what accumulates the statistics of the input of a group
     """
 
     def __init__(
         self,
         linears: Mapping[str, Linear],
-        block_size: Callable[[InputGroup], int],
-        sample_size: int,
+        new_statistics: Callable[[InputGroup], StatisticsType],
     ):
         self.observer = GroupObserver(linears)
-        self._block_size = block_size
-        self._sample_size = sample_size
+        self._new_statistics = new_statistics
         self._masks: dict[int, Tensor] = {}
         # by the first Linear that was called, which may not be the group's owner for ever
-        self._statistics: dict[str, tuple[BlockMoments, TokenSample]] = {}
+        self._statistics: dict[str, StatisticsType] = {}
 
     def set_attention_mask(self, batch: int, attention_mask: object):
         """
@@ -60,21 +73,31 @@ class InputCalibration:
             tokens = tokens[mask.flatten().to(tokens.device)]
         key = self._key(group)
         if key is None:
-            key, size = name, self._block_size(group)
-            self._statistics[key] = (
-                BlockMoments(group.features, size),
-                TokenSample(self._sample_size),
-            )
-        for statistic in self._statistics[key]:
-            statistic.update(tokens)
+            key = name
+            self._statistics[key] = self._new_statistics(group)
+        self._statistics[key].update(tokens)
 
     def pending_groups(self) -> list[InputGroup]:
         """Groups whose statistics were not taken yet, in the order of the model"""
         return [group for group in self.observer.groups if self._key(group) is not None]
 
-    def take(self, group: InputGroup) -> tuple[BlockMoments, TokenSample]:
+    def take(self, group: InputGroup) -> StatisticsType:
         """Statistics of a group, which are then forgotten here"""
         return self._statistics.pop(self._key(group))
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that :meth:`load_state_dict` needs to go on, between two batches"""
+        return {
+            "groups": [list(group.linears) for group in self.observer.groups],
+            "statistics": {name: s.state_dict() for name, s in self._statistics.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]):
+        self.observer.set_groups(state["groups"], are_closed=False)
+        for group in self.observer.groups:
+            for name in state["statistics"].keys() & group.linears.keys():
+                self._statistics[name] = self._new_statistics(group)
+                self._statistics[name].load_state_dict(state["statistics"][name])
 
     def _key(self, group: InputGroup) -> str | None:
         return next((name for name in group.linears if name in self._statistics), None)

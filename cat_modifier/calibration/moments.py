@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Streaming second moments of activations, and a sample of the activations themselves."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from cat_modifier.mathematics.transform import diagonal_blocks
 
-__all__ = ["BlockMoments", "TokenSample"]
+__all__ = ["BlockMoments", "InputStatistics", "TokenSample"]
 
 
 class BlockMoments:
@@ -44,6 +46,12 @@ class BlockMoments:
         else:
             self.mean.lerp_(batch.to(self.mean.device), count / self.count)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean": self.mean, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]):
+        self.mean, self.count = state["mean"], state["count"]
+
     def reduce(self, device: torch.device):
         """
         Weighted mean over all ranks, if there are several: the moments are then those of
@@ -64,30 +72,99 @@ class BlockMoments:
 
 class TokenSample:
     """
-    A uniform random sample of the tokens seen, without replacement, for the statistics
-    which second moments do not hold (ranges, and thus concentration).
+    A few tokens which stand for all: a random sample without replacement that prefers
+    tokens of high energy, with a weight for each.
+
+    Quantization noise and signal grow with a token's energy ``||x||^2``, and a few tokens
+    (the first of a text above all) can hold most of it. A uniform sample would miss them
+    or count them far too often. This is priority sampling with the energy as the priority
+    (Duffield, Lund, Thorup, "Priority sampling for estimation of arbitrary subset sums",
+    2007): for any ``f``, the weighted sum of ``f`` over the sample is an unbiased estimate
+    of its mean over all tokens of positive energy.
 
     :param size: tokens to keep
     :param seed: seed of the sample, for reproducibility
+
+    Attributes:
+        count: tokens seen
+        tokens: shape (n, d), float32, n at most `size`; None before the first token
+        weights: shape (n,), float64
     """
 
     def __init__(self, size: int, seed: int = 0):
         self.size = size
+        self.count = 0
         self._generator = torch.Generator().manual_seed(seed)
-        self._keys = torch.empty(0)
-        self.tokens: Tensor | None = None
+        # one more than asked for: the largest priority left out sets the weights
+        self._priorities = torch.empty(0, dtype=torch.float64)
+        self._candidates: Tensor | None = None
+
+    @property
+    def tokens(self) -> Tensor | None:
+        return None if self._candidates is None else self._candidates[: self.size]
+
+    @property
+    def weights(self) -> Tensor:
+        threshold = self._priorities[self.size :].sum()
+        energy = self.tokens.double().square().sum(-1).cpu()
+        return torch.where(energy > 0, energy.clamp_min(threshold) / energy, 0) / self.count
 
     def update(self, tokens: Tensor):
         """
-        :param tokens: shape (tokens, d)
+        :param tokens: shape (tokens, d), any floating point dtype
         """
-        # each token draws a key once; the largest keys over all batches stay
-        keys = torch.rand(tokens.shape[0], generator=self._generator)
-        keys, index = keys.topk(min(self.size, keys.numel()))
+        if tokens.shape[0] == 0:
+            return
+        self.count += tokens.shape[0]
+        uniform = torch.rand(tokens.shape[0], generator=self._generator, dtype=torch.float64)
+        norm = torch.linalg.vector_norm(tokens, dim=-1, dtype=torch.float32).double().cpu()
+        priorities = norm.square() / (1 - uniform)
+        priorities, index = priorities.topk(min(self.size + 1, priorities.numel()))
         tokens = tokens[index.to(tokens.device)].float()
-        if self.tokens is not None:
-            keys = torch.cat([self._keys, keys])
-            tokens = torch.cat([self.tokens, tokens])
-            keys, index = keys.topk(min(self.size, keys.numel()))
+        if self._candidates is not None:
+            priorities = torch.cat([self._priorities, priorities])
+            tokens = torch.cat([self._candidates, tokens])
+            priorities, index = priorities.topk(min(self.size + 1, priorities.numel()))
             tokens = tokens[index.to(tokens.device)]
-        self._keys, self.tokens = keys, tokens
+        self._priorities, self._candidates = priorities, tokens
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "count": self.count,
+            "priorities": self._priorities,
+            "candidates": self._candidates,
+            "generator": self._generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]):
+        self.count = state["count"]
+        self._priorities, self._candidates = state["priorities"], state["candidates"]
+        self._generator.set_state(state["generator"])
+
+
+class InputStatistics:
+    """
+    Second moments and a sample of one input.
+
+    :param features: d, size of a token's activation
+    :param block_size: k, a divisor of d
+    :param sample_size: tokens to keep
+    """
+
+    def __init__(self, features: int, block_size: int, sample_size: int):
+        self.moments = BlockMoments(features, block_size)
+        self.sample = TokenSample(sample_size)
+
+    def update(self, tokens: Tensor):
+        """
+        :param tokens: shape (tokens, d), any floating point dtype
+        """
+        self.moments.update(tokens)
+        self.sample.update(tokens)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"moments": self.moments.state_dict(), "sample": self.sample.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]):
+        self.moments.load_state_dict(state["moments"])
+        self.sample.load_state_dict(state["sample"])

@@ -34,7 +34,7 @@ from torch.nn import Linear, Module, Parameter
 
 from cat_modifier.calibration.groups import InputGroup
 from cat_modifier.calibration.inputs import InputCalibration
-from cat_modifier.calibration.moments import BlockMoments, TokenSample
+from cat_modifier.calibration.moments import InputStatistics
 from cat_modifier.checkpoint.config import CATTransformConfig
 from cat_modifier.checkpoint.integers import (
     INT8_PRODUCT_RULE,
@@ -43,9 +43,9 @@ from cat_modifier.checkpoint.integers import (
 )
 from cat_modifier.checkpoint.saving import save_atomically
 from cat_modifier.checkpoint.transform import CATTransform
-from cat_modifier.compress.geometry import Geometry, choose_geometry
-from cat_modifier.compress.insertion import compute_insertion
 from cat_modifier.compress.report import GroupReport
+from cat_modifier.mathematics.geometry import Geometry, choose_geometry
+from cat_modifier.mathematics.insertion import compute_insertion
 from cat_modifier.mathematics.transform import Rotation
 
 __all__ = ["CATModifier"]
@@ -220,7 +220,10 @@ class CATModifier(Modifier):
             untie_word_embeddings(state.model)
 
         self._calibration = InputCalibration(
-            self._linears, lambda group: self._geometry(group).block_size, _SAMPLE_SIZE
+            self._linears,
+            lambda group: InputStatistics(
+                group.features, self._geometry(group).block_size, _SAMPLE_SIZE
+            ),
         )
         if self.mappings is not None:
             self._calibration.observer.set_groups(self._match_mappings(state.model))
@@ -337,21 +340,15 @@ class CATModifier(Modifier):
         self._refuse_different_groups(groups)
         is_quiet = not groups or not is_source_process()
         for group in tqdm.tqdm(groups, desc="Transforming", disable=is_quiet):
-            moments, sample = self._calibration.take(group)
-            moments.reduce(get_execution_device(group.linears[group.owner]))
+            statistics = self._calibration.take(group)
+            statistics.moments.reduce(get_execution_device(group.linears[group.owner]))
             # if every token was padding, the group is left to be treated as unseen
-            if moments.count:
-                self._transform_group(group, moments, sample)
+            if statistics.moments.count:
+                self._transform_group(group, statistics)
 
-    def _transform_group(
-        self,
-        group: InputGroup,
-        moments: BlockMoments | None = None,
-        sample: TokenSample | None = None,
-    ):
+    def _transform_group(self, group: InputGroup, statistics: InputStatistics | None = None):
         """
-        :param moments: of the input; None if it was not seen
-        :param sample: of the input, for the report
+        :param statistics: of the input; None if it was not seen
         """
         geometry = self._geometry(group)
         device = get_execution_device(group.linears[group.owner])
@@ -361,7 +358,7 @@ class CATModifier(Modifier):
                 weights[name] = linear.weight.detach().to(device, torch.float64)
         try:
             insertion = compute_insertion(
-                moments and moments.mean,
+                statistics and statistics.moments.mean,
                 weights,
                 geometry,
                 Rotation(self.rotation),
@@ -375,12 +372,17 @@ class CATModifier(Modifier):
         except ValueError as error:
             raise ValueError(f"Cannot transform the input of {group.owner}: {error}") from error
 
+        sample = statistics and statistics.sample
         if sample is not None and sample.tokens is not None and is_source_process():
             tokens = sample.tokens.to(device, torch.float64)
-            before = (tokens, weights)
-            after = (insertion.transform_tokens(tokens), new_weights)
             report = GroupReport.measure(
-                group, geometry, insertion.blocks, moments.count, before, after
+                group,
+                geometry,
+                insertion.blocks,
+                statistics.moments.count,
+                sample.weights.to(device),
+                before=(tokens, weights),
+                after=(insertion.transform_tokens(tokens), new_weights),
             )
             report.log()
 

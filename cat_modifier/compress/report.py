@@ -3,22 +3,26 @@
 
 from dataclasses import dataclass
 
+import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationType
 from loguru import logger
 from torch import Tensor
 
 from cat_modifier.calibration.groups import InputGroup
-from cat_modifier.compress.geometry import Geometry
+from cat_modifier.mathematics.geometry import Geometry
 from cat_modifier.mathematics.sqnr import (
-    activation_concentration,
     alignment,
+    concentration,
+    energy,
     predicted_sqnr,
     to_db,
-    weight_concentration,
 )
 from cat_modifier.mathematics.transform import condition_number
 
 __all__ = ["GroupReport"]
+
+_ROW = QuantizationArgs(num_bits=4, strategy="channel")
+"""One scale a row, where a recipe does not say"""
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,14 @@ class GroupReport:
         geometry: Geometry,
         blocks: Tensor,
         count: int,
+        token_weights: Tensor,
         before: tuple[Tensor, dict[str, Tensor]],
         after: tuple[Tensor, dict[str, Tensor]],
     ) -> "GroupReport":
         """
         :param blocks: transform as stored, shape (d/k, k, k)
         :param count: tokens which the moments are of
+        :param token_weights: of the sample, shape (tokens,), float64
         :param before: sample of the input, shape (tokens, d), float64; and weights by name,
             each of shape (out, d), float64
         :param after: the same, transformed
@@ -66,23 +72,21 @@ class GroupReport:
         bits = tuple(args and args.num_bits for args in (weight_args, input_args))
         sqnr, alignments = [], []
         for x, linears in (before, after):
-            outputs = [(x @ w.T).square().sum().item() for w in linears.values()]
+            weight = torch.cat(list(linears.values()))
             alignments.append(
                 alignment(
-                    sum(outputs) / x.shape[0],
-                    sum(w.square().sum().item() for w in linears.values()),
-                    x.square().sum().item() / x.shape[0],
+                    energy(x @ weight.T, token_weights),
+                    weight.square().sum().item(),
+                    energy(x, token_weights),
                 )
             )
             sqnr.append(
                 predicted_sqnr(
                     *bits,
-                    weight_concentration(
-                        list(linears.values()), weight_args is None or weight_args.symmetric
-                    ),
-                    activation_concentration(x, input_args is None or input_args.symmetric),
+                    concentration(weight, weight_args or _ROW),
+                    concentration(x, input_args or _ROW, token_weights),
                     alignments[-1],
-                )
+                ).joint
             )
         return cls(
             group,
@@ -123,6 +127,5 @@ def _quantization_args(
     """Of weights and inputs, as the recipe will quantize them; 4 bits if it does not say"""
     scheme = getattr(group.linears[group.owner], "quantization_scheme", None)
     if scheme is None:
-        default = QuantizationArgs(num_bits=4, type=QuantizationType.INT)
-        return default, default
+        return _ROW, _ROW
     return scheme.weights, scheme.input_activations

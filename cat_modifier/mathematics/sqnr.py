@@ -1,24 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Signal-to-quantization-noise ratio of a quantized Linear, factorised into bit width,
-concentration and alignment (arXiv 2603.04359, lemmas 2.1-2.3 and theorem 2.4).
+Signal-to-quantization-noise ratio (SQNR) of a quantized Linear, and its factors: bit
+width, concentration and alignment (arXiv 2603.04359, lemmas 2.1-2.3 and theorem 2.4).
 
-Ratios are plain numbers unless a name ends in ``_db``; ``to_db`` is ``10 log10``.
+A Linear is ``y = W x`` with ``W`` of shape (out, d). Where expectations over tokens are
+taken, tokens are rows of a tensor, and ``token_weights`` say how much each counts (all the
+same by default). All results are ratios of energies, without a unit; :func:`to_db` gives
+``10 log10`` of a ratio.
 """
 
 import math
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import NamedTuple
 
 import torch
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationStrategy,
+    QuantizationType,
+    fake_quantize,
+)
+from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor
 
 __all__ = [
-    "activation_concentration",
+    "SQNR",
+    "achievable_alignment",
     "alignment",
+    "concentration",
+    "energy",
+    "measured_sqnr",
+    "parallel_sum",
     "predicted_sqnr",
     "quantization_range",
+    "quantize_by_range",
     "to_db",
-    "weight_concentration",
 ]
+
+
+class SQNR(NamedTuple):
+    """
+    Ratios of the energy of ``W x`` and of its error
+
+    :param weights: if only weights are quantized, ``SQNR(Wq x)``
+    :param activations: if only activations are quantized, ``SQNR(W xq)``
+    :param joint: if both are, ``SQNR(Wq xq)``
+    """
+
+    weights: float
+    activations: float
+    joint: float
 
 
 def to_db(ratio: float) -> float:
@@ -28,39 +60,121 @@ def to_db(ratio: float) -> float:
     return 10 * math.log10(ratio) if ratio > 0 else -math.inf
 
 
-def quantization_range(x: Tensor, symmetric: bool) -> Tensor:
+def energy(x: Tensor, token_weights: Tensor | None = None) -> float:
     """
-    Width of the range which a quantizer spans for each vector that shares a scale:
-    ``2 max|x_i|`` if symmetric, else ``max(x, 0) - min(x, 0)``: zero is always in it.
+    ``E||x||^2``
 
-    :param x: shape (..., d)
-    :return: shape (...)
+    :param x: shape (tokens, d)
+    :param token_weights: shape (tokens,); they need not sum to 1
     """
-    if symmetric:
-        return 2 * x.abs().amax(-1)
-    return x.amax(-1).clamp_min(0) - x.amin(-1).clamp_max(0)
+    energies = torch.linalg.vector_norm(x, dim=-1).double().square()
+    if token_weights is None:
+        return energies.mean().item()
+    return (energies @ token_weights / token_weights.sum()).item()
 
 
-def activation_concentration(x: Tensor, symmetric: bool) -> float:
+def quantization_range(x: Tensor, args: QuantizationArgs) -> Tensor:
     """
-    ``C(x) = E||x||^2 / E[r(x)^2]`` with one scale a token [lemma 2.2].
+    Width of the range which a quantizer spans: ``2 max|x_i|`` if symmetric, else
+    ``max(x, 0) - min(x, 0)``, over all values which share a scale. Zero is always in it.
 
-    :param x: tokens, shape (tokens, d), floating point
+    :param x: shape (rows, d); tokens, or rows of a weight
+    :param args: `strategy` says what shares a scale: `token` and `channel` a row, `group`
+        and `tensor_group` each `group_size` channels of a row, `block` a rectangle of a
+        weight, `tensor` all
+    :return: shape (rows, d/g): one range for each g channels of each row; g is d if they
+        share one
+    :raises ValueError: if the strategy is of another kind, or its groups do not divide d
     """
-    x = x.to(torch.float64)
-    return (x.square().sum() / quantization_range(x, symmetric).square().sum()).item()
+    low, high = _extremes(x, args)
+    if args.symmetric:
+        return 2 * torch.maximum(high, -low)
+    return high - low
 
 
-def weight_concentration(weights: list[Tensor], symmetric: bool) -> float:
+def _extremes(x: Tensor, args: QuantizationArgs) -> tuple[Tensor, Tensor]:
+    """Least and greatest value, and zero, as (rows, d/g) tensors: see quantization_range"""
+    strategy = QuantizationStrategy(args.strategy)
+    rows, channels = x.shape
+    if strategy in (QuantizationStrategy.TOKEN, QuantizationStrategy.CHANNEL):
+        height, width = 1, channels
+    elif strategy in (QuantizationStrategy.GROUP, QuantizationStrategy.TENSOR_GROUP):
+        height, width = 1, args.group_size
+    elif strategy is QuantizationStrategy.BLOCK:
+        height, width = args.block_structure
+    elif strategy is QuantizationStrategy.TENSOR:
+        height, width = rows, channels
+    else:
+        raise ValueError(f"Ranges of strategy {strategy.value} are not those of a Linear")
+    if rows % height or channels % width:
+        raise ValueError(
+            f"Scales for each {height} x {width} values do not suit a tensor of shape "
+            f"{tuple(x.shape)}: choose a `group_size` or `block_structure` which divides it"
+        )
+    blocks = x.unflatten(0, (-1, height)).unflatten(-1, (-1, width))
+    return (
+        blocks.amin((1, 3)).clamp_max(0).repeat_interleave(height, 0),
+        blocks.amax((1, 3)).clamp_min(0).repeat_interleave(height, 0),
+    )
+
+
+def quantize_by_range(x: Tensor, args: QuantizationArgs) -> Tensor:
     """
-    ``C(W) = sum_j ||w_j||^2 / sum_j r(w_j)^2`` over the rows j of all weights, with one
-    scale a row [lemma 2.3].
+    Round to integers as compressed-tensors does, with the least and greatest value of each
+    range as its ends, and scale back. This is how dynamic activations and weights of
+    observer `minmax` are quantized.
 
-    :param weights: each of shape (out, d)
+    :param x: shape (rows, d)
+    :param args: of integers; see :func:`quantization_range`
+    :return: shape (rows, d), dtype of x
+    :raises ValueError: if they are not integers
     """
-    energy = sum(w.double().square().sum() for w in weights)
-    ranges = sum(quantization_range(w.double(), symmetric).square().sum() for w in weights)
-    return (energy / ranges).item()
+    if args.type != QuantizationType.INT:
+        raise ValueError(f"Ranges of type {args.type} are not divided into equal intervals")
+    low, high = _extremes(x, args)
+    scale, zero_point = calculate_qparams(low, high, args)
+    # every range is a row of its own here: one scale a row is all that is asked of
+    # compressed-tensors, whose strategies want scales of different shapes
+    row = QuantizationArgs(num_bits=args.num_bits, symmetric=args.symmetric, strategy="channel")
+    ranges = x.reshape(low.numel(), -1)
+    scale, zero_point = scale.reshape(-1, 1), zero_point.reshape(-1, 1)
+    return fake_quantize(ranges, scale, zero_point, row).view(x.shape)
+
+
+def concentration(
+    x: Tensor,
+    args: QuantizationArgs,
+    row_weights: Tensor | None = None,
+    noise_shares: Tensor | None = None,
+) -> float:
+    """
+    How well values fill their range: ``C(x) = E||x||^2 / E[r(x)^2]`` of activations, and
+    ``C(W) = sum_j ||w_j||^2 / sum_j r(w_j)^2`` of the rows of a weight [lemmas 2.2, 2.3].
+
+    If a row has several ranges, noise of each meets only those channels of the other
+    factor of the product. Their squares are then averaged with ``noise_shares``, so that
+    :func:`predicted_sqnr` holds as it does for one range a row.
+
+    :param x: tokens or rows of a weight, shape (rows, d), floating point
+    :param args: see :func:`quantization_range`
+    :param row_weights: shape (rows,), for activations; None counts all rows the same
+    :param noise_shares: share of the other factor's energy which each range of channels
+        holds, shape (d/g,): of ``||W_g||^2`` for activations, of ``E||x_g||^2`` for
+        weights; None if they are all the same
+    :return: nan for zeros
+    """
+    squared = quantization_range(x, args).to(torch.float64).square()
+    if noise_shares is None:
+        squared = squared.mean(-1)
+    else:
+        shares = noise_shares.to(squared)
+        squared = squared @ (shares / shares.sum())
+    if row_weights is not None:
+        squared = squared * (row_weights.to(squared) / row_weights.sum())
+        mean = squared.sum().item()
+    else:
+        mean = squared.mean().item()
+    return energy(x, row_weights) / mean if mean else math.nan
 
 
 def alignment(output_energy: float, weight_energy: float, input_energy: float) -> float:
@@ -76,26 +190,119 @@ def alignment(output_energy: float, weight_energy: float, input_energy: float) -
     return output_energy / product if product else math.nan
 
 
+def achievable_alignment(
+    output_energy: float, input_root: Tensor, weight_moments: Tensor
+) -> float:
+    """
+    Best alignment over all invertible transforms of the form of the moments: all matrices,
+    if these are whole (k = d), else all block-diagonal ones with blocks of size k.
+
+    ``A* = E||W x||^2 / (sum_i ||W_i Sx_ii^(1/2)||_*)^2`` with the nuclear norm ``||.||_*``
+    and ``W_i`` the columns of block i: ``tr(Sw G^-1) tr(G Sx)`` sees only diagonal blocks of
+    the moments, and is least at the solution of the Riccati equation (see
+    :mod:`cat_modifier.mathematics.transform`).
+
+    :param output_energy: ``E||W x||^2``, summed over the Linears which share the transform
+    :param input_root: square roots of the diagonal blocks of Sx, which may serve several
+        Linears: ``matrix_power(blocks, 0.5)``, shape (d/k, k, k), float64
+    :param weight_moments: diagonal blocks of Sw, shape (d/k, k, k), float64
+    :return: nan if the weight or the input is zero
+    """
+    values = torch.linalg.eigvalsh(input_root @ weight_moments @ input_root)
+    nuclear_norm = values.clamp_min(0).sqrt().sum().item()
+    return output_energy / nuclear_norm**2 if nuclear_norm else math.nan
+
+
 def predicted_sqnr(
     weight_bits: int | None,
     activation_bits: int | None,
     weight_concentration: float,
     activation_concentration: float,
     alignment: float,
-) -> float:
+) -> SQNR:
     """
-    Theorem 2.4 for any two bit widths: the parallel sum of ``12 N(b)^2 C A`` over weights
-    and activations, where ``N(b) = 2^b - 1`` intervals.
+    Theorem 2.4 for any two bit widths. Uniform rounding noise of energy ``r^2 / (12 N^2)``
+    on each value, with ``N(b) = 2^b - 1`` intervals, gives ``12 N(b)^2 C A`` for weights and
+    for activations [lemmas 2.2, 2.3]; both together, their parallel sum [lemma 2.1].
 
-    :param weight_bits: None if weights are not quantized; the same for activations
-    :return: the ratio of the energies of ``W x`` and of its error; nan if either is zero
+    :param weight_bits: of integers; None if weights are not quantized
+    :param activation_bits: the same of activations
+    :return: inf where nothing is quantized; nan for zero weights or inputs
     """
-    noise = 0.0
-    for bits, concentration in (
-        (weight_bits, weight_concentration),
-        (activation_bits, activation_concentration),
-    ):
-        if bits is not None:
-            signal = 12 * (2**bits - 1) ** 2 * concentration * alignment
-            noise += 1 / signal if signal else math.nan
+    ratios = [
+        math.inf if bits is None else 12 * (2**bits - 1) ** 2 * concentration * alignment
+        for bits, concentration in (
+            (weight_bits, weight_concentration),
+            (activation_bits, activation_concentration),
+        )
+    ]
+    return SQNR(*ratios, parallel_sum(*ratios))
+
+
+def parallel_sum(a: float, b: float) -> float:
+    """``a || b = 1 / (1/a + 1/b)``: the SQNR of two independent sources of noise"""
+    if 0 in (a, b):
+        return 0.0
+    noise = 1 / a + 1 / b
     return 1 / noise if noise else math.inf
+
+
+def measured_sqnr(
+    x: Tensor,
+    weight: Tensor,
+    schemes: Sequence[tuple[QuantizationArgs | None, QuantizationArgs | None]],
+    token_weights: Tensor | None = None,
+    product_dtype: torch.dtype = torch.float32,
+) -> list[SQNR]:
+    """
+    Quantize for real, multiply, and compare with the exact product.
+
+    Errors are taken before the products, ``Wq xq - W x = W (xq - x) + (Wq - W) x +
+    (Wq - W)(xq - x)``, so that products in bfloat16 are accurate enough for any number of
+    bits: their rounding is relative to the error.
+
+    :param x: tokens, shape (tokens, d), float32
+    :param weight: shape (out, d), float32
+    :param schemes: quantization of weights and of activations; None leaves them as they are
+    :param token_weights: shape (tokens,)
+    :param product_dtype: dtype of the matrix products, float32 or bfloat16
+    :return: one for each scheme; inf where nothing is quantized
+    """
+
+    keys = [(_key(weights), _key(inputs)) for weights, inputs in schemes]
+    by_key = {_key(args): args for args in chain.from_iterable(schemes)}
+    # under None, what is not quantized: x itself
+    factors = {None: x}
+    factors |= {key: quantize_by_range(x, by_key[key]) - x for _, key in keys if key}
+
+    exact = _products(factors, weight, product_dtype)
+    signal = energy(exact[None], token_weights)
+    noise = {(None, key): energy(exact[key], token_weights) for key in factors if key}
+    for weight_key in {key for key, _ in keys if key}:
+        error = quantize_by_range(weight, by_key[weight_key]) - weight
+        # of the errors of the activations, those which this error occurs together with
+        partners = {key for other, key in keys if other == weight_key} | {None}
+        chosen = {key: factor for key, factor in factors.items() if key in partners}
+        products = _products(chosen, error, product_dtype)
+        noise[weight_key, None] = energy(products[None], token_weights)
+        for key in partners - {None}:
+            joint = products[key] + products[None] + exact[key]
+            noise[weight_key, key] = energy(joint, token_weights)
+
+    def ratio(*keys: str | None) -> float:
+        return signal / noise[keys] if noise.get(keys) else math.inf
+
+    return [SQNR(ratio(w, None), ratio(None, i), ratio(w, i)) for w, i in keys]
+
+
+def _key(args: QuantizationArgs | None) -> str | None:
+    return None if args is None else args.model_dump_json()
+
+
+def _products(
+    factors: Mapping[str | None, Tensor], weight: Tensor, dtype: torch.dtype
+) -> dict[str | None, Tensor]:
+    """Products of tokens with a weight, all at once, by the keys of the tokens, in float32"""
+    tokens = torch.cat(list(factors.values())).to(dtype)
+    products = (tokens @ weight.to(dtype).T).float()
+    return dict(zip(factors, products.chunk(len(factors)), strict=True))

@@ -32,6 +32,9 @@ __all__ = [
     "diagonal_blocks",
     "geometric_mean",
     "invert_blocks",
+    "matrix_power",
+    "rotate_blocks",
+    "transformed_energy",
 ]
 
 
@@ -61,8 +64,14 @@ class Rotation(StrEnum):
         return self in (Rotation.BLOCK_HADAMARD, Rotation.EIGEN_HADAMARD)
 
 
-def _power(matrix: Tensor, exponent: float) -> Tensor:
-    """Power of symmetric positive definite matrices (..., k, k)"""
+def matrix_power(matrix: Tensor, exponent: float) -> Tensor:
+    """
+    Power of symmetric positive semi-definite matrices. Eigenvalues that are zero up to
+    rounding count as 1e-14 of the largest.
+
+    :param matrix: shape (..., k, k), float64
+    :return: shape (..., k, k)
+    """
     values, vectors = torch.linalg.eigh(matrix)
     # rounding can make the smallest eigenvalues zero or negative
     floor = values[..., -1:].clamp_min(torch.finfo(values.dtype).tiny) * 1e-14
@@ -74,12 +83,20 @@ def geometric_mean(a: Tensor, b: Tensor) -> Tensor:
     """
     ``a # b = a^(1/2) (a^(-1/2) b a^(-1/2))^(1/2) a^(1/2)``
 
+    Computed as ``L (L^-1 b L^-T)^(1/2) L^T`` with the Cholesky factor ``a = L L^T``, which
+    is the same (the mean commutes with congruence) and needs one eigendecomposition.
+
     :param a: symmetric positive definite, shape (..., k, k), float64
-    :param b: as ``a``
-    :return: symmetric positive definite, shape (..., k, k)
+    :param b: symmetric positive semi-definite, otherwise as ``a``
+    :return: symmetric, shape (..., k, k)
+    :raises ValueError: if ``a`` is not positive definite
     """
-    root, inverse_root = _power(a, 0.5), _power(a, -0.5)
-    mean = root @ _power(inverse_root @ b @ inverse_root, 0.5) @ root
+    factor, info = torch.linalg.cholesky_ex(a)
+    if info.any():
+        raise ValueError("The second moments are singular: raise `damping`")
+    half = torch.linalg.solve_triangular(factor, b, upper=False)
+    inner = torch.linalg.solve_triangular(factor, half.mT, upper=False)
+    mean = factor @ matrix_power((inner + inner.mT) / 2, 0.5) @ factor.mT
     return (mean + mean.mT) / 2
 
 
@@ -117,11 +134,38 @@ def alignment_transform(
     :param damping: see :func:`damp`
     :return: shape (d/k, k, k), float64; scaled so that ``tr(M Sx M) = tr(Sx)``: the
         transformed activations have the energy of the original ones
+    :raises ValueError: if the moments are not finite
     """
+    for name, moments in (("input", input_moments), ("weight", weight_moments)):
+        if not torch.isfinite(moments).all():
+            raise ValueError(f"The {name} second moments are not finite")
     sx, sw = damp(input_moments, damping), damp(weight_moments, damping)
-    transform = _power(geometric_mean(sw, _power(sx, -1.0)), strength / 2)
-    energy = torch.einsum("nij,njk,nik->", transform, sx, transform)
+    if strength == 0:
+        return torch.eye(sx.shape[-1], dtype=sx.dtype, device=sx.device).expand_as(sx)
+    transform = matrix_power(geometric_mean(torch.linalg.inv(sx), sw), strength / 2)
+    energy = transformed_energy(transform, sx)
     return transform * (sx.diagonal(dim1=-2, dim2=-1).sum() / energy).sqrt()
+
+
+def rotate_blocks(
+    transform: Tensor, input_moments: Tensor, rotation: Rotation, damping: float = 1e-2
+) -> Tensor:
+    """
+    Put the rotation in front of each block, if it is one that is folded into the blocks
+    (see :class:`Rotation`).
+
+    :param transform: of the alignment, shape (d/k, k, k), float64
+    :param input_moments: diagonal blocks of Sx, shape (d/k, k, k), float64
+    :return: shape (d/k, k, k), float64
+    :raises ValueError: if the rotation needs a Hadamard matrix of order k and there is none
+    """
+    if rotation is Rotation.EIGEN_HADAMARD:
+        moments = transform @ damp(input_moments, damping) @ transform.mT
+        transform = torch.linalg.eigh((moments + moments.mT) / 2)[1].mT @ transform
+    if rotation.is_folded:
+        hadamard = hadamard_matrix(transform.shape[-1]).to(transform.device)
+        transform = hadamard @ transform
+    return transform
 
 
 def block_transform(
@@ -132,8 +176,7 @@ def block_transform(
     damping: float = 1e-2,
 ) -> Tensor:
     """
-    The blocks of CAT as they are stored: the alignment transform, then the rotation if it
-    is one that is folded into the blocks (see :class:`Rotation`).
+    The blocks of CAT as they are stored: the alignment transform, then the rotation.
 
     :param input_moments: diagonal blocks of Sx, shape (d/k, k, k), float64
     :param weight_moments: diagonal blocks of Sw, shape (d/k, k, k), float64
@@ -141,18 +184,8 @@ def block_transform(
     :raises ValueError: if the moments are not finite, or if the rotation needs a Hadamard
         matrix of order k and there is none
     """
-    for name, moments in (("input", input_moments), ("weight", weight_moments)):
-        if not torch.isfinite(moments).all():
-            raise ValueError(f"The {name} second moments are not finite")
-
     transform = alignment_transform(input_moments, weight_moments, strength, damping)
-    if rotation is Rotation.EIGEN_HADAMARD:
-        moments = transform @ damp(input_moments, damping) @ transform.mT
-        transform = torch.linalg.eigh((moments + moments.mT) / 2)[1].mT @ transform
-    if rotation.is_folded:
-        hadamard = hadamard_matrix(transform.shape[-1]).to(transform.device)
-        transform = hadamard @ transform
-    return transform
+    return rotate_blocks(transform, input_moments, rotation, damping)
 
 
 def invert_blocks(blocks: Tensor) -> Tensor:
@@ -177,6 +210,17 @@ def condition_number(blocks: Tensor) -> float:
     return (values.max() / values.min()).item()
 
 
+def transformed_energy(blocks: Tensor, input_moments: Tensor) -> float:
+    """
+    ``E||T x||^2 = tr(T Sx T^T)`` of a block-diagonal ``T``
+
+    :param blocks: shape (d/k, k, k)
+    :param input_moments: diagonal blocks of Sx, shape (d/k, k, k), float64
+    """
+    blocks = blocks.to(input_moments.dtype)
+    return ((blocks @ input_moments) * blocks).sum().item()
+
+
 def diagonal_blocks(matrix: Tensor, block_size: int) -> Tensor:
     """
     Diagonal blocks of ``matrix^T matrix`` without forming it.
@@ -184,6 +228,8 @@ def diagonal_blocks(matrix: Tensor, block_size: int) -> Tensor:
     :param matrix: shape (rows, d), e.g. a weight or tokens
     :return: shape (d/k, k, k), dtype of ``matrix``
     """
+    if block_size == 1:  # d products of vectors would be slow
+        return torch.linalg.vector_norm(matrix, dim=0).square()[:, None, None]
     blocks = matrix.unflatten(-1, (-1, block_size)).movedim(-2, 0)
     return blocks.mT @ blocks
 

@@ -31,8 +31,9 @@ from cat_modifier import CATModifier
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "examples")]
 
-from texts import EMBEDDED, load_texts, windows  # noqa: E402
 from tiny_models import int_scheme, make_loader  # noqa: E402
+
+from cat_modifier.calibration.texts import EMBEDDED, load_texts, windows  # noqa: E402
 
 OPTIONS = {
     "no transform": None,

@@ -18,11 +18,11 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "examples")]
 from embedded_model import write_embedded_model  # noqa: E402
 from llmcompressor import oneshot  # noqa: E402
 from llmcompressor.modifiers.quantization import QuantizationModifier  # noqa: E402
-from texts import EMBEDDED, load_texts, windows  # noqa: E402
 from tiny_models import int_scheme, make_loader, make_model, make_tokens  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: E402
 
 from cat_modifier import CATModifier  # noqa: E402
+from cat_modifier.calibration.texts import EMBEDDED, load_texts, windows  # noqa: E402
 
 # head sizes that vLLM's attention for CPUs has
 TINY = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 256}

@@ -2,22 +2,30 @@
 """Text to calibrate and to evaluate on, as windows of tokens"""
 
 import pydoc_data.topics
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+__all__ = ["EMBEDDED", "load_texts", "windows"]
+
 EMBEDDED = "pydoc-topics"
 """English text of the Python installation: 150 kB, no download"""
+
+_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+"""File suffixes to loaders of the datasets library"""
 
 
 def load_texts(dataset: str, split: str, column: str = "text") -> list[str]:
     """
-    :param dataset: a dataset of the Hugging Face Hub as ``id`` or ``id:configuration``, or
-        ``pydoc-topics``
+    :param dataset: ``pydoc-topics``; a file of text (.txt, .md), or one with a column of
+        texts (.json, .jsonl, .csv, .parquet); or a dataset of the Hugging Face Hub as ``id``
+        or ``id:configuration``
     :param split: of a dataset of the Hub, as in ``datasets.load_dataset``; of pydoc-topics,
-        ``train`` is one half of the topics and ``test`` the other
-    :param column: which holds the text
+        ``train`` is one half of the topics and any other name the other half; a file has none
+    :param column: which holds the texts
+    :raises ValueError: if the dataset cannot be read
     """
     if dataset == EMBEDDED:
         topics = [text for _, text in sorted(pydoc_data.topics.topics.items())]
@@ -26,8 +34,25 @@ def load_texts(dataset: str, split: str, column: str = "text") -> list[str]:
 
     from datasets import load_dataset
 
-    name, _, configuration = dataset.partition(":")
-    return list(load_dataset(name, configuration or None, split=split)[column])
+    path = Path(dataset)
+    try:
+        if path.suffix in (".txt", ".md"):
+            return [path.read_text()]
+        if path.suffix in _READERS:
+            rows = load_dataset(_READERS[path.suffix], data_files=dataset, split="train")
+        else:
+            name, _, configuration = dataset.partition(":")
+            rows = load_dataset(name, configuration or None, split=split)
+    except Exception as error:  # readers of all kinds, and the network
+        raise ValueError(
+            f"The dataset {dataset!r} (split {split!r}) cannot be read: {error}"
+        ) from error
+    if column not in rows.column_names:
+        raise ValueError(
+            f"The dataset {dataset!r} has no column {column!r} but {rows.column_names}: choose "
+            "one with --column"
+        )
+    return list(rows[column])
 
 
 def windows(

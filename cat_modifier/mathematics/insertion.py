@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cat_modifier.compress.geometry import Geometry
+from cat_modifier.mathematics.geometry import Geometry
 from cat_modifier.mathematics.hadamard import (
     apply_hadamard,
     hadamard_factors,
@@ -38,22 +38,38 @@ class Insertion:
     inverse: Tensor
     hadamard: tuple[Tensor, Tensor] | None
 
+    @classmethod
+    def from_blocks(cls, blocks: Tensor, hadamard_size: int) -> "Insertion":
+        """
+        :param blocks: T as it is to be stored, shape (d/k, k, k)
+        :param hadamard_size: order of the Hadamard matrix after the blocks; 1 if none
+        :raises ValueError: if T is singular
+        """
+        hadamard = None
+        if hadamard_size > 1:
+            left, right = hadamard_factors(hadamard_size)
+            device = blocks.device
+            hadamard = hadamard_matrix(left).to(device), hadamard_matrix(right).to(device)
+        return cls(blocks, invert_blocks(blocks), hadamard)
+
     def transform_tokens(self, tokens: Tensor) -> Tensor:
         """
-        :param tokens: shape (tokens, d), float64
+        :param tokens: shape (tokens, d), the dtype to compute in
         :return: ``H T x`` of each
         """
-        return self._rotate(apply_blocks(tokens, self.blocks.double()))
+        return self._rotate(apply_blocks(tokens, self.blocks.to(tokens.dtype)))
 
     def transform_weight(self, weight: Tensor) -> Tensor:
         """
-        :param weight: shape (out, d), float64
+        :param weight: shape (out, d), the dtype to compute in
         :return: ``W T^-1 H^T``
         """
-        return self._rotate(apply_blocks(weight, self.inverse.mT))
+        return self._rotate(apply_blocks(weight, self.inverse.mT.to(weight.dtype)))
 
     def _rotate(self, rows: Tensor) -> Tensor:
-        return rows if self.hadamard is None else apply_hadamard(rows, *self.hadamard)
+        if self.hadamard is None:
+            return rows
+        return apply_hadamard(rows, *(factor.to(rows.dtype) for factor in self.hadamard))
 
 
 def compute_insertion(
@@ -81,8 +97,4 @@ def compute_insertion(
     blocks = block_transform(
         input_moments.to(device, torch.float64), weight_moments, rotation, strength, damping
     ).to(precision)
-    hadamard = None
-    if geometry.hadamard_size > 1:
-        left, right = hadamard_factors(geometry.hadamard_size)
-        hadamard = hadamard_matrix(left).to(device), hadamard_matrix(right).to(device)
-    return Insertion(blocks, invert_blocks(blocks), hadamard)
+    return Insertion.from_blocks(blocks, geometry.hadamard_size)

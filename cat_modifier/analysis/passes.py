@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Passes over the data, with progress, which can be interrupted and resumed"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import tqdm
+from compressed_tensors.utils import get_execution_device
+from torch import Tensor
+from torch.nn import Linear, Module
+
+from cat_modifier.analysis.workspace import Workspace
+from cat_modifier.calibration.groups import InputGroup
+from cat_modifier.calibration.inputs import InputCalibration, StatisticsType
+
+__all__ = ["Batch", "calibrate", "call", "hooked", "resumable"]
+
+Batch = Tensor | Mapping[str, Any]
+"""Token ids (or whatever the model takes first), or keyword arguments of the model"""
+
+
+def call(model: Module, batch: Batch) -> Any:
+    """The model's output for a batch, which may be on another device"""
+    device = get_execution_device(model)
+    if isinstance(batch, Mapping):
+        return model(**{k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()})
+    return model(batch.to(device))
+
+
+@contextmanager
+def hooked(hooks: Mapping[Module, Callable], **kwargs) -> Iterator[None]:
+    """Context in which modules have a forward hook each"""
+    handles = [module.register_forward_hook(hook, **kwargs) for module, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def resumable(
+    batches: Sequence[Batch],
+    description: str,
+    workspace: Workspace | None,
+    state_dict: Callable[[], dict[str, Any]],
+    load_state_dict: Callable[[dict[str, Any]], None],
+) -> Iterator[tuple[int, Batch]]:
+    """
+    The batches which are left of a pass, numbered, with a progress bar. Between two batches
+    the state of the pass is saved from time to time.
+
+    :param workspace: where; None to keep nothing
+    """
+    state = workspace.load_state() if workspace is not None else None
+    done = 0
+    if state is not None:
+        done = state["batches"]
+        load_state_dict(state["pass"])
+    with tqdm.tqdm(total=len(batches), initial=done, desc=description) as progress:
+        for index in range(done, len(batches)):
+            yield index, batches[index]
+            progress.update()
+            if workspace is not None:
+                is_last = index + 1 == len(batches)
+                workspace.save_state(
+                    lambda done=index + 1: {"batches": done, "pass": state_dict()}, now=is_last
+                )
+
+
+@torch.no_grad()
+def calibrate(
+    model: Module,
+    linears: Mapping[str, Linear],
+    batches: Sequence[Batch],
+    new_statistics: Callable[[InputGroup], StatisticsType],
+    workspace: Workspace | None = None,
+) -> InputCalibration[StatisticsType]:
+    """
+    Pass batches through a model, and take statistics of the inputs of Linears.
+
+    :param linears: by full name
+    :param new_statistics: makes what accumulates the statistics of an input
+    """
+    calibration = InputCalibration(linears, new_statistics)
+    current = 0
+
+    def observe(name: str) -> Callable:
+        return lambda module, args, output: calibration.observe(name, args[0], current)
+
+    with hooked({linear: observe(name) for name, linear in linears.items()}):
+        for index, batch in resumable(
+            batches,
+            "Calibrating",
+            workspace,
+            calibration.state_dict,
+            calibration.load_state_dict,
+        ):
+            current = index
+            if isinstance(batch, Mapping):
+                calibration.set_attention_mask(index, batch.get("attention_mask"))
+            call(model, batch)
+    return calibration

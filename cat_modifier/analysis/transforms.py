@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The transforms which the analysis compares. To add one, add it to ``TRANSFORMS``: a
+function from what is known of an input and of its readers to what is inserted between them.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cat_modifier.analysis.statistics import AnalysisStatistics
+from cat_modifier.mathematics.geometry import choose_geometry
+from cat_modifier.mathematics.insertion import Insertion
+from cat_modifier.mathematics.transform import (
+    Rotation,
+    alignment_transform,
+    diagonal_blocks,
+    rotate_blocks,
+)
+
+__all__ = ["TRANSFORMS", "GroupData", "Transform"]
+
+_PRECISION = torch.bfloat16
+"""Of stored transforms, as CATModifier's default"""
+
+
+@dataclass
+class GroupData:
+    """
+    What is known of Linears which read the same input.
+
+    :param name: of the first of them, for messages
+    :param statistics: of the input
+    :param block_size: k of CAT
+    :param weights: of each Linear, shape (out, d), float32
+    """
+
+    name: str
+    statistics: AnalysisStatistics
+    block_size: int
+    weights: Mapping[str, Tensor]
+    _moments: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    _alignments: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def features(self) -> int:
+        """d, size of the input"""
+        return next(iter(self.weights.values())).shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.weights.values())).device
+
+    @property
+    def known_size(self) -> int:
+        """Size of the largest blocks of Sx that are known: k, or d if all of Sx is"""
+        return self.statistics.moments.mean.shape[-1]
+
+    def input_moments(self, block_size: int) -> Tensor:
+        """
+        :param block_size: a divisor of :attr:`known_size`
+        :return: diagonal blocks of Sx, shape (d/k, k, k), float64
+        """
+        moments = self.statistics.moments.mean.to(self.device, torch.float64)
+        return _inner_blocks(moments, block_size)
+
+    def weight_moments(self, block_size: int) -> dict[str, Tensor]:
+        """
+        :return: diagonal blocks of ``W^T W`` of each Linear, shape (d/k, k, k), float64
+        """
+        if block_size not in self._moments:
+            self._moments[block_size] = {
+                name: diagonal_blocks(weight, block_size).double()
+                for name, weight in self.weights.items()
+            }
+        return self._moments[block_size]
+
+    def alignment_transform(self, block_size: int) -> Tensor:
+        """M, computed once for all rotations, shape (d/k, k, k), float64"""
+        if block_size not in self._alignments:
+            self._alignments[block_size] = alignment_transform(
+                self.input_moments(block_size),
+                sum(self.weight_moments(block_size).values()),
+                strength=1.0,
+                damping=1e-2,
+            )
+        return self._alignments[block_size]
+
+
+def _inner_blocks(moments: Tensor, size: int) -> Tensor:
+    """Smaller diagonal blocks out of larger ones"""
+    count = moments.shape[-1] // size
+    blocks = moments.unflatten(-1, (count, size)).unflatten(1, (count, size))
+    return blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1).flatten(0, 1)
+
+
+class Transform(NamedTuple):
+    """
+    :param compute: the transform of one input
+    :param needs_whole_moments: whether it needs all of Sx, and not its diagonal blocks
+    :param label: for figures
+    """
+
+    compute: Callable[[GroupData], Insertion]
+    needs_whole_moments: bool
+    label: str
+
+
+def _cat(rotation: Rotation, block_size: int | None = None, aligned: bool = True):
+    """
+    :param block_size: k; None for that of the analysis, 0 for the whole input
+    :param aligned: whether the rotation is put after the alignment transform
+    """
+
+    def compute(data: GroupData) -> Insertion:
+        size = {None: data.block_size, 0: data.features}.get(block_size, block_size)
+        geometry = choose_geometry(data.name, data.features, 1, size, rotation)
+        size = geometry.block_size
+        if data.known_size % size:
+            # moments of blocks that are cut otherwise are not known
+            size = choose_geometry(data.name, data.known_size, 1, size, rotation).block_size
+        if aligned:
+            blocks = data.alignment_transform(size)
+        else:
+            blocks = torch.eye(size, dtype=torch.float64, device=data.device)
+            blocks = blocks.expand(data.features // size, size, size)
+        if rotation.is_folded:
+            blocks = rotate_blocks(blocks, data.input_moments(size), rotation)
+        return Insertion.from_blocks(blocks.to(_PRECISION), geometry.hadamard_size)
+
+    return compute
+
+
+def _smooth_scaling(data: GroupData) -> Insertion:
+    """
+    ``x_i / s_i`` with ``s_i = sqrt(max|x_i| / max|w_i|)`` (SmoothQuant, arXiv 2211.10438,
+    equation 4 with its default strength 0.5)
+    """
+    inputs = data.statistics.maxima.to(data.device, torch.float64)
+    weights = torch.stack([w.abs().amax(0) for w in data.weights.values()]).amax(0).double()
+    # channels which are always zero on either side have nothing to be scaled for
+    floor = torch.finfo(torch.float32).tiny
+    alive = (inputs > floor) & (weights > floor)
+    scales = torch.where(alive, (inputs / weights.clamp_min(floor)).sqrt(), 1.0)
+    return Insertion.from_blocks((1 / scales)[:, None, None].to(_PRECISION), 1)
+
+
+TRANSFORMS: dict[str, Transform] = {
+    "none": Transform(_cat(Rotation.NONE, 1, aligned=False), False, "no transform"),
+    "scaling": Transform(_smooth_scaling, False, "SmoothQuant scaling"),
+    "hadamard": Transform(_cat(Rotation.HADAMARD, 1, aligned=False), False, "Hadamard"),
+    "block-hadamard": Transform(
+        _cat(Rotation.BLOCK_HADAMARD, aligned=False), False, "block Hadamard"
+    ),
+    "cat-scaling": Transform(_cat(Rotation.HADAMARD, 1), False, "CAT, k = 1"),
+    "cat": Transform(_cat(Rotation.HADAMARD), False, "CAT"),
+    "cat-block-hadamard": Transform(
+        _cat(Rotation.BLOCK_HADAMARD), False, "CAT, block Hadamard"
+    ),
+    "cat-eigen-hadamard": Transform(
+        _cat(Rotation.EIGEN_HADAMARD), False, "CAT, eigen Hadamard"
+    ),
+    "cat-full": Transform(_cat(Rotation.HADAMARD, 0), True, "CAT, full"),
+}
