@@ -58,8 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--transforms",
         nargs="+",
+        choices=list(TRANSFORMS),
         default=list(DEFAULT_TRANSFORMS),
-        help=f"of {', '.join(TRANSFORMS)}. cat-full takes memory in the square and time in the "
+        help="to compare. cat-full takes memory in the square and time in the "
         "cube of the input size",
     )
     add("--block-size", type=int, default=128, help="of CAT, an upper bound")
@@ -75,6 +76,7 @@ def _analyze(args: argparse.Namespace):
 
     from cat_modifier.analysis.comparison import compare
     from cat_modifier.analysis.layers import UnseenLinears, analyze
+    from cat_modifier.analysis.passes import without_predictions
     from cat_modifier.analysis.report import (
         comparison_tables,
         layer_tables,
@@ -135,11 +137,12 @@ def _analyze(args: argparse.Namespace):
             workspace.publish(lambda to: write_comparison_report(to, comparison, settings))
             console.print(comparison_tables(comparison))
         else:
+            model = load(args.model)
             unseen = None
             try:
                 frame = analyze(
-                    load(args.model),
-                    batches,
+                    model,
+                    [without_predictions(model, batch) for batch in batches],
                     schemes,
                     args.transforms,
                     args.targets,
@@ -154,8 +157,8 @@ def _analyze(args: argparse.Namespace):
             workspace.publish(lambda to: write_layer_report(to, frame, schemes, settings))
             console.print(layer_tables(frame, schemes))
     console.print(f"The report is in {args.output}/report.html", highlight=False)
-    if unseen_error := (None if is_quantized else unseen):
-        raise unseen_error
+    if not is_quantized and unseen is not None:
+        raise unseen
 
 
 def main():
@@ -163,10 +166,9 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         args = _parser().parse_args()
+        args.run(args)
     except ModuleNotFoundError as error:
         sys.exit(f"error: {error}. The command needs: pip install 'cat-modifier[analyze]'")
-    try:
-        args.run(args)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

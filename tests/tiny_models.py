@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
@@ -65,8 +66,10 @@ def make_model(
                 parameter.mul_(3)
     model.to(dtype).save_pretrained(folder)
     vocabulary = {f"<{i}>": i for i in range(VOCABULARY)}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="<2>"))
+    words.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="<2>")),
+        tokenizer_object=words,
         bos_token="<0>",
         eos_token="<1>",
         pad_token="<1>",

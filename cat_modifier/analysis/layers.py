@@ -49,7 +49,7 @@ DEFAULT_TRANSFORMS = tuple(
 DEFAULT_IGNORE = ("re:.*lm_head", "re:.*vision.*", "re:.*visual.*")
 """As CATModifier's"""
 
-_SAMPLE_SIZE = 256
+_SAMPLE_SIZE = 128
 """Tokens of each input on which SQNR is measured"""
 
 
@@ -246,12 +246,9 @@ def _measure_group(
             dtypes.add(linear.weight.dtype)
     x = statistics.sample.tokens.to(device)
     token_weights = statistics.sample.weights.to(device)
-    for what, tensor in {
-        "input": x,
-        **{f"weight of {n}": w for n, w in weights.items()},
-    }.items():
+    for what, tensor in {f"The input of {group.owner}": x, **weights}.items():
         if not torch.isfinite(tensor).all():
-            raise ValueError(f"The {what} is not finite (group of {group.owner})")
+            raise ValueError(f"{what} has values that are not finite")
 
     data = GroupData(group.owner, statistics, block_size, weights)
     largest = torch.linalg.vector_norm(x, dim=-1).max().item() ** 2

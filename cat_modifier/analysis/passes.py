@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Passes over the data, with progress, which can be interrupted and resumed"""
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,7 @@ from cat_modifier.analysis.workspace import Workspace
 from cat_modifier.calibration.groups import InputGroup
 from cat_modifier.calibration.inputs import InputCalibration, StatisticsType
 
-__all__ = ["Batch", "calibrate", "call", "hooked", "resumable"]
+__all__ = ["Batch", "calibrate", "call", "hooked", "resumable", "without_predictions"]
 
 Batch = Tensor | Mapping[str, Any]
 """Token ids (or whatever the model takes first), or keyword arguments of the model"""
@@ -27,6 +28,17 @@ def call(model: Module, batch: Batch) -> Any:
     if isinstance(batch, Mapping):
         return model(**{k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()})
     return model(batch.to(device))
+
+
+def without_predictions(model: Module, ids: Tensor) -> Batch:
+    """
+    Token ids as a batch for a causal language model whose logits nobody asks for: most can
+    leave them out, and save a fifth of the work on a small model.
+    """
+    batch = {"input_ids": ids, "use_cache": False}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        batch["logits_to_keep"] = 1
+    return batch
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ class Workspace:
     :param settings: what the results depend on, for JSON
     :param overwrite: whether to replace an older report, or an unfinished one of other
         settings
-    :param interval: seconds between saves of the state of a pass
+    :param interval: least seconds between saves of the state of a pass; 0 to save each time
 
     :raises FileExistsError: if the folder holds other files, a finished report, or an
         unfinished one of other settings
@@ -80,6 +81,11 @@ class Workspace:
         return self
 
     def __exit__(self, *exception):
+        if not any((self._unfinished / name).exists() for name in (_STATE, _ROWS)):
+            # nothing to go on with: the next command may have any settings
+            shutil.rmtree(self._unfinished, ignore_errors=True)
+            with suppress(OSError):  # unless it holds a report
+                self.folder.rmdir()
         self._lock.release()
 
     def _refuse_other_files(self):
@@ -140,7 +146,8 @@ class Workspace:
             return
         _write(self._unfinished / _STATE, lambda part: torch.save(state(), part))
         self._saved = time.monotonic()
-        self._interval = max(self._interval, 20 * (self._saved - start))
+        if self._interval:
+            self._interval = max(self._interval, 20 * (self._saved - start))
 
     ## Finished rows ##
 

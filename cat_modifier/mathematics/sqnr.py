@@ -67,7 +67,9 @@ def energy(x: Tensor, token_weights: Tensor | None = None) -> float:
     :param x: shape (tokens, d)
     :param token_weights: shape (tokens,); they need not sum to 1
     """
-    energies = torch.linalg.vector_norm(x, dim=-1).double().square()
+    # at least float32: the squares of what overflows or vanishes in 16 bits
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    energies = torch.linalg.vector_norm(x, dim=-1, dtype=dtype).double().square()
     if token_weights is None:
         return energies.mean().item()
     return (energies @ token_weights / token_weights.sum()).item()
@@ -302,7 +304,7 @@ def _key(args: QuantizationArgs | None) -> str | None:
 def _products(
     factors: Mapping[str | None, Tensor], weight: Tensor, dtype: torch.dtype
 ) -> dict[str | None, Tensor]:
-    """Products of tokens with a weight, all at once, by the keys of the tokens, in float32"""
+    """Products of tokens with a weight, all at once, by the keys of the tokens"""
     tokens = torch.cat(list(factors.values())).to(dtype)
-    products = (tokens @ weight.to(dtype).T).float()
+    products = tokens @ weight.to(dtype).T
     return dict(zip(factors, products.chunk(len(factors)), strict=True))

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`cat-modifier analyze`, and the files which it writes"""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from llmcompressor import oneshot
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from PIL import Image
+from tiny_models import VOCABULARY, int_scheme, make_loader, make_model, make_tokens
+
+from cat_modifier import CATModifier
+from cat_modifier.analysis.figures import COMPARISON_FIGURES, FIGURES
+from cat_modifier.cli import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """With a model and a text of its words"""
+    folder = tmp_path_factory.mktemp("command")
+    make_model(folder / "model", "llama")
+    words = [f"<{i * 7919 % VOCABULARY}>" for i in range(2, 1500)]
+    (folder / "text.txt").write_text(" ".join(words))
+    return folder
+
+
+@pytest.fixture
+def command(folder, monkeypatch, capsys):
+    """Run the command, and return what it printed; a failed one raises SystemExit"""
+
+    def run(*arguments: str) -> str:
+        monkeypatch.chdir(folder)
+        data = ["--dataset", "text.txt", "--samples", "8", "--length", "64"]
+        monkeypatch.setattr(sys, "argv", ["cat-modifier", "analyze", *data, *arguments])
+        main()
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def report(folder):
+    """A report of a run as users do it, with all transforms"""
+    command = [sys.executable, "-m", "cat_modifier.cli", "analyze", "model"]
+    command += ["--dataset", "text.txt", "--samples", "8", "--length", "64"]
+    command += ["--output", "report", "--transforms", "none", "scaling", "hadamard"]
+    command += ["block-hadamard", "cat-scaling", "cat", "cat-full", "--block-size", "16"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    assert "Mean measured SQNR, dB" in done.stdout and "report/report.html" in done.stdout
+    assert "Calibrating" in done.stderr and "Measuring" in done.stderr
+    return folder / "report"
+
+
+def test_writes_one_row_a_layer_transform_and_scheme(report):
+    content = json.loads((report / "layers.json").read_text())
+    assert len(content["layers"]) == 14 * 7 * 4
+    assert content["settings"]["schemes"] == ["W4A4", "W4A8", "W8A8", "W6A6"]
+    with (report / "layers.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(content["layers"])
+    for row, expected in zip(rows, content["layers"], strict=True):
+        assert row["layer"] == expected["layer"]
+        assert float(row["measured_db"]) == pytest.approx(expected["measured_db"], abs=1e-5)
+    assert not (report / ".unfinished").exists()
+
+
+def test_draws_all_figures(report):
+    for name in FIGURES:
+        with Image.open(report / f"{name}.png") as image:
+            assert min(image.size) > 400
+            assert len(image.convert("L").getcolors()) > 10
+        svg = (report / f"{name}.svg").read_text()
+        assert "dB" in svg  # text is text, with units
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+def test_page_works_in_a_browser_without_a_network(report, tmp_path):
+    command = [shutil.which("chromium"), "--headless", "--no-sandbox", "--disable-gpu"]
+    command += [f"--user-data-dir={tmp_path}", "--virtual-time-budget=20000"]
+    command += ["--enable-logging=stderr", "--dump-dom", f"file://{report / 'report.html'}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    # the table is one that scripts have made of the data
+    assert f"Showing 1 to 25 of {14 * 7 * 4} entries" in done.stdout
+    assert "model.layers.0.self_attn.q_proj" in done.stdout
+    assert done.stdout.count("data:image/svg+xml;base64") == len(FIGURES)
+    assert "highest with CAT" in done.stdout
+    assert "CONSOLE" not in done.stderr, done.stderr
+    # nothing is loaded from elsewhere
+    page = (report / "report.html").read_text()
+    assert not re.search(r"<(?:script|img|link)[^>]+(?:src|href)=.?https?:", page)
+
+
+def test_figures_which_the_data_lacks_are_left_out_and_named(command, folder):
+    command("model", "--output", "less", "--schemes", "W4A16", "--transforms", "none")
+    page = (folder / "less" / "report.html").read_text()
+    assert "6-fewer-bits is left out: it needs the transforms none and cat" in page
+    assert not (folder / "less" / "6-fewer-bits.png").exists()
+    assert (folder / "less" / "5-alignment.png").exists()
+
+
+def test_compares_a_checkpoint_with_its_original(command, folder):
+    model = make_model(folder / "model", "llama")
+    recipe = [CATModifier(block_size=16), QuantizationModifier(**int_scheme(4, 4))]
+    oneshot(model=model, recipe=recipe, dataset=make_loader(make_tokens(8, 48)))
+    model.save_pretrained(folder / "w4a4")
+    for file in (folder / "model").glob("token*"):
+        shutil.copy(file, folder / "w4a4")
+
+    printed = command("w4a4", "--original", "model", "--output", "comparison")
+    assert "perplexity" in printed and "KL divergence" in printed
+    content = json.loads((folder / "comparison" / "layers.json").read_text())
+    assert len(content["layers"]) == 14
+    assert content["kl_divergence"] > 0
+    assert content["perplexity"]["original"] > 1
+    for name in COMPARISON_FIGURES:
+        assert (folder / "comparison" / f"{name}.png").exists()
+    assert "of the original" in (folder / "comparison" / "report.html").read_text()
+
+    with pytest.raises(SystemExit, match="name the model which it was made of with --original"):
+        command("w4a4", "--output", "other")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model", "--schemes", "int4"], "error: Unknown scheme 'int4'"),
+        (["model", "--targets", "Conv2d"], "error: The model has no torch.nn.Linear"),
+        (["model", "--original", "model"], "error: model is not quantized"),
+        (["model", "--samples", "0"], "--samples must be 1"),
+        (["./nowhere"], "error: .*nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(command, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        command(*arguments, "--output", "bad")
+
+
+def test_unknown_transforms_are_refused_with_the_known_ones(command, capsys):
+    with pytest.raises(SystemExit):
+        command("model", "--transforms", "fft")
+    assert "'fft' (choose from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ("missing.txt", "The dataset 'missing.txt' .* cannot be read"),
+        ("broken.json", "The dataset 'broken.json' .* cannot be read"),
+        ("table.csv", "The dataset 'table.csv' has no column 'text' but .*title.*body"),
+        ("short.txt", "The texts have . tokens, too few for 64"),
+    ],
+)
+def test_datasets_that_cannot_be_used_are_one_line(folder, monkeypatch, dataset, message):
+    (folder / "broken.json").write_text("{")
+    (folder / "table.csv").write_text("title,body\na,b\n")
+    (folder / "short.txt").write_text("<5> <6>")
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    arguments = ["model", "--output", "bad", "--dataset", dataset, "--length", "64"]
+    monkeypatch.setattr(sys, "argv", ["cat-modifier", "analyze", *arguments])
+    with pytest.raises(SystemExit, match=f"error: {message}"):
+        main()
+
+
+def test_finished_reports_are_not_replaced_by_accident(command, folder, report):
+    before = (report / "layers.json").read_text()
+    with pytest.raises(SystemExit, match="holds a finished report"):
+        command("model", "--output", "report")
+    assert (report / "layers.json").read_text() == before
+
+
+def test_unused_experts_are_named_and_the_report_is_kept(command, folder):
+    make_model(folder / "moe", "qwen3-moe", num_experts=16, num_experts_per_tok=1)
+    # one word, so that most experts are never chosen
+    (folder / "text.txt").rename(folder / "words.txt")
+    (folder / "text.txt").write_text("<5> " * 600)
+    try:
+        printed = command("moe", "--output", "moe-report")
+        seen_all = True
+    except SystemExit as error:
+        seen_all = False
+        assert "saw no tokens" in str(error)
+    finally:
+        (folder / "words.txt").rename(folder / "text.txt")
+    assert (folder / "moe-report" / "report.html").exists()
+    assert not seen_all or "Mean measured" in printed

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+from llmcompressor import oneshot
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from tiny_models import int_scheme, make_loader, make_model, make_tokens
+from transformers import AutoModelForCausalLM
+
+from cat_modifier import CATModifier
+from cat_modifier.analysis import compare
+from cat_modifier.analysis.workspace import Workspace
+from cat_modifier.mathematics.sqnr import measured_sqnr, to_db
+
+
+def quantize(folder, family, scheme, *modifiers):
+    """A checkpoint and its original, loaded"""
+    original = make_model(folder / "original", family)
+    model = make_model(folder / "original", family)
+    recipe = [*modifiers, QuantizationModifier(**scheme)]
+    oneshot(model=model, recipe=recipe, dataset=make_loader(make_tokens(8, 48)))
+    model.save_pretrained(folder / "quantized")
+    return original, AutoModelForCausalLM.from_pretrained(folder / "quantized")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Biases, grouped inputs and transforms"""
+    folder = tmp_path_factory.mktemp("compare")
+    return quantize(folder, "qwen2", int_scheme(4, 4), CATModifier(block_size=16))
+
+
+@torch.no_grad()
+def test_errors_of_each_linear_are_those_of_its_quantizers(tmp_path):
+    original, quantized = quantize(tmp_path, "llama", int_scheme(4, 8))
+    tokens = make_tokens(2, 32, seed=3)
+    comparison = compare(original, quantized, [tokens])
+    layers = comparison.layers.set_index("layer")
+    assert set(layers["scheme"]) == {"W4A8"}
+    assert len(layers) == 14
+
+    inputs = {}
+    name = "model.layers.0.mlp.down_proj"
+    linear = original.get_submodule(name)
+    linear.register_forward_hook(lambda module, args, output: inputs.update(x=args[0]))
+    original(tokens)
+    scheme = quantized.get_submodule(name).quantization_scheme
+    [expected] = measured_sqnr(
+        inputs["x"].flatten(0, 1),
+        linear.weight,
+        [(scheme.weights, scheme.input_activations)],
+    )
+    row = layers.loc[name]
+    assert row["measured_weights_db"] == pytest.approx(to_db(expected.weights), abs=0.1)
+    assert row["measured_db"] == pytest.approx(to_db(expected.joint), abs=0.1)
+    assert row["measured_activations_db"] == pytest.approx(to_db(expected.activations), abs=0.3)
+
+
+@torch.no_grad()
+def test_end_to_end_numbers_are_those_of_the_logits(checkpoint):
+    original, quantized = checkpoint
+    tokens = make_tokens(5, 32, seed=3)
+    comparison = compare(original, quantized, tokens.split(2))
+    logits = [model(tokens).logits[:, :-1].double() for model in checkpoint]
+    labels = tokens[:, 1:].flatten()
+    perplexities = [
+        torch.nn.functional.cross_entropy(rows.flatten(0, 1), labels).exp().item()
+        for rows in logits
+    ]
+    assert comparison.tokens == labels.numel()
+    assert comparison.perplexity == pytest.approx(perplexities, rel=1e-4)
+    p, q = (torch.distributions.Categorical(logits=rows) for rows in logits)
+    divergence = torch.distributions.kl_divergence(p, q).mean().item()
+    assert comparison.divergence == pytest.approx(divergence, rel=1e-3)
+    agreement = (logits[0].argmax(-1) == logits[1].argmax(-1)).double().mean().item()
+    assert comparison.agreement == pytest.approx(agreement)
+
+
+def test_errors_accumulate(checkpoint):
+    layers = compare(*checkpoint, [make_tokens(4, 32, seed=3)]).layers.set_index("layer")
+    # of the first Linears, all error is their own
+    first = layers.loc["model.layers.0.self_attn.q_proj"]
+    assert first["accumulated_db"] == pytest.approx(first["measured_db"], abs=1e-3)
+    last = layers.loc["model.layers.1.mlp.down_proj"]
+    assert last["accumulated_db"] < last["measured_db"] - 3
+    assert (layers["measured_db"] > 10).all()
+
+
+def test_comparison_is_resumed(checkpoint, tmp_path):
+    batches = list(make_tokens(6, 32, seed=3).split(1))
+    expected = compare(*checkpoint, batches)
+
+    class Interrupted(list):
+        def __getitem__(self, index):
+            if index == 3:
+                raise KeyboardInterrupt
+            return super().__getitem__(index)
+
+    with Workspace(tmp_path, {}, interval=0) as workspace:
+        with pytest.raises(KeyboardInterrupt):
+            compare(*checkpoint, Interrupted(batches), workspace)
+    with Workspace(tmp_path, {}) as workspace:
+        assert workspace.load_state()["batches"] == 3
+        resumed = compare(*checkpoint, batches, workspace)
+    assert resumed.divergence == expected.divergence
+    assert resumed.layers.equals(expected.layers)
+
+
+def test_models_that_do_not_belong_together_are_an_error(checkpoint, tmp_path):
+    original, quantized = checkpoint
+    with pytest.raises(ValueError, match="no quantized Linears"):
+        compare(original, original, [make_tokens()])
+    other = make_model(tmp_path, "qwen2", intermediate_size=96)
+    with pytest.raises(ValueError, match="has no counterpart of shape"):
+        compare(other, quantized, [make_tokens()])

@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pandas.testing import assert_frame_equal
+from tiny_models import FAMILIES, make_model, make_tokens
+from torch.nn import Linear, ReLU, Sequential
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cat_modifier.analysis import TRANSFORMS, analyze
+from cat_modifier.analysis.layers import UnseenLinears
+from cat_modifier.analysis.schemes import Scheme
+from cat_modifier.analysis.summary import best_transform, diagnose, sentences, unpredictable
+from cat_modifier.analysis.workspace import Workspace
+from cat_modifier.calibration.texts import EMBEDDED, load_texts, windows
+
+ALL = list(TRANSFORMS)
+
+
+def column(frame, transform, scheme, name):
+    rows = frame[(frame["transform"] == transform) & (frame["scheme"] == scheme)]
+    return rows.set_index("layer")[name]
+
+
+@pytest.fixture(scope="module")
+def results(embedded_model):
+    """The real model, on windows of 512 tokens: about half a minute"""
+    model = AutoModelForCausalLM.from_pretrained(embedded_model, dtype="auto").eval()
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model)
+    ids = windows(load_texts(EMBEDDED, "train"), tokenizer, 512, 16)
+    schemes = ["W4A4", "W4A8", "W8A8"]
+    return analyze(model, ids.split(4), schemes, ["none", "hadamard", "cat"])
+
+
+@pytest.mark.parametrize(
+    ("transform", "scheme", "median", "ninetieth"),
+    [
+        ("none", "W4A4", 0.5, 2.5),
+        ("none", "W4A8", 0.2, 1.2),
+        ("none", "W8A8", 0.1, 0.3),
+        ("hadamard", "W4A4", 0.1, 0.4),
+        ("hadamard", "W4A8", 0.1, 0.4),
+        ("hadamard", "W8A8", 0.1, 0.4),
+    ],
+)
+def test_prediction_is_what_is_measured_on_the_real_model(
+    results, transform, scheme, median, ninetieth
+):
+    """The paper's figure 2: difference over all Linears, dB"""
+    error = column(results, transform, scheme, "measured_db") - column(
+        results, transform, scheme, "predicted_db"
+    )
+    assert len(error) == 210
+    assert error.abs().median() < median
+    assert error.abs().quantile(0.9) < ninetieth
+
+
+def test_outliers_of_the_prediction_are_inputs_with_massive_tokens(results):
+    off = unpredictable(results[results["transform"] == "none"])
+    assert len(off) > 0
+    # all of them are better than predicted: small channels of a massive token round to zero
+    assert (off["measured_db"] > off["predicted_db"]).all()
+    usual = results.drop(off.index)["largest_token"].median()
+    assert off["largest_token"].median() > 10 * usual
+
+
+def test_rotations_keep_the_alignment_of_the_real_model(results):
+    before = column(results, "none", "W4A4", "alignment_db")
+    after = column(results, "hadamard", "W4A4", "alignment_db")
+    assert (after - before).abs().max() < 0.02
+
+
+def test_cat_comes_near_the_best_alignment_of_the_real_model(results):
+    loss = column(results, "cat", "W4A4", "achievable_block_db") - column(
+        results, "cat", "W4A4", "alignment_db"
+    )
+    assert loss.min() > -1e-3
+    assert loss.median() < 1  # q, k and v share one transform, and so do gate and up
+
+
+def test_cat_is_better_than_hadamard_on_the_real_model(results):
+    assert best_transform(results, "W4A4") == "cat"
+    gain = column(results, "cat", "W4A4", "measured_db") - column(
+        results, "hadamard", "W4A4", "measured_db"
+    )
+    assert gain.mean() > 3
+
+
+def test_summary_of_the_real_model(results):
+    scheme = Scheme.parse("W4A4")
+    plain = diagnose(results, scheme, "none")
+    assert plain["limit"].value_counts().idxmax() == "concentration of activations"
+    assert plain["sqnr"].is_monotonic_increasing
+    best = diagnose(results, scheme, "cat")
+    assert best["limit"].value_counts().idxmax() == "bits"
+    # of two equal noises, removing one gains 3 dB
+    assert best["gain_activations"].between(0, 8).all()
+    text = " ".join(sentences(results, scheme))
+    assert "highest with CAT" in text and "Hadamard" in text
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_transforms_on_all_families(family, tmp_path):
+    model = make_model(tmp_path, family)
+    tokens = make_tokens(8, 48)
+    frame = analyze(model, tokens.split(2), ["W8A8", "W4G8A4G8"], ALL, block_size=16)
+    counts = frame.groupby("layer").size()
+    assert (counts == 2 * len(ALL)).all()
+    assert torch.isfinite(torch.tensor(frame["measured_db"].to_numpy())).all()
+    error = frame.loc[frame["scheme"] == "W8A8", ["measured_db", "predicted_db"]]
+    assert (error["measured_db"] - error["predicted_db"]).abs().median() < 0.3
+
+    q = frame.loc[frame["layer"].str.endswith("0.self_attn.q_proj"), "input"]
+    v = frame.loc[frame["layer"].str.endswith("0.self_attn.v_proj"), "input"]
+    assert set(q) == set(v)  # one input, one transform
+    block, full = frame["achievable_block_db"], frame["achievable_full_db"]
+    assert (block <= full + 1e-3).all()
+    is_block = ~frame["transform"].eq("cat-full")
+    assert (frame["alignment_db"] <= block + 1e-3)[is_block].all()
+    assert (frame["alignment_db"] <= full + 1e-3).all()
+
+
+def test_any_module_with_linears():
+    model = Sequential(Linear(24, 48), ReLU(), Linear(48, 8))
+    frame = analyze(model, torch.randn(6, 40, 24).unbind(), ["W4A4"])
+    assert list(frame["layer"].unique()) == ["0", "2"]
+    weights_only = analyze(model, torch.randn(2, 40, 24).unbind(), ["W4A16"], ["none"])
+    assert (weights_only["measured_activations_db"] == float("inf")).all()
+    assert weights_only["activation_concentration_db"].isna().all()
+
+
+def test_padding_is_left_out(tmp_path):
+    model = make_model(tmp_path)
+    tokens = make_tokens(4, 32)
+    mask = torch.ones_like(tokens)
+    mask[:, 20:] = 0
+    padded = analyze(model, [{"input_ids": tokens, "attention_mask": mask}], ["W4A4"], ["cat"])
+    plain = analyze(model, [tokens[:, :20]], ["W4A4"], ["cat"])
+    assert (padded["tokens"] == 80).all()
+    assert_frame_equal(padded, plain, rtol=1e-2)
+
+
+## Bad input ##
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"schemes": ["W4A99"]}, "Unknown scheme 'W4A99'"),
+        ({"transforms": ["fourier"]}, "Unknown transform 'fourier': it should be one of none"),
+        ({"targets": ["re:.*nothing.*"]}, "no torch.nn.Linear for targets"),
+        ({"schemes": []}, "a scheme, a transform and a batch at least"),
+        ({"batches": []}, "a scheme, a transform and a batch at least"),
+        ({"schemes": ["W4G7A4"]}, "Groups of 7 channels .* do not divide the 24 inputs of 0"),
+        ({"block_size": 0}, "must be positive"),
+    ],
+)
+def test_bad_input_is_an_error(arguments, message):
+    model = Sequential(Linear(24, 8))
+    with pytest.raises(ValueError, match=message):
+        analyze(model, **({"batches": [torch.randn(5, 24)]} | arguments))
+
+
+def test_weights_and_inputs_that_are_not_finite_are_an_error():
+    model = Sequential(Linear(24, 8))
+    with pytest.raises(ValueError, match="input of 0 has values that are not finite"):
+        analyze(model, [torch.full((5, 24), float("nan"))])
+    with torch.no_grad():
+        model[0].weight[0, 0] = float("inf")
+    with pytest.raises(ValueError, match="0 has values that are not finite"):
+        analyze(model, [torch.randn(5, 24)])
+
+
+def test_linears_that_saw_nothing_are_an_error_which_holds_the_other_results():
+    class Model(Sequential):
+        def forward(self, x):
+            return self[0](x)
+
+    model = Model(Linear(24, 8), Linear(24, 8))
+    with pytest.raises(UnseenLinears, match="1 Linears saw no tokens.*: 1. Use more") as caught:
+        analyze(model, [torch.randn(50, 24)], ["W4A4"], ["none"])
+    assert list(caught.value.results["layer"]) == ["0"]
+
+
+def test_inputs_of_zeros_have_no_sqnr():
+    frame = analyze(Sequential(Linear(24, 8)), [torch.zeros(5, 24)], ["W4A4"])
+    assert frame["predicted_db"].isna().all()
+
+
+## Interruption ##
+
+KILLED = """
+import os, signal, sys, torch
+from pathlib import Path
+from cat_modifier.analysis import analyze
+from cat_modifier.analysis.workspace import Workspace
+import cat_modifier.analysis.layers as layers
+
+folder, when = Path(sys.argv[1]), sys.argv[2]
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(24, 48), torch.nn.ReLU(), torch.nn.Linear(48, 8))
+batches = list(torch.randn(8, 40, 24).unbind())
+
+class Batches(list):
+    def __getitem__(self, index):
+        if when == "calibrating" and index == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        assert when in ("never", "calibrating") or index >= 5
+        return super().__getitem__(index)
+
+measure = layers._measure_group
+def measure_group(group, *args):
+    if when == "measuring" and group.owner == "2":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return measure(group, *args)
+layers._measure_group = measure_group
+
+with Workspace(folder, {}, interval=0) as workspace:
+    frame = analyze(model, Batches(batches), workspace=workspace)
+    workspace.publish(lambda to: frame.to_json(to / "layers.json"))
+"""
+
+
+def test_a_killed_analysis_goes_on_where_it_was(tmp_path):
+    def run(folder: Path, when: str) -> int:
+        command = [sys.executable, "-c", KILLED, str(folder), when]
+        return subprocess.run(command, env=os.environ, check=False).returncode
+
+    assert run(tmp_path / "whole", "never") == 0
+    assert run(tmp_path / "killed", "calibrating") == -9
+    assert run(tmp_path / "killed", "measuring") == -9
+    # as if it was killed while it wrote a row
+    rows = tmp_path / "killed" / ".unfinished" / "rows.jsonl"
+    assert rows.read_text().count("\n") == 1
+    with rows.open("a") as file:
+        file.write('{"key": "2", "rows"')
+    assert not (tmp_path / "killed" / "layers.json").exists()
+    assert run(tmp_path / "killed", "resuming") == 0
+    results = [(tmp_path / name / "layers.json").read_text() for name in ("whole", "killed")]
+    assert results[0] == results[1]
+    assert [path.name for path in (tmp_path / "killed").iterdir()] == ["layers.json"]
+
+
+def test_rows_and_state_are_kept_by_the_workspace(tmp_path):
+    with Workspace(tmp_path, {"a": 1}, interval=1000) as workspace:
+        assert workspace.load_state() is None and workspace.load_rows() == {}
+        workspace.save_state(lambda: {"batches": 1})  # too early
+        assert workspace.load_state() is None
+        workspace.save_state(lambda: {"batches": 2}, now=True)
+        workspace.add_rows("x", [{"value": float("inf")}])
+    with Workspace(tmp_path, {"a": 1}) as workspace:
+        assert workspace.load_state() == {"batches": 2}
+        assert workspace.load_rows() == {"x": [{"value": float("inf")}]}
+    with Workspace(tmp_path, {"a": 2}, overwrite=True) as workspace:
+        assert workspace.load_state() is None and workspace.load_rows() == {}
+
+
+def test_a_state_that_cannot_be_written_leaves_the_last_one(tmp_path):
+    with Workspace(tmp_path, {}, interval=0) as workspace:
+        workspace.save_state(lambda: {"batches": 1})
+
+        def fail():
+            raise OSError("No space left on device")
+
+        with pytest.raises(OSError, match="No space"):
+            workspace.save_state(fail)
+        assert workspace.load_state() == {"batches": 1}
+
+
+def test_a_failure_before_anything_was_computed_leaves_no_folder(tmp_path):
+    with pytest.raises(ValueError, match="Unknown scheme"):
+        with Workspace(tmp_path / "new", {}) as workspace:
+            analyze(Sequential(Linear(8, 8)), [torch.randn(2, 8)], ["W4"], workspace=workspace)
+    assert not (tmp_path / "new").exists()
+
+
+def test_folders_in_use_are_refused(tmp_path):
+    with Workspace(tmp_path, {"schemes": ["W4A4"]}):
+        with pytest.raises(BlockingIOError, match="Another analysis is at work"):
+            Workspace(tmp_path, {"schemes": ["W4A4"]}).__enter__()
+    with Workspace(tmp_path, {"schemes": ["W4A4"]}) as workspace:
+        workspace.add_rows("x", [])
+    with pytest.raises(FileExistsError, match="unfinished analysis with schemes"):
+        Workspace(tmp_path, {"schemes": ["W8A8"]}).__enter__()
+    with Workspace(tmp_path, {"schemes": ["W4A4"]}) as workspace:
+        workspace.publish(lambda to: (to / "layers.json").write_text("{}"))
+    with pytest.raises(FileExistsError, match="finished report.*--overwrite"):
+        Workspace(tmp_path, {"schemes": ["W4A4"]}).__enter__()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").touch()
+    with pytest.raises(FileExistsError, match="holds other files"):
+        Workspace(other, {}).__enter__()
+    with pytest.raises(FileExistsError, match="is a file"):
+        Workspace(other / "thesis.tex", {}).__enter__()
