@@ -3,7 +3,7 @@
 What the SQNR analysis of the embedded model costs, and how well it predicts. In one run:
 a forward pass over the tokens, the calibration pass of llm-compressor with CATModifier over
 the same tokens, and the analysis (without its plots); then the difference of measured and
-predicted SQNR over all Linears. Takes about 8 minutes on 2 cores. Runs in the compress
+predicted SQNR over all Linears. Takes about 15 minutes on 2 cores. Runs in the compress
 environment, after examples/quickstart.sh has unpacked the model.
 
     python tests/benchmarks/analysis.py output/smollm2-135m-instruct \
@@ -29,7 +29,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import cat_modifier
 from cat_modifier import CATModifier
 from cat_modifier.analysis import TRANSFORMS, analyze
-from cat_modifier.analysis.layers import DEFAULT_TRANSFORMS
 from cat_modifier.analysis.passes import without_predictions
 from cat_modifier.calibration.texts import EMBEDDED, load_texts, windows
 
@@ -39,21 +38,15 @@ from tiny_models import make_loader  # noqa: E402
 
 
 @torch.no_grad()
-def forward_pass(model: PreTrainedModel, ids: Tensor) -> float:
-    """Seconds"""
-    start = time.perf_counter()
+def forward_pass(model: PreTrainedModel, ids: Tensor):
     for batch in ids.split(max(1, 2048 // ids.shape[1])):
         model(batch, use_cache=False)
-    return time.perf_counter() - start
 
 
-def calibration_pass(path: str, ids: Tensor) -> float:
-    """Seconds of CATModifier in llm-compressor, and of nothing else"""
+def calibration_pass(path: str, ids: Tensor):
+    """CATModifier in llm-compressor, and nothing else"""
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
-    loader = make_loader(ids)
-    start = time.perf_counter()
-    oneshot(model=model, recipe=CATModifier(), dataset=loader)
-    return time.perf_counter() - start
+    oneshot(model=model, recipe=CATModifier(), dataset=make_loader(ids))
 
 
 def main():
@@ -61,45 +54,42 @@ def main():
     parser.add_argument("model")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument(
-        "--repeat", type=int, default=1, help="times to pass the same text, for timing"
-    )
-    parser.add_argument("--skip-cat-full", action="store_true")
+    parser.add_argument("--rounds", type=int, default=3, help="of all sides, in turn")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     texts = load_texts(EMBEDDED, "train")
-    ids = windows(texts, tokenizer, args.length, args.samples).repeat(args.repeat, 1)
+    ids = windows(texts, tokenizer, args.length, args.samples)
     forward_pass(model, ids[:4])  # to warm up
 
-    seconds = {"forward pass": [], "analysis": {}}
     batches = [
         without_predictions(model, batch) for batch in ids.split(max(1, 2048 // args.length))
     ]
-    sides = {"default": list(DEFAULT_TRANSFORMS), "with cat-full": list(TRANSFORMS)}
-    if args.skip_cat_full:
-        del sides["with cat-full"]
-    for name, transforms in sides.items():
-        # before and after: the speed of the machine drifts
-        seconds["forward pass"].append(forward_pass(model, ids))
-        start = time.perf_counter()
-        frame = analyze(model, batches, transforms=transforms)
-        seconds["analysis"][name] = time.perf_counter() - start
-    seconds["forward pass"].append(forward_pass(model, ids))
-    seconds["calibration pass"] = calibration_pass(args.model, ids)
-    seconds["forward pass"].append(forward_pass(model, ids))
+    forward, calibration = "forward pass", "calibration pass, CATModifier"
+    sides = {
+        forward: lambda: forward_pass(model, ids),
+        calibration: lambda: calibration_pass(args.model, ids),
+        "analysis": lambda: analyze(model, batches),
+        "analysis with cat-full": lambda: analyze(model, batches, transforms=list(TRANSFORMS)),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(args.rounds):
+        # in turn: the speed of the machine drifts
+        for name, run in sides.items():
+            start = time.perf_counter()
+            frame = run()
+            seconds[name].append(time.perf_counter() - start)
 
-    forward = median(seconds["forward pass"])
     costs = Table("", "s", "x forward", "x calibration", title=f"{ids.numel()} tokens")
-    for name, value in {
-        "forward pass": forward,
-        "calibration pass, CATModifier": seconds["calibration pass"],
-        **{f"analysis, {name}": value for name, value in seconds["analysis"].items()},
-    }.items():
-        ratios = value / forward, value / seconds["calibration pass"]
-        costs.add_row(name, f"{value:.0f}", *(f"{ratio:.2f}" for ratio in ratios))
+    ratios = {}
+    for name, values in seconds.items():
+        ratios[name] = [
+            median(value / other for value, other in zip(values, seconds[base], strict=True))
+            for base in (forward, calibration)
+        ]
+        costs.add_row(name, f"{median(values):.0f}", *(f"{r:.2f}" for r in ratios[name]))
 
     frame["error"] = frame["measured_db"] - frame["predicted_db"]
     errors = frame.groupby(["transform", "scheme"], sort=False)["error"].describe(
@@ -118,6 +108,7 @@ def main():
             "tokens": ids.numel(),
             "versions": {module.__name__: module.__version__ for module in modules},
             "seconds": seconds,
+            "ratios_to_forward_and_calibration": ratios,
             "measured_minus_predicted_db": errors.round(3).reset_index().to_dict("records"),
             "mean_measured_db": frame.pivot_table(
                 index="transform", columns="scheme", values="measured_db", sort=False
