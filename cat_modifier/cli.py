@@ -2,7 +2,6 @@
 """The command `cat-modifier`"""
 
 import argparse
-import hashlib
 import signal
 import sys
 
@@ -47,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--column", default="text", help="of the dataset that holds the text")
     add("--samples", type=int, default=128, help="windows of text, at most")
     add("--length", type=int, default=512, help="tokens of a window")
+    add = analyze.add_argument_group("of models which are not quantized").add_argument
     add(
         "--schemes",
         nargs="+",
@@ -70,95 +70,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _analyze(args: argparse.Namespace):
-    import torch
-    from rich.console import Console
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from cat_modifier.analysis.command import run
 
-    from cat_modifier.analysis.comparison import compare
-    from cat_modifier.analysis.layers import UnseenLinears, analyze
-    from cat_modifier.analysis.passes import without_predictions
-    from cat_modifier.analysis.report import (
-        comparison_tables,
-        layer_tables,
-        write_comparison_report,
-        write_layer_report,
-    )
-    from cat_modifier.analysis.schemes import Scheme
-    from cat_modifier.analysis.workspace import Workspace
-    from cat_modifier.calibration.texts import load_texts, windows
-
-    # all that can be refused at once, before anything is loaded
-    schemes = [Scheme.parse(name) for name in args.schemes]
-    if args.samples < 1 or args.length < 2:
-        raise ValueError("--samples must be 1 and --length 2 at least")
-    config = AutoConfig.from_pretrained(args.model)
-    is_quantized = getattr(config, "quantization_config", None) is not None
-    if is_quantized and args.original is None:
-        raise ValueError(
-            f"{args.model} is quantized: name the model which it was made of with --original, "
-            "to compare the two"
-        )
-    if args.original is not None and not is_quantized:
-        raise ValueError(f"{args.model} is not quantized: leave out --original")
-
-    split = args.split or ("test" if is_quantized else "train")
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    texts = load_texts(args.dataset, split, args.column)
-    ids = windows(texts, tokenizer, args.length, args.samples)
-    batches = list(ids.split(max(1, 2048 // args.length)))
-
-    settings = {
-        "model": args.model,
-        "dataset": f"{args.dataset} ({split})",
-        "tokens": f"{ids.shape[0]} windows of {ids.shape[1]}",
-        "tokens_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16],
-    }
-    if is_quantized:
-        settings["original"] = args.original
-    else:
-        settings |= {
-            "schemes": [scheme.name for scheme in schemes],
-            "transforms": args.transforms,
-            "block_size": args.block_size,
-            "targets": args.targets,
-            "ignore": args.ignore,
-        }
-
-    def load(model: str) -> torch.nn.Module:
-        device_map = "auto" if torch.cuda.is_available() else None
-        return AutoModelForCausalLM.from_pretrained(
-            model, dtype="auto", device_map=device_map
-        ).eval()
-
-    console = Console()
-    with Workspace(args.output, settings, args.overwrite) as workspace:
-        if is_quantized:
-            comparison = compare(load(args.original), load(args.model), batches, workspace)
-            workspace.publish(lambda to: write_comparison_report(to, comparison, settings))
-            console.print(comparison_tables(comparison))
-        else:
-            model = load(args.model)
-            unseen = None
-            try:
-                frame = analyze(
-                    model,
-                    [without_predictions(model, batch) for batch in batches],
-                    schemes,
-                    args.transforms,
-                    args.targets,
-                    args.ignore,
-                    args.block_size,
-                    workspace,
-                )
-            except UnseenLinears as error:
-                if error.results.empty:
-                    raise
-                unseen, frame = error, error.results
-            workspace.publish(lambda to: write_layer_report(to, frame, schemes, settings))
-            console.print(layer_tables(frame, schemes))
-    console.print(f"The report is in {args.output}/report.html", highlight=False)
-    if not is_quantized and unseen is not None:
-        raise unseen
+    run(args)
 
 
 def main():

@@ -10,25 +10,15 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../examples/environments.sh"
 cd "$ROOT"
 
-# the page of a report is looked at with a real browser
-set_up_browser() {
-    if ! command -v chromium > /dev/null && [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
-        say "Installing Chromium"
-        (apt-get update && apt-get install --yes chromium) > /dev/null 2>&1 || true
-    fi
-    command -v chromium > /dev/null \
-        || say "No chromium was found: the test of the report in a browser is skipped"
-}
-
 set_up_compress
 set_up_serve
-set_up_browser
 
 say "Checking the style"
 "$COMPRESS" -m ruff check .
 "$COMPRESS" -m ruff format --check .
 
 say "Testing the mathematics, calibration, compressing, loading and the analysis"
+command -v chromium > /dev/null || say "(without chromium, a report is not tested in a browser)"
 "$COMPRESS" -m pytest tests/mathematics tests/calibration tests/checkpoint tests/compress tests/load \
     tests/analysis
 

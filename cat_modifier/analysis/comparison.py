@@ -15,9 +15,12 @@ from compressed_tensors.quantization import (
     enable_quantization,
 )
 from compressed_tensors.quantization.utils import is_module_quantized
+from loguru import logger
 from torch import Tensor
 from torch.nn import Linear, Module
 
+from cat_modifier.analysis.experts import fused_experts
+from cat_modifier.analysis.layers import UnseenLinears
 from cat_modifier.analysis.passes import hooked, resumable
 from cat_modifier.analysis.workspace import Workspace
 from cat_modifier.mathematics.sqnr import to_db
@@ -67,7 +70,13 @@ def compare(
     :param workspace: keeps the sums, so that the comparison can be resumed
     :raises ValueError: if nothing is quantized, or if the models do not have the same
         Linears
+    :raises UnseenLinears: if some of them saw no tokens
     """
+    if fused := fused_experts(original):
+        logger.warning(
+            f"{fused[0]} (one of {len(fused)}) holds all experts in one parameter: they are "
+            "not among the Linears, and if they are quantized, their activations are not here"
+        )
     pairs = _match(original, quantized)
     # of each Linear, energies of the signal and of the errors; and sums over all tokens
     sums: Counter[str] = Counter()
@@ -93,7 +102,10 @@ def compare(
         _add_predictions(sums, ids.to(logits.device), logits, other.to(logits.device))
 
     rows = []
+    unseen = [name for name in pairs if f"{name}/signal" not in sums]
     for name, (_, module) in pairs.items():
+        if name in unseen:
+            continue
         signal = sums[f"{name}/signal"]
         ratios = {
             error: to_db(signal / noise if noise else float("inf"))
@@ -113,7 +125,7 @@ def compare(
             }
         )
     tokens = sums["tokens"]
-    return Comparison(
+    comparison = Comparison(
         pd.DataFrame(rows),
         tuple(
             torch.tensor(sums[key] / tokens, dtype=torch.float64).exp().item()
@@ -123,6 +135,9 @@ def compare(
         sums["agreement"] / tokens,
         int(tokens),
     )
+    if unseen:
+        raise UnseenLinears(unseen, comparison if rows else None)
+    return comparison
 
 
 def _match(original: Module, quantized: Module) -> dict[str, tuple[Linear, Linear]]:
@@ -161,6 +176,8 @@ def _add_errors(
     exact: Tensor,
 ):
     """Forward hook of the Linear's original"""
+    if name not in outputs:  # the quantized model did without it
+        return
     device = next(quantized.parameters()).device
     x = args[0].to(device)
     both = quantized(x).float()
@@ -176,7 +193,7 @@ def _add_errors(
         "weights": weights_only - exact,
         "activations": both - weights_only,
         "joint": both - exact,
-        "accumulated": outputs.pop(name).to(device).float() - exact,
+        "accumulated": outputs[name].to(device).float() - exact,
     }.items():
         sums[f"{name}/{error}"] += torch.linalg.vector_norm(tensor).double().square().item()
 

@@ -7,6 +7,7 @@ Colours are those of Okabe and Ito, which people with any colour vision can tell
 goes with a marker and a line style of its own, for print without colour.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -34,14 +35,14 @@ __all__ = [
 
 _STYLES = [
     ("#000000", "o", "-"),
-    ("#E69F00", "s", "--"),
+    ("#E69F00", "s", ":"),
     ("#0072B2", "^", "-."),
-    ("#009E73", "D", "-"),
-    ("#CC79A7", "v", ":"),
-    ("#D55E00", "P", "--"),
+    ("#009E73", "v", "-"),
+    ("#CC79A7", "P", ":"),
+    ("#D55E00", "D", "--"),
     ("#56B4E9", "X", "-."),
-    ("#8C8C00", "<", ":"),
-    ("#7F7F7F", ">", "-"),
+    ("#8C8C00", "<", (0, (1, 3))),
+    ("#7F7F7F", ">", (0, (6, 2))),
 ]
 _MARKERS = "osD^vPX"
 _MAIN = ("none", "scaling", "hadamard", "cat")
@@ -107,7 +108,7 @@ def factors(frame: pd.DataFrame) -> Figure:
     """Figure 1: SQNR factorised into bit width, concentration and alignment"""
     scheme = _scheme_of_equal_bits(frame)
     frame = with_roles(frame[frame["scheme"] == scheme])
-    roles = list(frame["role"].unique())[:8]
+    roles = _main_roles(frame)
     bits = to_db(12 * (2 ** _bits(scheme)[0] - 1) ** 2)
     panels: list[tuple[str, Callable[[pd.DataFrame], Sequence[float]]]] = [
         ("concentration\nC(x) || C(W), dB", _joint_concentration),
@@ -119,10 +120,18 @@ def factors(frame: pd.DataFrame) -> Figure:
     for column, role in enumerate(roles):
         for transform in _main_transforms(frame):
             rows = frame[(frame["role"] == role) & (frame["transform"] == transform)]
-            color, _, line = _style(transform)
+            rows = rows.groupby("depth", as_index=False).mean(numeric_only=True)
+            color, marker, line = _style(transform)
             for row, (_, values) in enumerate(panels):
                 axes[row, column].plot(
-                    rows["depth"], values(rows), line, color=color, label=_label(transform)
+                    rows["depth"],
+                    values(rows),
+                    linestyle=line,
+                    color=color,
+                    marker=marker,
+                    markersize=3,
+                    markevery=max(1, len(rows) // 6),
+                    label=_label(transform),
                 )
         axes[0, column].set_title(role)
         axes[-1, column].set_xlabel("layer")
@@ -131,6 +140,12 @@ def factors(frame: pd.DataFrame) -> Figure:
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
     return figure
+
+
+def _main_roles(frame: pd.DataFrame) -> list[str]:
+    """Those with the most Linears, in the order of the model, as many as there is room for"""
+    common = set(frame["role"].value_counts().index[:8])
+    return [role for role in frame["role"].unique() if role in common]
 
 
 def _joint_concentration(rows: pd.DataFrame) -> list[float]:
@@ -144,13 +159,16 @@ def _joint_concentration(rows: pd.DataFrame) -> list[float]:
 
 def predicted_against_measured(frame: pd.DataFrame) -> Figure:
     """Figure 2: approximated against measured SQNR, a dot for each Linear"""
-    schemes = list(frame["scheme"].unique())[:4]
+    schemes = list(frame["scheme"].unique())
     transforms = [t for t in ("none", "hadamard", "cat") if t in set(frame["transform"])]
     transforms = transforms or _main_transforms(frame)
-    figure = Figure(figsize=(3.3 * len(schemes), 3.6))
-    for axis, scheme in zip(
-        figure.subplots(1, len(schemes), squeeze=False)[0], schemes, strict=True
-    ):
+    columns = min(4, len(schemes))
+    lines = math.ceil(len(schemes) / columns)
+    figure = Figure(figsize=(3.3 * columns, 3.6 * lines))
+    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axis in axes[len(schemes) :]:
+        axis.remove()
+    for axis, scheme in zip(axes, schemes, strict=False):
         shown = frame[(frame["scheme"] == scheme) & frame["transform"].isin(transforms)]
         for transform in transforms:
             rows = shown[shown["transform"] == transform]
@@ -206,17 +224,25 @@ def activations_against_weights(frame: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(6.2, 5.2))
     axis = figure.subplots()
     for transform in _main_transforms(frame):
-        color, _, line = _style(transform)
+        color, _, _ = _style(transform)
         means = []
-        for scheme, marker in zip(schemes, _MARKERS, strict=False):
+        for scheme, marker in zip(schemes, itertools.cycle(_MARKERS), strict=False):
             rows = frame[(frame["transform"] == transform) & (frame["scheme"] == scheme)]
             x, y = rows["measured_weights_db"], rows["measured_activations_db"]
             axis.scatter(x, y, s=5, marker=marker, color=color, alpha=0.18, linewidths=0)
             means.append((x.mean(), y.mean(), marker))
         for x, y, marker in means:
             axis.scatter(x, y, s=60, marker=marker, color=color, edgecolors="white", zorder=3)
-        axis.plot([], [], line, marker="o", color=color, label=_label(transform))
-    for scheme, marker in zip(schemes, _MARKERS, strict=False):
+        axis.annotate(
+            _label(transform),
+            means[0][:2],
+            xytext=(6, -3),
+            textcoords="offset points",
+            fontsize=7,
+            color=color,
+        )
+        axis.plot([], [], linestyle="none", marker="s", color=color, label=_label(transform))
+    for scheme, marker in zip(schemes, itertools.cycle(_MARKERS), strict=False):
         axis.plot([], [], " ", marker=marker, color="grey", label=scheme)
     low, high = axis.get_xlim(), axis.get_ylim()
     x, y = np.meshgrid(np.linspace(*low, 200), np.linspace(*high, 200))
@@ -251,10 +277,11 @@ def concentrations(frame: pd.DataFrame) -> Figure:
         (right, "activation_concentration_db", False, input_group, "activations C(x)"),
     ):
         _boxes(axis, frame, column)
-        sizes = [int(group)] if group else sorted(frame["in_features"].unique())
+        sizes = sorted(frame["in_features"].unique())
+        group_size = int(group) if group else None
         for distribution, hatch in (("normal", "///"), ("laplace", "...")):
             levels = [
-                to_db(expected_concentration(distribution, int(size), symmetric))
+                to_db(expected_concentration(distribution, int(size), symmetric, group_size))
                 for size in (sizes[0], sizes[-1])
             ]
             axis.axhspan(
@@ -306,15 +333,18 @@ def alignments(frame: pd.DataFrame) -> Figure:
         full = np.sort(first["achievable_full_db"])
         axis.fill_between(share, block, full, color="#56B4E9", alpha=0.18, linewidth=0)
         axis.plot(share, full, color="#56B4E9", linewidth=0.8, label="achievable at all")
-    # a rotation has the alignment of what it rotates: lines would hide each other
-    distinct = [t for t in frame["transform"].unique() if "-hadamard" not in t]
-    for transform in distinct:
+    # a rotation has the alignment of what it rotates: only the first of equal lines is drawn
+    drawn: dict[str, np.ndarray] = {}
+    for transform in frame["transform"].unique():
         values = np.sort(frame.loc[frame["transform"] == transform, "alignment_db"])
+        if any(np.allclose(values, other, atol=0.02) for other in drawn.values()):
+            continue
+        drawn[transform] = values
         color, marker, line = _style(transform)
         axis.plot(
             share,
             values,
-            line,
+            linestyle=line,
             color=color,
             marker=marker,
             markevery=max(1, len(share) // 12),
@@ -375,13 +405,14 @@ CAPTIONS = {
     "1-factors": "The predicted SQNR of each Linear and its factors. A rotation changes "
     "concentration alone; alignment needs a transform that is no rotation.",
     "2-predicted-and-measured": "Predicted (theorem 2.4) and measured SQNR, a dot for each "
-    "Linear. Far off the diagonal are inputs of which a few tokens hold most of the energy.",
+    "Linear. Named are those farthest off the diagonal.",
     "3-weights-and-activations": "Which of the two errors is larger, and what more bits do: "
     "small dots are Linears, large ones their mean.",
     "4-concentration": "How well weights and activations fill their range, over all Linears: "
     "quartiles, and the levels of known distributions.",
     "5-alignment": "Alignment over all Linears, and the region that transforms can reach if "
-    "each Linear has its input for itself. Rotations leave it as it is.",
+    "each Linear has its input for itself. Rotations leave it as it is: equal lines "
+    "are drawn once.",
     "6-fewer-bits": "Few bits with CAT against more bits without a transform.",
 }
 
@@ -410,7 +441,7 @@ def write_figures(
 def checkpoint_layers(frame: pd.DataFrame) -> Figure:
     """SQNR of each quantized Linear of a checkpoint, for itself and accumulated"""
     frame = with_roles(frame)
-    roles = list(frame["role"].unique())[:8]
+    roles = _main_roles(frame)
     figure = Figure(figsize=(1.2 + 1.75 * len(roles), 3.2))
     axes = figure.subplots(1, len(roles), sharey=True, squeeze=False)[0]
     for axis, role in zip(axes, roles, strict=True):
@@ -425,8 +456,8 @@ def checkpoint_layers(frame: pd.DataFrame) -> Figure:
             (_STYLES[1], _STYLES[2], _STYLES[0], _STYLES[4]),
             strict=True,
         ):
-            values = rows[column].replace(math.inf, math.nan)
-            axis.plot(rows["depth"], values, line, color=color, label=label)
+            values = rows[column].replace(math.inf, math.nan).groupby(rows["depth"]).mean()
+            axis.plot(values.index, values, linestyle=line, color=color, label=label)
         axis.set_title(role)
         axis.set_xlabel("layer")
     axes[0].set_ylabel("SQNR of the output, dB")

@@ -4,6 +4,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
+from typing import Any
 
 import pandas as pd
 import torch
@@ -14,6 +15,7 @@ from compressed_tensors.utils import align_module_device, get_execution_device
 from torch import Tensor
 from torch.nn import Linear, Module
 
+from cat_modifier.analysis.experts import fused_experts
 from cat_modifier.analysis.passes import Batch, calibrate
 from cat_modifier.analysis.schemes import Scheme
 from cat_modifier.analysis.statistics import AnalysisStatistics
@@ -58,10 +60,10 @@ class UnseenLinears(ValueError):
     Some Linears saw no tokens.
 
     :param names: of them
-    :param results: of all others
+    :param results: of all others; None if there are none
     """
 
-    def __init__(self, names: list[str], results: pd.DataFrame):
+    def __init__(self, names: list[str], results: Any):
         self.names, self.results = names, results
         super().__init__(
             f"{len(names)} Linears saw no tokens, and are not in the results: "
@@ -86,8 +88,7 @@ class LayerResult:
     :param block_size: k of the transform's blocks
     :param weight_concentration_db: C(W), of the transformed weight
     :param activation_concentration_db: C(x), of the transformed input
-    :param alignment_db: A(x, W), of the moments of all tokens; prediction and measurement are
-        of a sample
+    :param alignment_db: A(x, W)
     :param achievable_block_db: best alignment of this Linear over transforms with blocks of
         the analysis' size, if the Linear had its input for itself
     :param achievable_full_db: the same over all transforms; nan unless the analysis has a
@@ -151,7 +152,7 @@ def find_linears(
 def analyze(
     model: Module,
     batches: Sequence[Batch],
-    schemes: Sequence[str | Scheme] = DEFAULT_SCHEMES,
+    schemes: Sequence[str] = DEFAULT_SCHEMES,
     transforms: Sequence[str] = DEFAULT_TRANSFORMS,
     targets: Iterable[str] = ("Linear",),
     ignore: Iterable[str] = DEFAULT_IGNORE,
@@ -171,11 +172,11 @@ def analyze(
     :param block_size: of CAT, as in CATModifier
     :param workspace: keeps what was computed, so that it can be resumed
     :return: one row for each :class:`LayerResult`
-    :raises ValueError: for unknown names, if there are no Linears or no data, or if
-        activations are not finite
+    :raises ValueError: for unknown names, if there are no Linears or no data, if experts are
+        not Linears, or if activations are not finite
     :raises UnseenLinears: if some of the Linears saw no tokens; it holds the results
     """
-    schemes = [Scheme.parse(s) if isinstance(s, str) else s for s in schemes]
+    schemes = [Scheme.parse(name) for name in schemes]
     if unknown := [name for name in transforms if name not in TRANSFORMS]:
         raise ValueError(
             f"Unknown transform {unknown[0]!r}: it should be one of {', '.join(TRANSFORMS)}"
@@ -184,6 +185,12 @@ def analyze(
         raise ValueError("The analysis needs a scheme, a transform and a batch at least")
     if block_size < 1:
         raise ValueError(f"`block_size` must be positive, got {block_size}")
+    if fused := fused_experts(model, ignore):
+        raise ValueError(
+            f"{fused[0]} (one of {len(fused)}) holds all experts in one parameter, not in "
+            "Linears: call `llmcompressor.modeling.moe.linearize.linearize_moe(model)` first, "
+            "or add it to `ignore`"
+        )
     linears = find_linears(model, targets, ignore)
     _check_groups(linears, schemes)
 
@@ -211,7 +218,7 @@ def analyze(
     frame = pd.DataFrame([row for results in rows.values() for row in results])
     seen = set(frame["layer"]) if len(frame) else set()
     if unseen := [name for name in linears if name not in seen]:
-        raise UnseenLinears(unseen, frame)
+        raise UnseenLinears(unseen, frame if len(frame) else None)
     position = {name: index for index, name in enumerate(linears)}
     return frame.sort_values("layer", key=lambda names: names.map(position), kind="stable")
 
@@ -252,13 +259,18 @@ def _measure_group(
 
     data = GroupData(group.owner, statistics, block_size, weights)
     largest = torch.linalg.vector_norm(x, dim=-1).max().item() ** 2
+    mean = data.input_moments(1).sum().item()
     common = {
         "input": group.owner,
         "in_features": group.features,
         "tokens": statistics.sample.count,
-        "largest_token": largest / (energy(x, token_weights) or 1.0),
+        "largest_token": largest / mean if mean else float("nan"),
     }
-    outputs = {name: energy(x @ weight.T, token_weights) for name, weight in weights.items()}
+    # the sample knows the ratio of the energies of output and input much better than either
+    scale = mean / (energy(x, token_weights) or float("nan"))
+    outputs = {
+        name: energy(x @ weight.T, token_weights) * scale for name, weight in weights.items()
+    }
     best = _achievable(data, outputs)
     # products in the model's own dtype where that is accurate enough
     product_dtype = torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float32
@@ -279,10 +291,7 @@ def _measure_group(
             )
             weight_channels = torch.linalg.vector_norm(weight, dim=0).square()
             weight_energy = weight_channels.double().sum().item()
-            # prediction and measurement are both of the sample
-            sampled = alignment(
-                outputs[name], weight_energy, token_channels.double().sum().item()
-            )
+            aligned = alignment(outputs[name], weight_energy, input_energy)
             # that of all schemes which differ in bits alone is the same
             weight_concentration = cache(
                 partial(_concentration, weight, token_channels, row_weights=None)
@@ -295,7 +304,7 @@ def _measure_group(
                     weight_concentration(_layout(scheme.weights)),
                     token_concentration(_layout(scheme.activations)),
                 )
-                predicted = predicted_sqnr(*scheme.bits, *concentrations, sampled)
+                predicted = predicted_sqnr(*scheme.bits, *concentrations, aligned)
                 yield LayerResult(
                     layer=name,
                     out_features=original.shape[0],
@@ -304,7 +313,7 @@ def _measure_group(
                     block_size=insertion.blocks.shape[-1],
                     weight_concentration_db=to_db(concentrations[0]),
                     activation_concentration_db=to_db(concentrations[1]),
-                    alignment_db=to_db(alignment(outputs[name], weight_energy, input_energy)),
+                    alignment_db=to_db(aligned),
                     achievable_block_db=to_db(best[name][0]),
                     achievable_full_db=to_db(best[name][1]),
                     predicted_weights_db=to_db(predicted.weights),

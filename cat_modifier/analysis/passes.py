@@ -42,9 +42,9 @@ def without_predictions(model: Module, ids: Tensor) -> Batch:
 
 
 @contextmanager
-def hooked(hooks: Mapping[Module, Callable], **kwargs) -> Iterator[None]:
+def hooked(hooks: Mapping[Module, Callable]) -> Iterator[None]:
     """Context in which modules have a forward hook each"""
-    handles = [module.register_forward_hook(hook, **kwargs) for module, hook in hooks.items()]
+    handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
     try:
         yield
     finally:

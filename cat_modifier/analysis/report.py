@@ -13,9 +13,10 @@ import itables.options
 import pandas as pd
 import torch
 from itables.javascript import generate_init_offline_itables_html
-from jinja2 import Environment, PackageLoader, select_autoescape
+from jinja2 import Environment, PackageLoader
 from rich import box
 from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 
 from cat_modifier.analysis.comparison import Comparison
@@ -167,9 +168,7 @@ def _write(
     versions = {name: version(name) for name in ("cat-modifier", "torch", "transformers")}
     versions["python"] = platform.python_version()
     header = {"settings": settings, "versions": versions, **(record or {})}
-    page = Environment(
-        loader=PackageLoader("cat_modifier.analysis", "."), autoescape=select_autoescape()
-    )
+    page = Environment(loader=PackageLoader("cat_modifier.analysis", "."), autoescape=True)
     html = page.get_template("report.html.jinja").render(
         settings=settings,
         versions=versions | {"device": _device()},
@@ -198,11 +197,12 @@ def _write(
             scrollX=True,
         ),
     )
-    (folder / "report.html").write_text(html)
+    (folder / "report.html").write_text(html, encoding="utf-8")
     frame.to_csv(folder / "layers.csv", index=False)
     # nan and infinite values are null: JSON has neither
     header["layers"] = json.loads(frame.to_json(orient="records", double_precision=6))
-    (folder / "layers.json").write_text(json.dumps(header, indent=1))
+    header["files"] = sorted(path.name for path in folder.iterdir())
+    (folder / "layers.json").write_text(json.dumps(header, indent=1), encoding="utf-8")
 
 
 def _device() -> str:
@@ -261,5 +261,5 @@ def _rich(table: pd.DataFrame, title: str, caption: str | None = None) -> Table:
         is_number = dtype.kind in "fi"
         result.add_column(name, justify="right" if is_number else "left", no_wrap=not is_number)
     for row in table.itertuples(index=False):
-        result.add_row(*map(_format, row))
+        result.add_row(*(escape(_format(value)) for value in row))
     return result

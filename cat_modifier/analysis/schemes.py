@@ -35,10 +35,11 @@ class Scheme:
         """
         match = _NAME.fullmatch(name.upper())
         bits = match and (int(match[1]), int(match[3]))
-        if not match or not all(2 <= b <= 8 or b == 16 for b in bits) or "0" in match.groups():
+        is_known = match is not None and all(2 <= b <= 8 or b == 16 for b in bits)
+        if not is_known or bits == (16, 16) or "0" in match.groups():
             raise ValueError(
                 f"Unknown scheme {name!r}: it should be like W4A4, W4A8 or W4G64A4G64 (groups "
-                "of 64 channels), with 2 to 8 bits, or 16 for what is not quantized"
+                "of 64 channels), with 2 to 8 bits, or 16 for what is left as it is"
             )
         weights, activations = (
             None

@@ -3,7 +3,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from cat_modifier.calibration.moments import InputStatistics
@@ -29,7 +28,7 @@ class AnalysisStatistics(InputStatistics):
             return
         super().update(tokens)
         maxima = tokens.abs().amax(0)
-        self.maxima = maxima if self.maxima is None else torch.maximum(self.maxima, maxima)
+        self.maxima = maxima if self.maxima is None else maxima.maximum(self.maxima.to(maxima))
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"maxima": self.maxima}

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a person wants to know first: which Linears lose most, to what, and what would help"""
 
+import math
+
 import pandas as pd
 
 from cat_modifier.analysis.comparison import Comparison
@@ -29,13 +31,14 @@ _UNPREDICTABLE = 3.0
 def mean_table(frame: pd.DataFrame) -> pd.DataFrame:
     """Mean of measured SQNR over all Linears, in dB: a row a transform, a column a scheme"""
     return frame.pivot_table(
-        index="transform", columns="scheme", values="measured_db", sort=False
+        index="transform", columns="scheme", values="measured_db", sort=False, dropna=False
     )
 
 
 def best_transform(frame: pd.DataFrame, scheme: str) -> str:
     """That of the highest mean"""
-    return mean_table(frame)[scheme].idxmax()
+    means = mean_table(frame)[scheme]
+    return means.index[0] if means.isna().all() else means.idxmax()
 
 
 def diagnose(frame: pd.DataFrame, scheme: Scheme, transform: str) -> pd.DataFrame:
@@ -73,21 +76,26 @@ def _diagnose(row: LayerResult, scheme: Scheme) -> dict[str, str | float]:
         ("activations", scheme.activations, row.activation_concentration_db),
     ):
         if args is not None and noise in (name, "both"):
-            size = args.group_size or row.in_features
-            normal = to_db(expected_concentration("normal", size, args.symmetric))
-            losses[f"concentration of {name}"] = normal - db
+            level = expected_concentration(
+                "normal", row.in_features, args.symmetric, args.group_size
+            )
+            losses[f"concentration of {name}"] = to_db(level) - db
     concentration_loss = max(losses.values(), default=float("nan"))
     losses["alignment"] = row.achievable_block_db - row.alignment_db
     limit = max(losses, key=losses.get)
-    if losses[limit] < 1:
+    if math.isnan(row.measured_db):
+        limit = "nothing: no signal"
+    elif losses[limit] < 1:
         limit = "bits"
 
-    def with_8_bits(ratio: float, bits: int | None) -> float:
-        return ratio if bits is None else ratio * ((2**8 - 1) / (2**bits - 1)) ** 2
+    def gain(bits: int | None, ratio: float, other: float) -> float:
+        """By 8 bits of what has fewer now"""
+        if bits is None or bits >= 8:
+            return math.nan
+        more = ratio * ((2**8 - 1) / (2**bits - 1)) ** 2
+        return to_db(parallel_sum(more, other)) - row.measured_db
 
     weight_bits, activation_bits = scheme.bits
-    more_activations = parallel_sum(weights, with_8_bits(activations, activation_bits))
-    more_weights = parallel_sum(with_8_bits(weights, weight_bits), activations)
     return {
         "layer": row.layer,
         "sqnr": row.measured_db,
@@ -95,9 +103,9 @@ def _diagnose(row: LayerResult, scheme: Scheme) -> dict[str, str | float]:
         "limit": limit,
         "concentration_loss": concentration_loss,
         "alignment_loss": losses["alignment"],
-        "gain_activations": to_db(more_activations) - row.measured_db,
-        "gain_weights": to_db(more_weights) - row.measured_db,
-        "gain_full": row.achievable_full_db - row.achievable_block_db,
+        "gain_activations": gain(activation_bits, activations, weights),
+        "gain_weights": gain(weight_bits, weights, activations),
+        "gain_full": row.achievable_full_db - row.alignment_db,
     }
 
 
@@ -111,7 +119,7 @@ def sentences(frame: pd.DataFrame, scheme: Scheme) -> list[str]:
     """The summary, in words"""
     means = mean_table(frame)[scheme.name]
     count = frame["layer"].nunique()
-    first, best = means.index[0], means.idxmax()
+    first, best = means.index[0], best_transform(frame, scheme.name)
     others = ", ".join(
         f"{TRANSFORMS[name].label} {db:.1f}" for name, db in means.items() if name != best
     )
@@ -133,21 +141,28 @@ def sentences(frame: pd.DataFrame, scheme: Scheme) -> list[str]:
         "8-bit weights": worst["gain_weights"].mean(),
         "blocks over the whole input": worst["gain_full"].mean(),
     }
+    helpful = [f"{gain:.1f} dB by {what}" for what, gain in gains.items() if gain > 0]
     text.append(
-        f"The worst tenth then has {worst['sqnr'].mean():.1f} dB on average. It would gain "
-        + ", ".join(f"{gain:.1f} dB by {what}" for what, gain in gains.items() if gain == gain)
-        + "."
+        f"The worst tenth then has {worst['sqnr'].mean():.1f} dB on average."
+        + (f" It would gain {', '.join(helpful)}." if helpful else "")
     )
     off = unpredictable(frame[frame["scheme"] == scheme.name])
-    if len(off):
-        layers = off["layer"].unique()
-        text.append(
-            f"For {len(layers)} Linears (first {layers[0]}) prediction and measurement differ "
-            f"by more than {_UNPREDICTABLE:.0f} dB. There the largest token has "
-            f"{off['largest_token'].median():.0f} times the energy of the mean one (median; of "
-            f"all Linears {frame['largest_token'].median():.0f}): the prediction is about a "
-            "few tokens, whose small channels round to zero instead of making uniform noise."
-        )
+    higher = off["measured_db"] > off["predicted_db"]
+    for rows, relation, reason in (
+        (off[higher], "above", "small channels of a large token round to zero"),
+        (off[~higher], "below", "errors of weights and of a large token are not independent"),
+    ):
+        if len(rows):
+            where = rows.iloc[0]
+            text.append(
+                f"The measurement is more than {_UNPREDICTABLE:.0f} dB {relation} the "
+                f"prediction for {rows['layer'].nunique()} Linears, most of all "
+                f"{where['layer']} with {TRANSFORMS[where['transform']].label} "
+                f"({where['measured_db']:.1f} dB, predicted {where['predicted_db']:.1f}). The "
+                f"largest token of their inputs has {rows['largest_token'].median():.0f} times "
+                f"the energy of the mean one (median; of all Linears "
+                f"{frame['largest_token'].median():.0f}): {reason}."
+            )
     return text
 
 

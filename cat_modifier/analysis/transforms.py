@@ -64,8 +64,8 @@ class GroupData:
         :param block_size: a divisor of :attr:`known_size`
         :return: diagonal blocks of Sx, shape (d/k, k, k), float64
         """
-        moments = self.statistics.moments.mean.to(self.device, torch.float64)
-        return _inner_blocks(moments, block_size)
+        blocks = _inner_blocks(self.statistics.moments.mean, block_size)
+        return blocks.to(self.device, torch.float64)
 
     def weight_moments(self, block_size: int) -> dict[str, Tensor]:
         """

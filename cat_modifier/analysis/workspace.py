@@ -57,6 +57,7 @@ class Workspace:
         self.settings = json.loads(json.dumps(settings))
         self.overwrite = overwrite
         self._unfinished = self.folder / _UNFINISHED
+        self._is_published = False
         self._saved = time.monotonic()
         self._interval = interval
 
@@ -81,7 +82,9 @@ class Workspace:
         return self
 
     def __exit__(self, *exception):
-        if not any((self._unfinished / name).exists() for name in (_STATE, _ROWS)):
+        is_empty = not any((self._unfinished / name).exists() for name in (_STATE, _ROWS))
+        # what is there after publishing is another process' work
+        if is_empty and not self._is_published:
             # nothing to go on with: the next command may have any settings
             shutil.rmtree(self._unfinished, ignore_errors=True)
             with suppress(OSError):  # unless it holds a report
@@ -131,7 +134,8 @@ class Workspace:
         path = self._unfinished / _STATE
         if not path.exists():
             return None
-        return torch.load(path, weights_only=True)
+        # wherever it was: what goes on may run on other devices
+        return torch.load(path, weights_only=True, map_location="cpu")
 
     def save_state(self, state: Callable[[], dict[str, Any]], now: bool = False):
         """
@@ -144,7 +148,10 @@ class Workspace:
         start = time.monotonic()
         if not now and start - self._saved < self._interval:
             return
-        _write(self._unfinished / _STATE, lambda part: torch.save(state(), part))
+        try:
+            _write(self._unfinished / _STATE, lambda part: torch.save(state(), part))
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(f"The state of the analysis cannot be saved: {error}") from error
         self._saved = time.monotonic()
         if self._interval:
             self._interval = max(self._interval, 20 * (self._saved - start))
@@ -157,10 +164,11 @@ class Workspace:
         if not path.exists():
             return {}
         # a process that was killed may have left half a line at the end
-        complete, _, _ = path.read_bytes().rpartition(b"\n")
-        lines = complete.decode().splitlines()
-        path.write_text("".join(line + "\n" for line in lines))
-        return {entry["key"]: entry["rows"] for entry in map(json.loads, lines)}
+        complete, newline, rest = path.read_bytes().rpartition(b"\n")
+        if rest:
+            _write(path, lambda part: part.write_bytes(complete + newline))
+        entries = map(json.loads, complete.splitlines())
+        return {entry["key"]: entry["rows"] for entry in entries}
 
     def add_rows(self, key: str, rows: list[dict[str, Any]]):
         with (self._unfinished / _ROWS).open("a") as file:
@@ -172,19 +180,25 @@ class Workspace:
         """
         Write the files of the report, move them into place, and forget the unfinished work.
 
-        :param write: writes them to the folder that it is given, among them `layers.json`
+        :param write: writes them to the folder that it is given; the last of them is
+        `layers.json`, which names all others as `files`
         """
         staging = self._unfinished / "report"
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         write(staging)
-        (self.folder / _LAST).unlink(missing_ok=True)
+        self._remove_older_report()
         for path in sorted(staging.iterdir(), key=lambda path: path.name == _LAST):
-            target = self.folder / path.name
-            if target.is_dir():
-                shutil.rmtree(target)
-            os.replace(path, target)
+            os.replace(path, self.folder / path.name)
         shutil.rmtree(self._unfinished)
+        self._is_published = True
+
+    def _remove_older_report(self):
+        last = self.folder / _LAST
+        if last.exists():
+            for name in json.loads(last.read_text()).get("files", []):
+                (self.folder / name).unlink(missing_ok=True)
+            last.unlink()
 
 
 def _write(path: Path, write: Callable[[Path], object]):

@@ -123,7 +123,7 @@ class TokenSample:
         tokens = tokens[index.to(tokens.device)].float()
         if self._candidates is not None:
             priorities = torch.cat([self._priorities, priorities])
-            tokens = torch.cat([self._candidates, tokens])
+            tokens = torch.cat([self._candidates.to(tokens.device), tokens])
             priorities, index = priorities.topk(min(self.size + 1, priorities.numel()))
             tokens = tokens[index.to(tokens.device)]
         self._priorities, self._candidates = priorities, tokens

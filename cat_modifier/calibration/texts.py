@@ -52,7 +52,13 @@ def load_texts(dataset: str, split: str, column: str = "text") -> list[str]:
             f"The dataset {dataset!r} has no column {column!r} but {rows.column_names}: choose "
             "one with --column"
         )
-    return list(rows[column])
+    texts = list(rows[column])
+    if wrong := {type(text).__name__ for text in texts if not isinstance(text, str)}:
+        raise ValueError(
+            f"Column {column!r} of the dataset {dataset!r} holds {', '.join(sorted(wrong))} "
+            "beside or instead of text: choose another one with --column"
+        )
+    return texts
 
 
 def windows(

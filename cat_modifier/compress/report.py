@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a transform did to one group of Linears, for the log"""
 
+import math
 from dataclasses import dataclass
 
-import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationType
 from loguru import logger
 from torch import Tensor
@@ -72,18 +72,19 @@ class GroupReport:
         bits = tuple(args and args.num_bits for args in (weight_args, input_args))
         sqnr, alignments = [], []
         for x, linears in (before, after):
-            weight = torch.cat(list(linears.values()))
-            alignments.append(
-                alignment(
-                    energy(x @ weight.T, token_weights),
-                    weight.square().sum().item(),
-                    energy(x, token_weights),
-                )
+            energies = [w.square().sum().item() for w in linears.values()]
+            outputs = [energy(x @ w.T, token_weights) for w in linears.values()]
+            alignments.append(alignment(sum(outputs), sum(energies), energy(x, token_weights)))
+            # squared ranges are summed over the Linears, as energies are
+            squared_ranges = sum(
+                one / concentration(w, weight_args or _ROW)
+                for one, w in zip(energies, linears.values(), strict=True)
+                if one
             )
             sqnr.append(
                 predicted_sqnr(
                     *bits,
-                    concentration(weight, weight_args or _ROW),
+                    sum(energies) / squared_ranges if squared_ranges else math.nan,
                     concentration(x, input_args or _ROW, token_weights),
                     alignments[-1],
                 ).joint

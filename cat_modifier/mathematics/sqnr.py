@@ -83,10 +83,10 @@ def quantization_range(x: Tensor, args: QuantizationArgs) -> Tensor:
     :param x: shape (rows, d); tokens, or rows of a weight
     :param args: `strategy` says what shares a scale: `token` and `channel` a row, `group`
         and `tensor_group` each `group_size` channels of a row, `block` a rectangle of a
-        weight, `tensor` all
+        weight, `tensor` all; the last groups and blocks may be incomplete
     :return: shape (rows, d/g): one range for each g channels of each row; g is d if they
         share one
-    :raises ValueError: if the strategy is of another kind, or its groups do not divide d
+    :raises ValueError: if the strategy is of another kind
     """
     low, high = _extremes(x, args)
     if args.symmetric:
@@ -94,29 +94,35 @@ def quantization_range(x: Tensor, args: QuantizationArgs) -> Tensor:
     return high - low
 
 
+def _tile(shape: torch.Size, args: QuantizationArgs) -> tuple[int, int]:
+    """Rows and channels which share a scale"""
+    strategy = QuantizationStrategy(args.strategy)
+    rows, channels = shape
+    if strategy in (QuantizationStrategy.TOKEN, QuantizationStrategy.CHANNEL):
+        return 1, channels
+    if strategy is QuantizationStrategy.TENSOR:
+        return rows, channels
+    if strategy is QuantizationStrategy.BLOCK:
+        return tuple(args.block_structure)
+    if strategy in (QuantizationStrategy.GROUP, QuantizationStrategy.TENSOR_GROUP):
+        return 1, args.group_size
+    raise ValueError(f"Ranges of strategy {strategy.value} are not those of a Linear")
+
+
+def _padded(x: Tensor, height: int, width: int) -> Tensor:
+    """With zeros, as compressed-tensors completes tiles: no range changes, 0 is in all"""
+    rows, channels = x.shape
+    return torch.nn.functional.pad(x, (0, -channels % width, 0, -rows % height))
+
+
 def _extremes(x: Tensor, args: QuantizationArgs) -> tuple[Tensor, Tensor]:
     """Least and greatest value, and zero, as (rows, d/g) tensors: see quantization_range"""
-    strategy = QuantizationStrategy(args.strategy)
-    rows, channels = x.shape
-    if strategy in (QuantizationStrategy.TOKEN, QuantizationStrategy.CHANNEL):
-        height, width = 1, channels
-    elif strategy in (QuantizationStrategy.GROUP, QuantizationStrategy.TENSOR_GROUP):
-        height, width = 1, args.group_size
-    elif strategy is QuantizationStrategy.BLOCK:
-        height, width = args.block_structure
-    elif strategy is QuantizationStrategy.TENSOR:
-        height, width = rows, channels
-    else:
-        raise ValueError(f"Ranges of strategy {strategy.value} are not those of a Linear")
-    if rows % height or channels % width:
-        raise ValueError(
-            f"Scales for each {height} x {width} values do not suit a tensor of shape "
-            f"{tuple(x.shape)}: choose a `group_size` or `block_structure` which divides it"
-        )
-    blocks = x.unflatten(0, (-1, height)).unflatten(-1, (-1, width))
+    height, width = _tile(x.shape, args)
+    tiles = _padded(x, height, width).unflatten(0, (-1, height)).unflatten(-1, (-1, width))
+    rows = x.shape[0]
     return (
-        blocks.amin((1, 3)).clamp_max(0).repeat_interleave(height, 0),
-        blocks.amax((1, 3)).clamp_min(0).repeat_interleave(height, 0),
+        tiles.amin((1, 3)).clamp_max(0).repeat_interleave(height, 0)[:rows],
+        tiles.amax((1, 3)).clamp_min(0).repeat_interleave(height, 0)[:rows],
     )
 
 
@@ -138,9 +144,11 @@ def quantize_by_range(x: Tensor, args: QuantizationArgs) -> Tensor:
     # every range is a row of its own here: one scale a row is all that is asked of
     # compressed-tensors, whose strategies want scales of different shapes
     row = QuantizationArgs(num_bits=args.num_bits, symmetric=args.symmetric, strategy="channel")
-    ranges = x.reshape(low.numel(), -1)
+    _, width = _tile(x.shape, args)
+    padded = _padded(x, 1, width)
     scale, zero_point = scale.reshape(-1, 1), zero_point.reshape(-1, 1)
-    return fake_quantize(ranges, scale, zero_point, row).view(x.shape)
+    quantized = fake_quantize(padded.reshape(-1, width), scale, zero_point, row)
+    return quantized.view(padded.shape)[:, : x.shape[-1]]
 
 
 def concentration(
@@ -268,7 +276,7 @@ def measured_sqnr(
     :param schemes: quantization of weights and of activations; None leaves them as they are
     :param token_weights: shape (tokens,)
     :param product_dtype: dtype of the matrix products, float32 or bfloat16
-    :return: one for each scheme; inf where nothing is quantized
+    :return: one for each scheme; inf where nothing is quantized, nan without a signal
     """
 
     keys = [(_key(weights), _key(inputs)) for weights, inputs in schemes]
@@ -292,6 +300,8 @@ def measured_sqnr(
             noise[weight_key, key] = energy(joint, token_weights)
 
     def ratio(*keys: str | None) -> float:
+        if signal == 0:
+            return math.nan
         return signal / noise[keys] if noise.get(keys) else math.inf
 
     return [SQNR(ratio(w, None), ratio(None, i), ratio(w, i)) for w, i in keys]

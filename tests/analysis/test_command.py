@@ -152,11 +152,13 @@ def test_unknown_transforms_are_refused_with_the_known_ones(command, capsys):
         ("missing.txt", "The dataset 'missing.txt' .* cannot be read"),
         ("broken.json", "The dataset 'broken.json' .* cannot be read"),
         ("table.csv", "The dataset 'table.csv' has no column 'text' but .*title.*body"),
+        ("lists.json", "Column 'text' of the dataset 'lists.json' holds list"),
         ("short.txt", "The texts have . tokens, too few for 64"),
     ],
 )
 def test_datasets_that_cannot_be_used_are_one_line(folder, monkeypatch, dataset, message):
     (folder / "broken.json").write_text("{")
+    (folder / "lists.json").write_text('[{"text": ["a", "b"]}]')
     (folder / "table.csv").write_text("title,body\na,b\n")
     (folder / "short.txt").write_text("<5> <6>")
     monkeypatch.chdir(folder)
@@ -175,17 +177,17 @@ def test_finished_reports_are_not_replaced_by_accident(command, folder, report):
 
 
 def test_unused_experts_are_named_and_the_report_is_kept(command, folder):
-    make_model(folder / "moe", "qwen3-moe", num_experts=16, num_experts_per_tok=1)
-    # one word, so that most experts are never chosen
-    (folder / "text.txt").rename(folder / "words.txt")
-    (folder / "text.txt").write_text("<5> " * 600)
-    try:
-        printed = command("moe", "--output", "moe-report")
-        seen_all = True
-    except SystemExit as error:
-        seen_all = False
-        assert "saw no tokens" in str(error)
-    finally:
-        (folder / "words.txt").rename(folder / "text.txt")
-    assert (folder / "moe-report" / "report.html").exists()
-    assert not seen_all or "Mean measured" in printed
+    make_model(folder / "moe", "qwen3-moe", num_experts=64, num_experts_per_tok=1)
+    arguments = ["moe", "--output", "moe-report", "--schemes", "W4A4", "--samples", "1"]
+    with pytest.raises(SystemExit, match=r"Linears saw no tokens.*experts\.\d+"):
+        command(*arguments, "--transforms", "none", "cat")
+    page = (folder / "moe-report" / "report.html").read_text()
+    assert re.search(r"layers\.0\.mlp\.experts\.\d+\.gate_proj", page)
+
+
+def test_names_are_no_markup(command, folder):
+    shutil.copytree(folder / "model", folder / "<b>model")
+    printed = command("<b>model", "--output", "out[red]", "--transforms", "none")
+    assert "out[red]/report.html" in printed
+    page = (folder / "out[red]" / "report.html").read_text()
+    assert "&lt;b&gt;model" in page and "<b>model" not in page

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from cat_modifier import CATModifier
 from cat_modifier.analysis import compare
+from cat_modifier.analysis.layers import UnseenLinears
 from cat_modifier.analysis.workspace import Workspace
 from cat_modifier.mathematics.sqnr import measured_sqnr, to_db
 
@@ -103,6 +104,16 @@ def test_comparison_is_resumed(checkpoint, tmp_path):
         resumed = compare(*checkpoint, batches, workspace)
     assert resumed.divergence == expected.divergence
     assert resumed.layers.equals(expected.layers)
+
+
+def test_linears_that_saw_nothing_are_named_and_the_others_kept(tmp_path):
+    original, quantized = quantize(tmp_path, "llama", int_scheme(4, 8))
+    for model in (original, quantized):
+        model.model.layers[1].mlp.forward = torch.zeros_like
+    with pytest.raises(UnseenLinears, match="3 Linears saw no tokens.*layers.1.mlp") as caught:
+        compare(original, quantized, [make_tokens(2, 32)])
+    assert len(caught.value.results.layers) == 11
+    assert caught.value.results.layers["measured_db"].max() < 100
 
 
 def test_models_that_do_not_belong_together_are_an_error(checkpoint, tmp_path):

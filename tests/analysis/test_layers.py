@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
+import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +14,13 @@ from torch.nn import Linear, ReLU, Sequential
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cat_modifier.analysis import TRANSFORMS, analyze
+from cat_modifier.analysis.experts import make_experts_linears
 from cat_modifier.analysis.layers import UnseenLinears
 from cat_modifier.analysis.schemes import Scheme
 from cat_modifier.analysis.summary import best_transform, diagnose, sentences, unpredictable
 from cat_modifier.analysis.workspace import Workspace
 from cat_modifier.calibration.texts import EMBEDDED, load_texts, windows
+from cat_modifier.mathematics.sqnr import alignment, energy, to_db
 
 ALL = list(TRANSFORMS)
 
@@ -105,9 +109,12 @@ def test_summary_of_the_real_model(results):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_transforms_on_all_families(family, tmp_path):
-    model = make_model(tmp_path, family)
+    overrides = {"num_experts": 4, "num_experts_per_tok": 2} if "moe" in family else {}
+    model = make_model(tmp_path, family, **overrides)
+    make_experts_linears(model)
     tokens = make_tokens(8, 48)
     frame = analyze(model, tokens.split(2), ["W8A8", "W4G8A4G8"], ALL, block_size=16)
+    assert any("experts.3.down_proj" in name for name in frame["layer"]) == ("moe" in family)
     counts = frame.groupby("layer").size()
     assert (counts == 2 * len(ALL)).all()
     assert torch.isfinite(torch.tensor(frame["measured_db"].to_numpy())).all()
@@ -122,6 +129,61 @@ def test_all_transforms_on_all_families(family, tmp_path):
     is_block = ~frame["transform"].eq("cat-full")
     assert (frame["alignment_db"] <= block + 1e-3)[is_block].all()
     assert (frame["alignment_db"] <= full + 1e-3).all()
+
+
+def test_experts_which_are_no_linears_are_refused_and_not_forgotten(tmp_path):
+    model = make_model(tmp_path, "qwen3-moe")
+    with pytest.raises(ValueError, match=r"layers.0.mlp.experts \(one of 2\) holds"):
+        analyze(model, [make_tokens()])
+    frame = analyze(model, [make_tokens()], ["W4A4"], ["none"], ignore=["re:.*experts"])
+    assert len(frame) == 9  # attention and the head
+
+
+def test_few_massive_tokens_do_not_make_the_numbers_noisy():
+    """Alignment is that of all tokens, though few of them are sampled"""
+    torch.manual_seed(0)
+    x = torch.randn(40_000, 24) * torch.randn(40_000, 1).exp()
+    x[::500, 5] *= 300
+    linear = Linear(24, 48, bias=False)
+    frame = analyze(Sequential(linear), x.split(1000), ["W8A8"], ["none", "cat"])
+    plain = frame[frame["transform"] == "none"].iloc[0]
+    with torch.no_grad():
+        exact = alignment(energy(linear(x)), linear.weight.square().sum().item(), energy(x))
+    assert plain["alignment_db"] == pytest.approx(to_db(exact), abs=0.1)
+    largest = x.square().sum(-1).max().item() / energy(x)
+    assert plain["largest_token"] == pytest.approx(largest, rel=1e-3)
+
+
+def test_groups_are_compared_with_groups_of_normal_data():
+    torch.manual_seed(0)
+    x = torch.randn(2000, 256)
+    frame = analyze(Sequential(Linear(256, 256)), [x], ["W4G32A4G32"], ["none"])
+    [row] = diagnose(frame, Scheme.parse("W4G32A4G32"), "none").to_dict("records")
+    # weights are uniform, and fill their ranges better than normal data
+    assert row["concentration_loss"] == pytest.approx(0, abs=0.3)
+
+
+def test_a_dead_linear_does_not_hide_the_others():
+    model = Sequential(Linear(24, 24), Linear(24, 8))
+    with torch.no_grad():
+        model[0].weight.zero_()
+    frame = analyze(model, [torch.randn(50, 24)], ["W4A4"], ["none", "cat"])
+    assert frame.loc[frame["layer"] == "0", "measured_db"].isna().all()
+    assert "nothing: no signal" in set(diagnose(frame, Scheme.parse("W4A4"), "cat")["limit"])
+    assert "inf" not in " ".join(sentences(frame, Scheme.parse("W4A4")))
+
+
+def test_whole_blocks_have_nothing_to_gain_from_whole_blocks():
+    torch.manual_seed(0)
+    x = torch.randn(3000, 32) @ torch.randn(32, 32)
+    frame = analyze(
+        Sequential(Linear(32, 64)), [x], ["W4A4"], ["cat", "cat-full"], block_size=4
+    )
+    gains = {
+        name: diagnose(frame, Scheme.parse("W4A4"), name)["gain_full"][0]
+        for name in ("cat", "cat-full")
+    }
+    assert gains["cat"] > 0.5 and gains["cat-full"] == pytest.approx(0, abs=0.1)
 
 
 def test_any_module_with_linears():
@@ -263,11 +325,14 @@ def test_a_state_that_cannot_be_written_leaves_the_last_one(tmp_path):
     with Workspace(tmp_path, {}, interval=0) as workspace:
         workspace.save_state(lambda: {"batches": 1})
 
-        def fail():
-            raise OSError("No space left on device")
-
-        with pytest.raises(OSError, match="No space"):
-            workspace.save_state(fail)
+        # a full disk, as torch.save meets it
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        try:
+            with pytest.raises(OSError, match="cannot be saved|too large"):
+                workspace.save_state(lambda: {"batches": torch.zeros(100_000)})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert workspace.load_state() == {"batches": 1}
 
 
@@ -276,6 +341,27 @@ def test_a_failure_before_anything_was_computed_leaves_no_folder(tmp_path):
         with Workspace(tmp_path / "new", {}) as workspace:
             analyze(Sequential(Linear(8, 8)), [torch.randn(2, 8)], ["W4"], workspace=workspace)
     assert not (tmp_path / "new").exists()
+
+
+def write_report(folder: Path, names: list[str]):
+    for name in names:
+        (folder / name).touch()
+    (folder / "layers.json").write_text(json.dumps({"files": names}))
+
+
+def test_an_older_report_is_replaced_and_not_mixed_with_the_new_one(tmp_path):
+    for names in (["old.png", "both.png"], ["both.png", "new.png"]):
+        with Workspace(tmp_path, {}, overwrite=True) as workspace:
+            workspace.publish(lambda to, names=names: write_report(to, names))
+    assert {path.name for path in tmp_path.iterdir()} == {"both.png", "new.png", "layers.json"}
+
+
+def test_an_analysis_that_ends_leaves_the_next_one_alone(tmp_path):
+    with Workspace(tmp_path, {}) as first:
+        first.publish(lambda to: write_report(to, []))
+        with Workspace(tmp_path, {}, overwrite=True) as second:
+            first.__exit__()
+            second.save_state(lambda: {}, now=True)
 
 
 def test_folders_in_use_are_refused(tmp_path):
@@ -287,7 +373,8 @@ def test_folders_in_use_are_refused(tmp_path):
     with pytest.raises(FileExistsError, match="unfinished analysis with schemes"):
         Workspace(tmp_path, {"schemes": ["W8A8"]}).__enter__()
     with Workspace(tmp_path, {"schemes": ["W4A4"]}) as workspace:
-        workspace.publish(lambda to: (to / "layers.json").write_text("{}"))
+        workspace.publish(lambda to: write_report(to, ["old.png"]))
+    assert (tmp_path / "old.png").exists()
     with pytest.raises(FileExistsError, match="finished report.*--overwrite"):
         Workspace(tmp_path, {"schemes": ["W4A4"]}).__enter__()
     other = tmp_path / "other"

@@ -23,7 +23,9 @@ def test_16_bits_are_not_quantized():
     assert Scheme.parse("W16A8").bits == (None, 8)
 
 
-@pytest.mark.parametrize("name", ["", "W4", "int4", "W4A1", "W12A8", "W4A4G0", "W4A4-sym"])
+@pytest.mark.parametrize(
+    "name", ["", "W4", "int4", "W4A1", "W12A8", "W4A4G0", "W4A4-sym", "W16A16"]
+)
 def test_other_names_are_an_error(name):
     with pytest.raises(ValueError, match="should be like W4A4"):
         Scheme.parse(name)

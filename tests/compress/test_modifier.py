@@ -574,3 +574,12 @@ def test_log_tells_what_each_transform_did(tmp_path, logs):
     ):
         assert any(word in line for line in lines)
     assert any("blocks of 128 do not suit 96 inputs" in line for line in logs)
+
+
+def test_block_scales_which_do_not_divide_a_weight_are_no_hindrance(tmp_path):
+    """The log predicts, and must not fail where quantization works"""
+    model = make_model(tmp_path)
+    quantization = QuantizationModifier(scheme="FP8_BLOCK", ignore=["lm_head"])
+    recipe = [CATModifier(block_size=16), quantization]
+    oneshot(model=model, recipe=recipe, dataset=make_loader(make_tokens()))
+    assert any(isinstance(module, CATTransform) for module in model.modules())

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationArgs
 from torch.distributions import Laplace, Normal
 
 from cat_modifier.mathematics.reference import expected_concentration
+from cat_modifier.mathematics.sqnr import concentration
 
 DATA = {"normal": Normal(0.0, 1.0), "laplace": Laplace(0.0, 1.0)}
 
@@ -25,6 +27,13 @@ def test_exact_values_of_one_number():
     """r = 2|x|, and r = |x| if zero is an end of the range"""
     assert expected_concentration("normal", 1, True) == pytest.approx(1 / 4, rel=1e-4)
     assert expected_concentration("laplace", 1, False) == pytest.approx(1, rel=1e-4)
+
+
+def test_levels_of_groups_are_those_of_the_concentration_of_random_data():
+    torch.manual_seed(0)
+    args = QuantizationArgs(strategy="group", group_size=32)
+    sampled = concentration(torch.randn(20_000, 256), args)
+    assert expected_concentration("normal", 256, True, 32) == pytest.approx(sampled, rel=0.01)
 
 
 def test_other_distributions_are_an_error():

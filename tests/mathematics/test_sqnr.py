@@ -146,6 +146,13 @@ def test_quantizes_as_compressed_tensors_does(strategy, symmetric):
     assert torch.equal(quantize_by_range(x, args), expected)
 
 
+def test_without_a_signal_there_is_no_ratio():
+    x, w = correlated(20, 64, 30)
+    for pair in ((x * 0, w), (x, w * 0)):
+        [measured] = measured_sqnr(*pair, [(CHANNEL, TOKEN)])
+        assert all(ratio != ratio for ratio in measured)
+
+
 def test_ranges_of_each_strategy():
     x = torch.tensor([[1.0, -3.0, 2.0, 5.0], [-1.0, -2.0, -4.0, -1.0]])
     assert quantization_range(x, ranges(4, "token", True)).tolist() == [[10.0], [8.0]]
@@ -156,11 +163,16 @@ def test_ranges_of_each_strategy():
     assert quantization_range(x, group).tolist() == [[6.0, 10.0], [4.0, 8.0]]
     block = QuantizationArgs(strategy="block", block_structure=[2, 2])
     assert quantization_range(x, block).tolist() == [[6.0, 10.0], [6.0, 10.0]]
+    incomplete = QuantizationArgs(strategy="block", block_structure=[4, 3])
+    assert quantization_range(x, incomplete).tolist() == [[8.0, 10.0], [8.0, 10.0]]
+    assert quantize_by_range(x, incomplete).shape == x.shape
 
 
-def test_groups_that_do_not_divide_the_channels_are_an_error():
-    with pytest.raises(ValueError, match="choose a `group_size`"):
-        quantization_range(torch.ones(2, 10), QuantizationArgs(strategy="group", group_size=4))
+def test_the_last_group_may_be_incomplete():
+    x, args = torch.randn(3, 10), QuantizationArgs(num_bits=4, strategy="group", group_size=4)
+    assert quantization_range(x, args).shape == (3, 3)
+    last = quantize_by_range(x[:, 8:].contiguous(), CHANNEL)
+    assert torch.equal(quantize_by_range(x, args)[:, 8:], last)
 
 
 def test_floats_have_no_equal_intervals():
