@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 The figures of arXiv 2603.04359 for any model: each a function of the table of
-:class:`cat_modifier.analysis.layers.LayerResult` rows.
+:class:`cat_modifier.analysis.measure.LayerResult` rows.
 
 Colours are those of Okabe and Ito, which people with any colour vision can tell apart; each
 goes with a marker and a line style of its own, for print without colour.

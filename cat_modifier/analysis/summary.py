@@ -6,7 +6,7 @@ import math
 import pandas as pd
 
 from cat_modifier.analysis.comparison import Comparison
-from cat_modifier.analysis.layers import LayerResult
+from cat_modifier.analysis.measure import LayerResult
 from cat_modifier.analysis.schemes import Scheme
 from cat_modifier.analysis.transforms import TRANSFORMS
 from cat_modifier.mathematics.reference import expected_concentration
