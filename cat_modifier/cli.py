@@ -58,10 +58,11 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--transforms",
         nargs="+",
+        metavar="TRANSFORM",
         choices=list(TRANSFORMS),
         default=list(DEFAULT_TRANSFORMS),
-        help="to compare. cat-full takes memory in the square and time in the "
-        "cube of the input size",
+        help=f"to compare, of {', '.join(TRANSFORMS)}. cat-full takes memory in the square "
+        "and time in the cube of the input size",
     )
     add("--block-size", type=int, default=128, help="of CAT, an upper bound")
     add("--targets", nargs="+", default=["Linear"], help="names, classes or re: patterns")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from loguru import logger
 from rich.console import Console
 from torch import Tensor
 from transformers import (
@@ -50,6 +51,9 @@ def run(args: Namespace):
     schemes = [Scheme.parse(name) for name in args.schemes]
     if args.samples < 1 or args.length < 2:
         raise ValueError("--samples must be 1 and --length 2 at least")
+    for model in filter(None, (args.model, args.original)):
+        if model.startswith(("/", ".", "~")) and not Path(model).expanduser().is_dir():
+            raise ValueError(f"There is no folder {model}")
     config = AutoConfig.from_pretrained(args.model)
     is_quantized = getattr(config, "quantization_config", None) is not None
     if is_quantized and args.original is None:
@@ -64,6 +68,8 @@ def run(args: Namespace):
     texts = load_texts(args.dataset, split, args.column)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     ids = windows(texts, tokenizer, args.length, args.samples)
+    if len(ids) < args.samples:
+        logger.info(f"The text has {len(ids)} windows of {args.length} tokens")
     batches = ids.split(max(1, _TOKENS_PER_BATCH // args.length))
     settings = {
         "cat-modifier": __version__,

@@ -113,7 +113,7 @@ def factors(frame: pd.DataFrame) -> Figure:
     panels: list[tuple[str, Callable[[pd.DataFrame], Sequence[float]]]] = [
         ("concentration\nC(x) || C(W), dB", _joint_concentration),
         ("alignment\nA(x, W), dB", lambda rows: rows["alignment_db"]),
-        (f"predicted SQNR, dB\n({bits:.1f} dB of bits + both)", lambda r: r["predicted_db"]),
+        (f"{scheme} SQNR, dB\n(both + {bits:.1f})", lambda r: r["predicted_db"]),
     ]
     figure = Figure(figsize=(1.2 + 1.75 * len(roles), 6.5))
     axes = figure.subplots(len(panels), len(roles), sharex="col", sharey="row", squeeze=False)
@@ -185,14 +185,17 @@ def predicted_against_measured(frame: pd.DataFrame) -> Figure:
             )
         _diagonal(axis, shown["predicted_db"], shown["measured_db"])
         off = (shown["measured_db"] - shown["predicted_db"]).abs()
-        for position, index in enumerate(off[off > 3].nlargest(3).index):
-            row = shown.loc[index]
+        # names below the diagonal, where there is room: the outliers are above it
+        outliers = shown.loc[off[off > 3].nlargest(3).index].sort_values("measured_db")
+        for position, (_, row) in enumerate(outliers.iterrows()):
             axis.annotate(
                 _short(row["layer"]),
                 (row["predicted_db"], row["measured_db"]),
-                xytext=(5, 9 - 8 * position),
-                textcoords="offset points",
+                xytext=(0.98, 0.03 + 0.07 * position),
+                textcoords="axes fraction",
+                horizontalalignment="right",
                 fontsize=7,
+                arrowprops={"arrowstyle": "-", "color": "grey", "linewidth": 0.5},
             )
         axis.set_title(scheme)
         axis.set_xlabel("predicted SQNR, dB")
@@ -250,16 +253,18 @@ def activations_against_weights(frame: pd.DataFrame) -> Figure:
     levels = np.arange(math.ceil(joint.min() / 6) * 6, joint.max(), 6)
     lines = axis.contour(x, y, joint, levels, colors="grey", linewidths=0.6, zorder=0)
     axis.clabel(lines, fmt="%d dB", fontsize=7)
+    bits = 20 * math.log10((2**8 - 1) / (2**4 - 1))
     start = low[0] + 0.05 * (low[1] - low[0]), high[0] + 0.04 * (high[1] - high[0])
     axis.annotate(
-        "", (start[0] + 24, start[1]), start, arrowprops={"arrowstyle": "->", "color": "grey"}
+        "", (start[0] + bits, start[1]), start, arrowprops={"arrowstyle": "->", "color": "grey"}
     )
-    axis.annotate("4 more weight bits: 24 dB", start, (0, 4), textcoords="offset points")
+    label = f"8 weight bits and not 4: {bits:.1f} dB"
+    axis.annotate(label, start, (0, 4), textcoords="offset points")
     axis.set_xlim(low)
     axis.set_ylim(high)
     axis.set_xlabel("SQNR with quantized weights, dB")
     axis.set_ylabel("SQNR with quantized activations, dB")
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), title="grey lines: joint SQNR")
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), title="(joint SQNR: grey lines)")
     return figure
 
 
@@ -451,9 +456,9 @@ def checkpoint_layers(frame: pd.DataFrame) -> Figure:
                 "measured_weights_db": "weights",
                 "measured_activations_db": "activations",
                 "measured_db": "both",
-                "accumulated_db": "both, and all Linears before it",
+                "accumulated_db": "both, accumulated",
             }.items(),
-            (_STYLES[1], _STYLES[2], _STYLES[0], _STYLES[4]),
+            (_STYLES[1], _STYLES[2], _STYLES[0], _STYLES[5]),
             strict=True,
         ):
             values = rows[column].replace(math.inf, math.nan).groupby(rows["depth"]).mean()
@@ -472,5 +477,5 @@ COMPARISON_FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
 
 COMPARISON_CAPTIONS = {
     "1-checkpoint": "SQNR of each Linear of the checkpoint: with the input that its original "
-    "has, and within the quantized model, where errors accumulate.",
+    "has, and (accumulated) within the quantized model, after the errors of all before it.",
 }

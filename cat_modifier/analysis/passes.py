@@ -2,8 +2,10 @@
 """Passes over the data, with progress, which can be interrupted and resumed"""
 
 import inspect
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -61,7 +63,7 @@ def resumable(
 ) -> Iterator[tuple[int, Batch]]:
     """
     The batches which are left of a pass, numbered, with a progress bar. Between two batches
-    the state of the pass is saved from time to time.
+    the state of the pass is saved from time to time, and when it is interrupted.
 
     :param workspace: where; None to keep nothing
     """
@@ -70,15 +72,52 @@ def resumable(
     if state is not None:
         done = state["batches"]
         load_state_dict(state["pass"])
-    with tqdm.tqdm(total=len(batches), initial=done, desc=description) as progress:
+    interrupts = _DeferredInterrupts() if workspace is not None else nullcontext()
+    with interrupts, tqdm.tqdm(total=len(batches), initial=done, desc=description) as progress:
         for index in range(done, len(batches)):
             yield index, batches[index]
             progress.update()
             if workspace is not None:
-                is_last = index + 1 == len(batches)
                 workspace.save_state(
-                    lambda done=index + 1: {"batches": done, "pass": state_dict()}, now=is_last
+                    lambda done=index + 1: {"batches": done, "pass": state_dict()},
+                    now=interrupts.signal is not None or index + 1 == len(batches),
                 )
+                interrupts.raise_deferred()
+
+
+class _DeferredInterrupts:
+    """
+    Context in which the first SIGINT or SIGTERM is kept until it is asked for: within a
+    batch, some statistics have seen it and others not, and the state is not worth saving.
+    """
+
+    def __init__(self):
+        self.signal: int | None = None
+
+    def __enter__(self) -> "_DeferredInterrupts":
+        self._handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._defer)
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _defer(self, number: int, frame: object):
+        if self.signal is not None:  # a second one means it
+            self._raise(number)
+        self.signal = number
+
+    def raise_deferred(self):
+        if self.signal is not None:
+            self._raise(self.signal)
+
+    def _raise(self, number: int):
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + number)
 
 
 @torch.no_grad()

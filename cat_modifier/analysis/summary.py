@@ -120,7 +120,7 @@ def sentences(frame: pd.DataFrame, scheme: Scheme) -> list[str]:
     means = mean_table(frame)[scheme.name]
     count = frame["layer"].nunique()
     first, best = means.index[0], best_transform(frame, scheme.name)
-    others = ", ".join(
+    others = "; ".join(
         f"{TRANSFORMS[name].label} {db:.1f}" for name, db in means.items() if name != best
     )
     text = [

@@ -2,6 +2,7 @@
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -305,6 +306,25 @@ def test_a_killed_analysis_goes_on_where_it_was(tmp_path):
     results = [(tmp_path / name / "layers.json").read_text() for name in ("whole", "killed")]
     assert results[0] == results[1]
     assert [path.name for path in (tmp_path / "killed").iterdir()] == ["layers.json"]
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+)
+def test_an_interrupt_within_a_batch_waits_for_its_end_and_is_kept(tmp_path, number, error):
+    class Batches(list):
+        def __getitem__(self, index):
+            if index == 2:
+                os.kill(os.getpid(), number)
+            return super().__getitem__(index)
+
+    batches = Batches(torch.randn(5, 10, 8).unbind())
+    handler = signal.getsignal(number)
+    with Workspace(tmp_path, {}, interval=1000) as workspace:
+        with pytest.raises(error):
+            analyze(Sequential(Linear(8, 8)), batches, workspace=workspace)
+        assert workspace.load_state()["batches"] == 3
+    assert signal.getsignal(number) is handler
 
 
 def test_rows_and_state_are_kept_by_the_workspace(tmp_path):
