@@ -3,6 +3,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -85,21 +86,24 @@ def compare(
         sums.clear()
         sums.update(state)
 
-    for _, ids in resumable(batches, "Comparing", workspace, lambda: dict(sums), load):
-        # first, so that weights which are decompressed at the first call are in place
-        outputs: dict[str, Tensor] = {}
-        keep = {
-            module: partial(_keep_output, outputs, name) for name, (_, module) in pairs.items()
-        }
-        with hooked(keep):
-            other = quantized(ids.to(quantized.device)).logits
-        add = {
-            linear: partial(_add_errors, sums, name, module, outputs)
-            for name, (linear, module) in pairs.items()
-        }
-        with hooked(add):
-            logits = original(ids.to(original.device)).logits
-        _add_predictions(sums, ids.to(logits.device), logits, other.to(logits.device))
+    states = (lambda: dict(sums)), load
+    with closing(resumable(batches, "Comparing", workspace, *states)) as remaining:
+        for _, ids in remaining:
+            # first, so that weights which are decompressed at the first call are in place
+            outputs: dict[str, Tensor] = {}
+            keep = {
+                module: partial(_keep_output, outputs, name)
+                for name, (_, module) in pairs.items()
+            }
+            with hooked(keep):
+                other = quantized(ids.to(quantized.device)).logits
+            add = {
+                linear: partial(_add_errors, sums, name, module, outputs)
+                for name, (linear, module) in pairs.items()
+            }
+            with hooked(add):
+                logits = original(ids.to(original.device)).logits
+            _add_predictions(sums, ids.to(logits.device), logits, other.to(logits.device))
 
     rows = []
     unseen = [name for name in pairs if f"{name}/signal" not in sums]

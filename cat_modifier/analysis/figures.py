@@ -172,16 +172,12 @@ def predicted_against_measured(frame: pd.DataFrame) -> Figure:
         shown = frame[(frame["scheme"] == scheme) & frame["transform"].isin(transforms)]
         for transform in transforms:
             rows = shown[shown["transform"] == transform]
-            color, marker, _ = _style(transform)
-            axis.scatter(
+            _dots(
+                axis,
                 rows["predicted_db"],
                 rows["measured_db"],
-                s=12,
-                marker=marker,
-                facecolors="none",
-                edgecolors=color,
-                linewidths=0.8,
-                label=_label(transform),
+                _style(transform),
+                _label(transform),
             )
         _diagonal(axis, shown["predicted_db"], shown["measured_db"])
         off = (shown["measured_db"] - shown["predicted_db"]).abs()
@@ -208,6 +204,20 @@ def _short(layer: str) -> str:
     """`model.layers.11.mlp.down_proj` as `11 down_proj`"""
     number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", layer)
     return f"{number[1] + ' ' if number else ''}{layer.rpartition('.')[2]}"
+
+
+def _dots(axis: Axes, x: pd.Series, y: pd.Series, style: tuple[str, str, str], label: str):
+    color, marker, _ = style
+    axis.scatter(
+        x,
+        y,
+        s=14,
+        marker=marker,
+        facecolors="none",
+        edgecolors=color,
+        linewidths=0.8,
+        label=label,
+    )
 
 
 def _diagonal(axis: Axes, x: pd.Series, y: pd.Series):
@@ -378,16 +388,8 @@ def fewer_bits(frame: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(5.8, 4.4))
     axis = figure.subplots()
     for index, (role, rows) in enumerate(both.groupby("role", sort=False)):
-        color, marker, _ = _STYLES[index % len(_STYLES)]
-        axis.scatter(
-            rows["measured_db_none"],
-            rows["measured_db_cat"],
-            s=18,
-            marker=marker,
-            facecolors="none",
-            edgecolors=color,
-            label=role,
-        )
+        style = _STYLES[index % len(_STYLES)]
+        _dots(axis, rows["measured_db_none"], rows["measured_db_cat"], style, role)
     _diagonal(axis, both["measured_db_none"], both["measured_db_cat"])
     better = (both["measured_db_cat"] > both["measured_db_none"]).mean()
     axis.set_title(f"{few} with CAT is better for {better:.0%} of the Linears", fontsize=9)

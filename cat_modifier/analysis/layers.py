@@ -17,12 +17,11 @@ from cat_modifier.analysis.schemes import Scheme
 from cat_modifier.analysis.statistics import AnalysisStatistics
 from cat_modifier.analysis.transforms import TRANSFORMS
 from cat_modifier.analysis.workspace import Workspace
-from cat_modifier.calibration.groups import InputGroup
+from cat_modifier.calibration.groups import DEFAULT_IGNORE, InputGroup
 from cat_modifier.mathematics.geometry import choose_geometry
 from cat_modifier.mathematics.transform import Rotation
 
 __all__ = [
-    "DEFAULT_IGNORE",
     "DEFAULT_SCHEMES",
     "DEFAULT_TRANSFORMS",
     "UnseenLinears",
@@ -34,8 +33,6 @@ DEFAULT_SCHEMES = ("W4A4", "W4A8", "W8A8", "W6A6")
 DEFAULT_TRANSFORMS = tuple(
     name for name, transform in TRANSFORMS.items() if not transform.needs_whole_moments
 )
-DEFAULT_IGNORE = ("re:.*lm_head", "re:.*vision.*", "re:.*visual.*")
-"""As CATModifier's"""
 
 _SAMPLE_SIZE = 128
 """Tokens of each input on which SQNR is measured"""

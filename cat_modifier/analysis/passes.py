@@ -4,8 +4,8 @@
 import inspect
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -60,10 +60,11 @@ def resumable(
     workspace: Workspace | None,
     state_dict: Callable[[], dict[str, Any]],
     load_state_dict: Callable[[dict[str, Any]], None],
-) -> Iterator[tuple[int, Batch]]:
+) -> Generator[tuple[int, Batch], None, None]:
     """
     The batches which are left of a pass, numbered, with a progress bar. Between two batches
-    the state of the pass is saved from time to time, and when it is interrupted.
+    the state of the pass is saved from time to time, and when it is interrupted. Signals are
+    held back meanwhile: close the generator if the loop may raise.
 
     :param workspace: where; None to keep nothing
     """
@@ -141,15 +142,11 @@ def calibrate(
         return lambda module, args, output: calibration.observe(name, args[0], current)
 
     with hooked({linear: observe(name) for name, linear in linears.items()}):
-        for index, batch in resumable(
-            batches,
-            "Calibrating",
-            workspace,
-            calibration.state_dict,
-            calibration.load_state_dict,
-        ):
-            current = index
-            if isinstance(batch, Mapping):
-                calibration.set_attention_mask(index, batch.get("attention_mask"))
-            call(model, batch)
+        states = calibration.state_dict, calibration.load_state_dict
+        with closing(resumable(batches, "Calibrating", workspace, *states)) as remaining:
+            for index, batch in remaining:
+                current = index
+                if isinstance(batch, Mapping):
+                    calibration.set_attention_mask(index, batch.get("attention_mask"))
+                call(model, batch)
     return calibration

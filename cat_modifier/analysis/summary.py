@@ -149,8 +149,17 @@ def sentences(frame: pd.DataFrame, scheme: Scheme) -> list[str]:
     off = unpredictable(frame[frame["scheme"] == scheme.name])
     higher = off["measured_db"] > off["predicted_db"]
     for rows, relation, reason in (
-        (off[higher], "above", "small channels of a large token round to zero"),
-        (off[~higher], "below", "errors of weights and of a large token are not independent"),
+        (
+            off[higher],
+            "above",
+            "a few large channels set the range, most values round to zero, and their error, "
+            "as small as they are, is less than uniform noise",
+        ),
+        (
+            off[~higher],
+            "below",
+            "a few tokens hold most of the energy, and their errors do not average out",
+        ),
     ):
         if len(rows):
             where = rows.iloc[0]

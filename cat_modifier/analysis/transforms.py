@@ -15,6 +15,7 @@ from cat_modifier.analysis.statistics import AnalysisStatistics
 from cat_modifier.mathematics.geometry import choose_geometry
 from cat_modifier.mathematics.insertion import Insertion
 from cat_modifier.mathematics.transform import (
+    DEFAULT_DAMPING,
     Rotation,
     alignment_transform,
     diagonal_blocks,
@@ -85,7 +86,7 @@ class GroupData:
                 self.input_moments(block_size),
                 sum(self.weight_moments(block_size).values()),
                 strength=1.0,
-                damping=1e-2,
+                damping=DEFAULT_DAMPING,
             )
         return self._alignments[block_size]
 

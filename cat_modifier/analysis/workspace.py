@@ -197,7 +197,7 @@ class Workspace:
         last = self.folder / _LAST
         if last.exists():
             for name in json.loads(last.read_text()).get("files", []):
-                (self.folder / name).unlink(missing_ok=True)
+                (self.folder / Path(name).name).unlink(missing_ok=True)
             last.unlink()
 
 

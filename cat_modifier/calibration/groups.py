@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import Linear
 
-__all__ = ["GroupObserver", "InputGroup", "padding_mask"]
+__all__ = ["DEFAULT_IGNORE", "GroupObserver", "InputGroup", "padding_mask"]
+
+DEFAULT_IGNORE = ("re:.*lm_head", "re:.*vision.*", "re:.*visual.*")
+"""Linears which are left alone unless a user says otherwise: heads and vision towers"""
 
 
 @dataclass

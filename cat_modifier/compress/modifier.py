@@ -32,7 +32,7 @@ from pydantic import Field, PrivateAttr, field_validator
 from torch import Tensor
 from torch.nn import Linear, Module, Parameter
 
-from cat_modifier.calibration.groups import InputGroup
+from cat_modifier.calibration.groups import DEFAULT_IGNORE, InputGroup
 from cat_modifier.calibration.inputs import InputCalibration
 from cat_modifier.calibration.moments import InputStatistics
 from cat_modifier.checkpoint.config import CATTransformConfig
@@ -46,7 +46,7 @@ from cat_modifier.checkpoint.transform import CATTransform
 from cat_modifier.compress.report import GroupReport
 from cat_modifier.mathematics.geometry import Geometry, choose_geometry
 from cat_modifier.mathematics.insertion import compute_insertion
-from cat_modifier.mathematics.transform import Rotation
+from cat_modifier.mathematics.transform import DEFAULT_DAMPING, Rotation
 
 __all__ = ["CATModifier"]
 
@@ -125,11 +125,9 @@ class CATModifier(Modifier):
     block_size: int | Literal["full"] = 128
     rotation: Literal["hadamard", "block-hadamard", "eigen-hadamard", "none"] = "hadamard"
     strength: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
-    damping: float = Field(default=0.01, gt=0.0, allow_inf_nan=False)
+    damping: float = Field(default=DEFAULT_DAMPING, gt=0.0, allow_inf_nan=False)
     targets: str | list[str] = Field(default_factory=lambda: ["Linear"])
-    ignore: str | list[str] = Field(
-        default_factory=lambda: ["re:.*lm_head", "re:.*vision.*", "re:.*visual.*"]
-    )
+    ignore: str | list[str] = Field(default_factory=lambda: list(DEFAULT_IGNORE))
     mappings: list[list[str]] | None = None
     precision: TorchDtype = Field(default=torch.bfloat16)
     tensor_parallel_size: int = Field(default=1, ge=1)

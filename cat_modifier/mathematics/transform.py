@@ -23,6 +23,7 @@ from torch import Tensor
 from cat_modifier.mathematics.hadamard import hadamard_matrix
 
 __all__ = [
+    "DEFAULT_DAMPING",
     "Rotation",
     "alignment_transform",
     "apply_blocks",
@@ -36,6 +37,9 @@ __all__ = [
     "rotate_blocks",
     "transformed_energy",
 ]
+
+DEFAULT_DAMPING = 1e-2
+"""See :func:`damp`"""
 
 
 class Rotation(StrEnum):
@@ -148,7 +152,10 @@ def alignment_transform(
 
 
 def rotate_blocks(
-    transform: Tensor, input_moments: Tensor, rotation: Rotation, damping: float = 1e-2
+    transform: Tensor,
+    input_moments: Tensor,
+    rotation: Rotation,
+    damping: float = DEFAULT_DAMPING,
 ) -> Tensor:
     """
     Put the rotation in front of each block, if it is one that is folded into the blocks
@@ -173,7 +180,7 @@ def block_transform(
     weight_moments: Tensor,
     rotation: Rotation,
     strength: float = 1.0,
-    damping: float = 1e-2,
+    damping: float = DEFAULT_DAMPING,
 ) -> Tensor:
     """
     The blocks of CAT as they are stored: the alignment transform, then the rotation.

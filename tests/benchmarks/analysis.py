@@ -43,9 +43,8 @@ def forward_pass(model: PreTrainedModel, ids: Tensor):
         model(batch, use_cache=False)
 
 
-def calibration_pass(path: str, ids: Tensor):
+def calibration_pass(model: PreTrainedModel, ids: Tensor):
     """CATModifier in llm-compressor, and nothing else"""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
     oneshot(model=model, recipe=CATModifier(), dataset=make_loader(ids))
 
 
@@ -69,17 +68,21 @@ def main():
     ]
     forward, calibration = "forward pass", "calibration pass, CATModifier"
     sides = {
-        forward: lambda: forward_pass(model, ids),
-        calibration: lambda: calibration_pass(args.model, ids),
-        "analysis": lambda: analyze(model, batches),
-        "analysis with cat-full": lambda: analyze(model, batches, transforms=list(TRANSFORMS)),
+        forward: lambda model: forward_pass(model, ids),
+        calibration: lambda model: calibration_pass(model, ids),
+        "analysis": lambda model: analyze(model, batches),
+        "analysis with cat-full": lambda model: analyze(
+            model, batches, transforms=list(TRANSFORMS)
+        ),
     }
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(args.rounds):
         # in turn: the speed of the machine drifts
         for name, run in sides.items():
+            # CATModifier changes it
+            model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").eval()
             start = time.perf_counter()
-            frame = run()
+            frame = run(model)
             seconds[name].append(time.perf_counter() - start)
 
     costs = Table("", "s", "x forward", "x calibration", title=f"{ids.numel()} tokens")
