@@ -130,7 +130,7 @@ def measure_group(
     product_dtype = torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float32
     for transform in transforms:
         insertion = TRANSFORMS[transform].compute(data)
-        moments = data.input_moments(insertion.blocks.shape[-1])
+        moments = data.input_moments(insertion.geometry.block_size)
         input_energy = transformed_energy(insertion.blocks, moments)
         tokens = insertion.transform_tokens(x)
         token_channels = token_weights.float() @ tokens.square() / token_weights.sum().float()
@@ -164,7 +164,7 @@ def measure_group(
                     out_features=original.shape[0],
                     transform=transform,
                     scheme=scheme.name,
-                    block_size=insertion.blocks.shape[-1],
+                    block_size=insertion.geometry.block_size,
                     weight_concentration_db=to_db(concentrations[0]),
                     activation_concentration_db=to_db(concentrations[1]),
                     alignment_db=to_db(aligned),

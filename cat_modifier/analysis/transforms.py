@@ -19,6 +19,7 @@ from cat_modifier.mathematics.transform import (
     Rotation,
     alignment_transform,
     diagonal_blocks,
+    inner_blocks,
     rotate_blocks,
 )
 
@@ -65,7 +66,7 @@ class GroupData:
         :param block_size: a divisor of :attr:`known_size`
         :return: diagonal blocks of Sx, shape (d/k, k, k), float64
         """
-        blocks = _inner_blocks(self.statistics.moments.mean, block_size)
+        blocks = inner_blocks(self.statistics.moments.mean, block_size)
         return blocks.to(self.device, torch.float64)
 
     def weight_moments(self, block_size: int) -> dict[str, Tensor]:
@@ -91,13 +92,6 @@ class GroupData:
         return self._alignments[block_size]
 
 
-def _inner_blocks(moments: Tensor, size: int) -> Tensor:
-    """Smaller diagonal blocks out of larger ones"""
-    count = moments.shape[-1] // size
-    blocks = moments.unflatten(-1, (count, size)).unflatten(1, (count, size))
-    return blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1).flatten(0, 1)
-
-
 class Transform(NamedTuple):
     """
     :param compute: the transform of one input
@@ -119,18 +113,19 @@ def _cat(rotation: Rotation, block_size: int | None = None, aligned: bool = True
     def compute(data: GroupData) -> Insertion:
         size = {None: data.block_size, 0: data.features}.get(block_size, block_size)
         geometry = choose_geometry(data.name, data.features, 1, size, rotation)
-        size = geometry.block_size
-        if data.known_size % size:
+        if data.known_size % geometry.block_size:
             # moments of blocks that are cut otherwise are not known
             size = choose_geometry(data.name, data.known_size, 1, size, rotation).block_size
+            geometry = choose_geometry(data.name, data.features, 1, size, rotation)
+        size = geometry.block_size
         if aligned:
             blocks = data.alignment_transform(size)
         else:
             blocks = torch.eye(size, dtype=torch.float64, device=data.device)
             blocks = blocks.expand(data.features // size, size, size)
-        if rotation.is_folded:
-            blocks = rotate_blocks(blocks, data.input_moments(size), rotation)
-        return Insertion.from_blocks(blocks.to(_PRECISION), geometry.hadamard_size)
+        moments = data.input_moments(size) if rotation is Rotation.EIGEN_HADAMARD else blocks
+        blocks = rotate_blocks(blocks, moments, rotation, geometry.inner)
+        return Insertion.from_blocks(blocks.to(_PRECISION), geometry)
 
     return compute
 
@@ -146,7 +141,8 @@ def _smooth_scaling(data: GroupData) -> Insertion:
     floor = torch.finfo(torch.float32).tiny
     alive = (inputs > floor) & (weights > floor)
     scales = torch.where(alive, (inputs / weights.clamp_min(floor)).sqrt(), 1.0)
-    return Insertion.from_blocks((1 / scales)[:, None, None].to(_PRECISION), 1)
+    geometry = choose_geometry(data.name, data.features, 1, 1, Rotation.NONE)
+    return Insertion.from_blocks((1 / scales)[:, None, None].to(_PRECISION), geometry)
 
 
 TRANSFORMS: dict[str, Transform] = {

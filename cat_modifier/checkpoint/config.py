@@ -50,21 +50,29 @@ _REQUIRES = "cat-modifier"
 
 class CATScheme(TransformScheme):
     """
-    All groups of Linears with a transform of one block size and one Hadamard size.
+    All groups of Linears with a transform of one block size and one Hadamard matrix.
 
     :param type: always ``cat``
     :param apply: one entry a group; its targets are the names of the group's Linears, of
         which the first holds the tensor ``<name>.cat_input.weight``
     :param head_dim: k, block size; the tensor has shape (d/k, k, k)
-    :param hadamard_size: order of the Hadamard matrix that multiplies each span of as many
-        channels after the blocks; 1 if there is none
+    :param hadamard_size: p, order of the Hadamard matrix that multiplies channels after the
+        blocks; 1 if there is none
+    :param hadamard_stride: q, distance of the channels which it multiplies: those of each
+        span of p * q channels
     :param precision: dtype of the stored tensors
     """
 
     type: Literal["cat"] = TRANSFORM_TYPE
     head_dim: int = Field(gt=0)
     hadamard_size: int = Field(default=1, gt=0)
+    hadamard_stride: int = Field(default=1, gt=0)
     precision: TorchDtype = Field(default=torch.bfloat16)
+
+    @property
+    def hadamard_span(self) -> int:
+        """Neighbouring channels that the Hadamard matrix mixes; 1 if there is none"""
+        return self.hadamard_size * self.hadamard_stride if self.hadamard_size > 1 else 1
 
     @model_validator(mode="after")
     def _validate_apply(self) -> "CATScheme":
@@ -107,16 +115,24 @@ class CATTransformConfig(TransformConfig):
         ]
 
     def add_group(
-        self, names: list[str], block_size: int, hadamard_size: int, precision: torch.dtype
+        self,
+        names: list[str],
+        block_size: int,
+        hadamard_size: int,
+        hadamard_stride: int,
+        precision: torch.dtype,
     ) -> tuple[CATScheme, TransformArgs]:
         """
         :param names: of the Linears of the group, the one which holds the tensor first
         :return: the scheme of the group, and its entry in it
         """
-        key = f"cat_{block_size}_{hadamard_size}"
+        key = f"cat_{block_size}_{hadamard_size}_{hadamard_stride}"
         if key not in self.config_groups:
             self.config_groups[key] = CATScheme(
-                head_dim=block_size, hadamard_size=hadamard_size, precision=precision
+                head_dim=block_size,
+                hadamard_size=hadamard_size,
+                hadamard_stride=hadamard_stride,
+                precision=precision,
             )
         scheme = self.config_groups[key]
         args = TransformArgs(targets=list(names), location=TransformLocation.INPUT)

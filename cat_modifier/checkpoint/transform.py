@@ -15,11 +15,7 @@ from cat_modifier.checkpoint.config import (
     CATScheme,
     CATTransformConfig,
 )
-from cat_modifier.mathematics.hadamard import (
-    apply_hadamard,
-    hadamard_factors,
-    hadamard_matrix,
-)
+from cat_modifier.mathematics.hadamard import apply_hadamard, hadamard_matrix
 from cat_modifier.mathematics.transform import apply_blocks
 
 __all__ = [
@@ -27,27 +23,24 @@ __all__ = [
     "CATTransform",
     "attach_transforms",
     "expected_tensors",
-    "hadamard_pair",
+    "outer_hadamard",
     "transform_input",
     "validate_transform",
 ]
 
 
-def hadamard_pair(size: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
+def outer_hadamard(scheme: CATScheme, device: torch.device) -> Tensor | None:
     """
-    The Hadamard matrix of order ``size`` as two Kronecker factors, float32; None for 1.
+    :return: the Hadamard matrix which follows the blocks, shape (p, p), float32; None if
+        there is none
     """
-    if size == 1:
+    if scheme.hadamard_size == 1:
         return None
-    left, right = hadamard_factors(size)
-    return (
-        hadamard_matrix(left).to(device, torch.float32),
-        hadamard_matrix(right).to(device, torch.float32),
-    )
+    return hadamard_matrix(scheme.hadamard_size).to(device, torch.float32)
 
 
 def transform_input(
-    x: Tensor, blocks: Tensor, hadamard: tuple[Tensor, Tensor] | None
+    x: Tensor, blocks: Tensor, hadamard: Tensor | None = None, stride: int = 1
 ) -> Tensor:
     """
     ``H T x``, computed in float32 whatever the dtypes: every reader of a checkpoint gets
@@ -55,12 +48,13 @@ def transform_input(
 
     :param x: shape (..., d), floating point
     :param blocks: shape (d/k, k, k)
-    :param hadamard: see :func:`hadamard_pair`
+    :param hadamard: see :func:`outer_hadamard`
+    :param stride: distance of the channels which it multiplies
     :return: shape and dtype of x
     """
     transformed = apply_blocks(x.float(), blocks.float())
     if hadamard is not None:
-        transformed = apply_hadamard(transformed, *hadamard)
+        transformed = apply_hadamard(transformed, hadamard, stride)
     return transformed.to(x.dtype)
 
 
@@ -101,14 +95,14 @@ class CATTransform(TransformBase):
         self.weight = weight
         self.scheme = scheme
         self.args = args
-        self._hadamard: tuple[Tensor, Tensor] | None = None
+        self._hadamard: Tensor | None = None
 
     def forward(self, value: Tensor) -> Tensor:
-        if self.scheme.hadamard_size > 1 and (
-            self._hadamard is None or self._hadamard[0].device != value.device
-        ):
-            self._hadamard = hadamard_pair(self.scheme.hadamard_size, value.device)
-        return transform_input(value, self.weight.to(value.device), self._hadamard)
+        if self._hadamard is None or self._hadamard.device != value.device:
+            self._hadamard = outer_hadamard(self.scheme, value.device)
+        return transform_input(
+            value, self.weight.to(value.device), self._hadamard, self.scheme.hadamard_stride
+        )
 
     def input_hook(self, module: Module, args: tuple) -> tuple:
         """Forward pre-hook of every Linear of the group"""
@@ -141,7 +135,7 @@ class CATFactory(TransformFactory):
         size = self.scheme.head_dim
         for what, span in (
             ("blocks", size),
-            ("Hadamard spans", self.scheme.hadamard_size),
+            ("Hadamard spans", self.scheme.hadamard_span),
         ):
             if module.in_features % span:
                 raise ValueError(

@@ -395,7 +395,11 @@ class CATModifier(Modifier):
 
     def _attach(self, group: InputGroup, geometry: Geometry, blocks: Tensor):
         scheme, args = self._config.add_group(
-            list(group.linears), geometry.block_size, geometry.hadamard_size, self.precision
+            list(group.linears),
+            geometry.stored_size,
+            geometry.outer,
+            geometry.inner if geometry.outer > 1 else 1,
+            self.precision,
         )
         weight = Parameter(blocks.contiguous(), requires_grad=False)
         CATTransform(weight, scheme, args).attach(list(group.linears.values()))

@@ -4,7 +4,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from cat_modifier.mathematics.hadamard import is_hadamard_order, largest_hadamard_order
+from cat_modifier.mathematics.hadamard import (
+    is_hadamard_order,
+    largest_hadamard_order,
+    split_hadamard,
+)
 from cat_modifier.mathematics.transform import Rotation
 
 __all__ = ["Geometry", "choose_geometry"]
@@ -13,14 +17,30 @@ __all__ = ["Geometry", "choose_geometry"]
 @dataclass(frozen=True)
 class Geometry:
     """
-    :param block_size: k, channels of a block
-    :param hadamard_size: channels that are mixed after the blocks at run time; 1 if none
+    A Hadamard product over ``p * q`` channels is the Kronecker product of two: the inner
+    one, of order q, is part of the stored blocks, and costs nothing if q divides k.
+
+    :param block_size: k, channels that the alignment mixes
+    :param inner: q; 1 if there is none
+    :param outer: p, order of the Hadamard matrix which is applied at run time to channels
+        that are q apart; 1 if there is none
     :param remark: why they are not larger, for the log
     """
 
     block_size: int
-    hadamard_size: int
+    inner: int
+    outer: int
     remark: str
+
+    @property
+    def stored_size(self) -> int:
+        """Channels of a stored block"""
+        return max(self.block_size, self.inner)
+
+    @property
+    def hadamard_size(self) -> int:
+        """Channels that the Hadamard product mixes"""
+        return self.inner * self.outer
 
 
 def choose_geometry(
@@ -54,11 +74,12 @@ def choose_geometry(
     remarks = []
     if block_size not in ("full", size):
         remarks.append(f"blocks of {block_size} do not suit {features} inputs")
-    hadamard_size = 1
+    outer, inner = 1, size if rotation.is_folded else 1
     if rotation is Rotation.HADAMARD:
-        hadamard_size = largest_hadamard_order(shard)
-        if hadamard_size < shard:
+        span = largest_hadamard_order(shard)
+        outer, inner = split_hadamard(span, size)
+        if span < shard:
             remarks.append(f"no Hadamard matrix of order {shard} is known")
     if shards > 1:
         remarks.append(f"in {shards} shards")
-    return Geometry(size, hadamard_size, ", ".join(remarks))
+    return Geometry(size, inner, outer, ", ".join(remarks))

@@ -19,10 +19,10 @@ from torch import Tensor
 
 __all__ = [
     "apply_hadamard",
-    "hadamard_factors",
     "hadamard_matrix",
     "is_hadamard_order",
     "largest_hadamard_order",
+    "split_hadamard",
 ]
 
 
@@ -116,33 +116,37 @@ def hadamard_matrix(n: int) -> Tensor:
 
 
 @cache
-def hadamard_factors(n: int) -> tuple[int, int]:
+def split_hadamard(n: int, block_size: int) -> tuple[int, int]:
     """
-    Two Hadamard orders ``a, b`` with ``a * b = n``, as near to each other as there are.
-    A Kronecker product of the two is applied with ``n * (a + b)`` multiply-adds, by two
-    matrix products, instead of the ``n * n`` of the whole matrix.
+    Two Hadamard orders ``p, q`` with ``p * q = n``, for a Kronecker product of both after a
+    block-diagonal matrix: the inner factor, of order q, becomes part of the blocks, and the
+    outer one is applied to every q-th channel.
+
+    :param n: a Hadamard order
+    :param block_size: of the matrix before, whose blocks q divides or holds a multiple of
+    :return: those of the fewest multiply-adds, ``n * (max(block_size, q) + p)``
     """
     pairs = [
-        (a, n // a)
-        for a in range(1, n + 1)
-        if n % a == 0 and is_hadamard_order(a) and is_hadamard_order(n // a)
+        (n // q, q)
+        for q in range(1, n + 1)
+        if n % q == 0
+        and (q % block_size == 0 or block_size % q == 0)
+        and is_hadamard_order(q)
+        and is_hadamard_order(n // q)
     ]
     if not pairs:
         raise ValueError(f"No Hadamard matrix of order {n} is known")
-    return min(pairs, key=lambda pair: (sum(pair), pair))
+    return min(pairs, key=lambda pair: (max(block_size, pair[1]) + pair[0], pair))
 
 
-def apply_hadamard(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+def apply_hadamard(x: Tensor, matrix: Tensor, stride: int) -> Tensor:
     """
-    Multiply spans of the last dimension by the Kronecker product of two matrices.
+    Multiply channels which are ``stride`` apart by a matrix: ``(matrix kron I) x`` for each
+    span of ``p * stride`` neighbours.
 
-    Each span of ``a * b`` neighbours is read as an ``(a, b)`` matrix ``X``, and
-    ``(left kron right) vec(X) = vec(left X right^T)`` for row-major ``vec``.
-
-    :param x: shape (..., d), where ``a * b`` divides d
-    :param left: shape (a, a), of x's dtype
-    :param right: shape (b, b), of x's dtype
+    :param x: shape (..., d), where ``p * stride`` divides d
+    :param matrix: shape (p, p), of x's dtype
     :return: shape (..., d)
     """
-    spans = x.unflatten(-1, (-1, left.shape[0], right.shape[0]))
-    return (left @ (spans @ right.T)).flatten(-3)
+    spans = x.unflatten(-1, (-1, matrix.shape[0], stride))
+    return (matrix @ spans).flatten(-3)

@@ -8,11 +8,7 @@ import torch
 from torch import Tensor
 
 from cat_modifier.mathematics.geometry import Geometry
-from cat_modifier.mathematics.hadamard import (
-    apply_hadamard,
-    hadamard_factors,
-    hadamard_matrix,
-)
+from cat_modifier.mathematics.hadamard import apply_hadamard, hadamard_matrix
 from cat_modifier.mathematics.transform import (
     Rotation,
     apply_blocks,
@@ -27,30 +23,24 @@ __all__ = ["Insertion", "compute_insertion"]
 @dataclass(frozen=True)
 class Insertion:
     """
-    :param blocks: T as it is stored, shape (d/k, k, k)
+    :param blocks: T as it is stored, with the inner Hadamard matrix in it, shape
+        (d/s, s, s)
     :param inverse: of the stored T, which makes the product of what the two methods return
-        exact; shape (d/k, k, k), float64
-    :param hadamard: Kronecker factors of the Hadamard matrix after the blocks, float64;
-        None if there is none
+        exact; shape (d/s, s, s), float64
+    :param geometry: of both
     """
 
     blocks: Tensor
     inverse: Tensor
-    hadamard: tuple[Tensor, Tensor] | None
+    geometry: Geometry
 
     @classmethod
-    def from_blocks(cls, blocks: Tensor, hadamard_size: int) -> "Insertion":
+    def from_blocks(cls, blocks: Tensor, geometry: Geometry) -> "Insertion":
         """
-        :param blocks: T as it is to be stored, shape (d/k, k, k)
-        :param hadamard_size: order of the Hadamard matrix after the blocks; 1 if none
+        :param blocks: T as it is to be stored, shape (d/s, s, s)
         :raises ValueError: if T is singular
         """
-        hadamard = None
-        if hadamard_size > 1:
-            left, right = hadamard_factors(hadamard_size)
-            device = blocks.device
-            hadamard = hadamard_matrix(left).to(device), hadamard_matrix(right).to(device)
-        return cls(blocks, invert_blocks(blocks), hadamard)
+        return cls(blocks, invert_blocks(blocks), geometry)
 
     def transform_tokens(self, tokens: Tensor) -> Tensor:
         """
@@ -67,9 +57,10 @@ class Insertion:
         return self._rotate(apply_blocks(weight, self.inverse.mT.to(weight.dtype)))
 
     def _rotate(self, rows: Tensor) -> Tensor:
-        if self.hadamard is None:
+        if self.geometry.outer == 1:
             return rows
-        return apply_hadamard(rows, *(factor.to(rows.dtype) for factor in self.hadamard))
+        matrix = hadamard_matrix(self.geometry.outer).to(rows)
+        return apply_hadamard(rows, matrix, self.geometry.inner)
 
 
 def compute_insertion(
@@ -95,6 +86,11 @@ def compute_insertion(
         identity = torch.eye(size, dtype=torch.float64, device=device)
         input_moments, strength = identity.expand_as(weight_moments), 0.0
     blocks = block_transform(
-        input_moments.to(device, torch.float64), weight_moments, rotation, strength, damping
+        input_moments.to(device, torch.float64),
+        weight_moments,
+        rotation,
+        geometry.inner,
+        strength,
+        damping,
     ).to(precision)
-    return Insertion.from_blocks(blocks, geometry.hadamard_size)
+    return Insertion.from_blocks(blocks, geometry)

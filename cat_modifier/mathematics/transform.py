@@ -32,6 +32,7 @@ __all__ = [
     "damp",
     "diagonal_blocks",
     "geometric_mean",
+    "inner_blocks",
     "invert_blocks",
     "matrix_power",
     "rotate_blocks",
@@ -46,12 +47,13 @@ class Rotation(StrEnum):
     """
     What follows the alignment transform ``M`` of a block of size k
 
-    | Name             | Stored block | After the blocks, at run time       |
-    | ---------------- | ------------ | ----------------------------------- |
-    | `hadamard`       | M            | Hadamard product over the whole span |
-    | `block-hadamard` | H M          | nothing                              |
-    | `eigen-hadamard` | H V^T M      | nothing                              |
-    | `none`           | M            | nothing                              |
+    | Name             | Stored block | After the blocks, at run time             |
+    | ---------------- | ------------ | ----------------------------------------- |
+    | `hadamard`       | H_q M        | H_p over channels that are q apart: both  |
+    |                  |              | together are a Hadamard product of p * q  |
+    | `block-hadamard` | H M          | nothing                                   |
+    | `eigen-hadamard` | H V^T M      | nothing                                   |
+    | `none`           | M            | nothing                                   |
 
     ``V`` are the eigenvectors of ``M Sx M^T``: all channels of a block then have the
     same second moment, for activations and for weights at once (arXiv 2512.00956).
@@ -155,44 +157,59 @@ def rotate_blocks(
     transform: Tensor,
     input_moments: Tensor,
     rotation: Rotation,
+    inner: int,
     damping: float = DEFAULT_DAMPING,
 ) -> Tensor:
     """
-    Put the rotation in front of each block, if it is one that is folded into the blocks
-    (see :class:`Rotation`).
+    Put what is folded into the blocks of a rotation in front of them (see
+    :class:`Rotation`).
 
     :param transform: of the alignment, shape (d/k, k, k), float64
     :param input_moments: diagonal blocks of Sx, shape (d/k, k, k), float64
-    :return: shape (d/k, k, k), float64
-    :raises ValueError: if the rotation needs a Hadamard matrix of order k and there is none
+    :param inner: q, order of the folded Hadamard matrix, a divisor or multiple of k
+    :return: shape (d/s, s, s) with s the larger of k and q, float64
+    :raises ValueError: if there is no Hadamard matrix of order q
     """
     if rotation is Rotation.EIGEN_HADAMARD:
         moments = transform @ damp(input_moments, damping) @ transform.mT
         transform = torch.linalg.eigh((moments + moments.mT) / 2)[1].mT @ transform
-    if rotation.is_folded:
-        hadamard = hadamard_matrix(transform.shape[-1]).to(transform.device)
-        transform = hadamard @ transform
-    return transform
+    if inner > transform.shape[-1]:
+        transform = _merge_blocks(transform, inner)
+    hadamard = hadamard_matrix(inner).to(transform.device)
+    return (hadamard @ transform.unflatten(1, (-1, inner))).flatten(1, 2)
+
+
+def _merge_blocks(blocks: Tensor, size: int) -> Tensor:
+    """The same block-diagonal matrix with blocks of ``size``, a multiple of k"""
+    count = size // blocks.shape[-1]
+    identity = torch.eye(count, dtype=blocks.dtype, device=blocks.device)
+    neighbours = blocks.unflatten(0, (-1, count))
+    # (b, i, r, c) -> (b, i, r, j, c), zero unless i = j
+    merged = neighbours[:, :, :, None, :] * identity[:, None, :, None]
+    return merged.flatten(3, 4).flatten(1, 2)
 
 
 def block_transform(
     input_moments: Tensor,
     weight_moments: Tensor,
     rotation: Rotation,
+    inner: int,
     strength: float = 1.0,
     damping: float = DEFAULT_DAMPING,
 ) -> Tensor:
     """
-    The blocks of CAT as they are stored: the alignment transform, then the rotation.
+    The blocks of CAT as they are stored: the alignment transform, then what is folded of
+    the rotation.
 
     :param input_moments: diagonal blocks of Sx, shape (d/k, k, k), float64
     :param weight_moments: diagonal blocks of Sw, shape (d/k, k, k), float64
-    :return: shape (d/k, k, k), float64
-    :raises ValueError: if the moments are not finite, or if the rotation needs a Hadamard
-        matrix of order k and there is none
+    :param inner: q, order of the folded Hadamard matrix, a divisor or multiple of k
+    :return: shape (d/s, s, s) with s the larger of k and q, float64
+    :raises ValueError: if the moments are not finite, or if there is no Hadamard matrix of
+        order q
     """
     transform = alignment_transform(input_moments, weight_moments, strength, damping)
-    return rotate_blocks(transform, input_moments, rotation, damping)
+    return rotate_blocks(transform, input_moments, rotation, inner, damping)
 
 
 def invert_blocks(blocks: Tensor) -> Tensor:
@@ -221,11 +238,13 @@ def transformed_energy(blocks: Tensor, input_moments: Tensor) -> float:
     """
     ``E||T x||^2 = tr(T Sx T^T)`` of a block-diagonal ``T``
 
-    :param blocks: shape (d/k, k, k)
+    :param blocks: shape (d/s, s, s). s may be a multiple of k if ``T^T T`` has blocks of k
+        nevertheless: if what mixes them is a rotation
     :param input_moments: diagonal blocks of Sx, shape (d/k, k, k), float64
     """
     blocks = blocks.to(input_moments.dtype)
-    return ((blocks @ input_moments) * blocks).sum().item()
+    gram = inner_blocks(blocks.mT @ blocks, input_moments.shape[-1])
+    return (gram * input_moments).sum().item()
 
 
 def diagonal_blocks(matrix: Tensor, block_size: int) -> Tensor:
@@ -239,6 +258,19 @@ def diagonal_blocks(matrix: Tensor, block_size: int) -> Tensor:
         return torch.linalg.vector_norm(matrix, dim=0).square()[:, None, None]
     blocks = matrix.unflatten(-1, (-1, block_size)).movedim(-2, 0)
     return blocks.mT @ blocks
+
+
+def inner_blocks(blocks: Tensor, size: int) -> Tensor:
+    """
+    Diagonal blocks of diagonal blocks.
+
+    :param blocks: shape (d/s, s, s)
+    :param size: k, a divisor of s
+    :return: shape (d/k, k, k)
+    """
+    count = blocks.shape[-1] // size
+    blocks = blocks.unflatten(-1, (count, size)).unflatten(1, (count, size))
+    return blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1).flatten(0, 1)
 
 
 def apply_blocks(x: Tensor, blocks: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch.nn import Module, Parameter
 
 from cat_modifier.checkpoint.config import TENSOR_SUFFIX, TRANSFORM_NAME, CATScheme
 from cat_modifier.checkpoint.transform import (
-    hadamard_pair,
+    outer_hadamard,
     transform_input,
     validate_transform,
 )
@@ -47,7 +47,7 @@ class InputTransform(Module):
     ):
         super().__init__()
         block_size = scheme.head_dim
-        if shard_size % block_size or shard_size % scheme.hadamard_size:
+        if shard_size % block_size or shard_size % scheme.hadamard_span:
             shards = input_size // shard_size
             raise ValueError(
                 f"{name} mixes more channels than the {shard_size} of one of {shards} tensor "
@@ -57,7 +57,7 @@ class InputTransform(Module):
             )
         self.name = name
         self.is_loaded = False
-        self.hadamard_size = scheme.hadamard_size
+        self.scheme = scheme
         self.full_shape = (input_size // block_size, block_size, block_size)
         self.first_block = shard_rank * (shard_size // block_size)
         # NaN until loaded: a tensor which the checkpoint lacks does not go unnoticed
@@ -88,14 +88,10 @@ class InputTransform(Module):
         validate_transform(self.name, self.weight, self.weight.shape)
         self.is_loaded = False  # other weights may be loaded later
         self.weight = Parameter(self.weight.float(), requires_grad=False)
-        self._left, self._right = hadamard_pair(self.hadamard_size, self.weight.device) or (
-            None,
-            None,
-        )
+        self._hadamard = outer_hadamard(self.scheme, self.weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        hadamard = None if self._left is None else (self._left, self._right)
-        return transform_input(x, self.weight, hadamard)
+        return transform_input(x, self.weight, self._hadamard, self.scheme.hadamard_stride)
 
 
 class TransformRegistry(Protocol):

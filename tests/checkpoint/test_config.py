@@ -16,9 +16,9 @@ from cat_modifier.checkpoint.config import (
 
 def make_config() -> dict:
     transforms = CATTransformConfig(config_groups={})
-    transforms.add_group(["layers.0.q", "layers.0.k"], 16, 64, torch.bfloat16)
-    transforms.add_group(["layers.0.down"], 32, 1, torch.bfloat16)
-    transforms.add_group(["layers.1.q"], 16, 64, torch.bfloat16)
+    transforms.add_group(["layers.0.q", "layers.0.k"], 16, 4, 16, torch.bfloat16)
+    transforms.add_group(["layers.0.down"], 32, 1, 1, torch.bfloat16)
+    transforms.add_group(["layers.1.q"], 16, 4, 16, torch.bfloat16)
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
@@ -45,13 +45,13 @@ def test_what_is_marked_is_read_back():
     assert stock["config_groups"]["group_1"]["format"] == "int-quantized"
     assert "transform_config" not in stock
     groups = {
-        tuple(args.targets): (scheme.head_dim, scheme.hadamard_size)
+        tuple(args.targets): (scheme.head_dim, scheme.hadamard_size, scheme.hadamard_stride)
         for scheme, args in transforms.groups()
     }
     assert groups == {
-        ("layers.0.q", "layers.0.k"): (16, 64),
-        ("layers.0.down",): (32, 1),
-        ("layers.1.q",): (16, 64),
+        ("layers.0.q", "layers.0.k"): (16, 4, 16),
+        ("layers.0.down",): (32, 1, 1),
+        ("layers.1.q",): (16, 4, 16),
     }
     QuantizationConfig.model_validate(stock)
 

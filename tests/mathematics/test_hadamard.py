@@ -2,13 +2,15 @@
 import pytest
 import torch
 
+from cat_modifier.mathematics.geometry import choose_geometry
 from cat_modifier.mathematics.hadamard import (
     apply_hadamard,
-    hadamard_factors,
     hadamard_matrix,
     is_hadamard_order,
     largest_hadamard_order,
+    split_hadamard,
 )
+from cat_modifier.mathematics.transform import Rotation, apply_blocks, rotate_blocks
 
 # input sizes of Linears in released models
 WIDTHS = [
@@ -44,10 +46,12 @@ def test_unknown_order_is_an_error(order):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_widths_of_released_models_are_orders_with_balanced_factors(width):
-    left, right = hadamard_factors(width)
-    assert left * right == width
-    assert max(left, right) <= 12 * min(left, right)
+@pytest.mark.parametrize("bound", [32, 64, 128])
+def test_little_is_left_to_do_after_the_blocks_of_released_models(width, bound):
+    geometry = choose_geometry("a", width, 1, bound, Rotation.HADAMARD)
+    assert geometry.outer * geometry.inner == width
+    assert geometry.stored_size <= 256
+    assert geometry.outer + geometry.stored_size < 3 * width**0.5 + bound
 
 
 @pytest.mark.parametrize("n, expected", [(576, 576), (288, 288), (11008, 256), (27, 1), (6, 2)])
@@ -55,9 +59,28 @@ def test_largest_order(n, expected):
     assert largest_hadamard_order(n) == expected
 
 
-@pytest.mark.parametrize("width, span", [(576, 576), (1536, 768), (64, 16)])
-def test_product_is_that_of_the_kronecker_matrix_on_each_span(width, span):
+@pytest.mark.parametrize("span, block_size, expected", [(576, 96, (12, 48)), (64, 1, (8, 8))])
+def test_the_inner_factor_suits_the_blocks(span, block_size, expected):
+    assert split_hadamard(span, block_size) == expected
+
+
+@pytest.mark.parametrize("width, size, stride", [(576, 12, 48), (1536, 24, 32), (64, 4, 1)])
+def test_product_is_that_of_the_kronecker_matrix_on_each_span(width, size, stride):
     x = torch.randn(2, 3, width, dtype=torch.float64)
-    left, right = (hadamard_matrix(order) for order in hadamard_factors(span))
-    matrix = torch.block_diag(*[torch.kron(left, right)] * (width // span))
-    assert torch.allclose(apply_hadamard(x, left, right), x @ matrix.T)
+    matrix = hadamard_matrix(size)
+    span = torch.kron(matrix, torch.eye(stride, dtype=torch.float64))
+    expected = x @ torch.block_diag(*[span] * (width // span.shape[0])).T
+    assert torch.allclose(apply_hadamard(x, matrix, stride), expected)
+
+
+@pytest.mark.parametrize("block_size", [1, 8, 24, 96])
+def test_both_factors_together_are_a_hadamard_matrix_of_the_whole(block_size):
+    outer, inner = split_hadamard(96, block_size)
+    size = max(block_size, inner)
+    ones = torch.eye(block_size, dtype=torch.float64).expand(96 // block_size, -1, -1)
+    blocks = rotate_blocks(ones, ones, Rotation.HADAMARD, inner)
+    assert blocks.shape == (96 // size, size, size)
+    rows = apply_blocks(torch.eye(96, dtype=torch.float64), blocks)
+    matrix = apply_hadamard(rows, hadamard_matrix(outer), inner)
+    assert torch.allclose(matrix @ matrix.T, torch.eye(96, dtype=torch.float64))
+    assert torch.allclose(matrix.abs(), torch.full_like(matrix, 96**-0.5))

@@ -9,6 +9,7 @@ from compressed_tensors.quantization.utils import (
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from cat_modifier.mathematics.geometry import Geometry
 from cat_modifier.mathematics.insertion import Insertion
 from cat_modifier.mathematics.sqnr import (
     achievable_alignment,
@@ -264,8 +265,8 @@ def test_the_transform_reaches_the_predicted_best_alignment(layer):
     for moments in (sx, sw):  # the optimum is reached, not approached, for full ranks alone
         values = torch.linalg.eigvalsh(moments)
         assume((values[:, 0] > 1e-4 * values[:, -1]).all())
-    blocks = block_transform(sx, sw, Rotation.NONE, damping=1e-9)
-    reached = alignment_of(w, x, Insertion.from_blocks(blocks, 1))
+    blocks = block_transform(sx, sw, Rotation.NONE, 1, damping=1e-9)
+    reached = alignment_of(w, x, Insertion.from_blocks(blocks, Geometry(size, 1, 1, "")))
     assert reached == pytest.approx(best_alignment(w, x, size), rel=1e-3)
 
 
@@ -276,10 +277,12 @@ def test_rotations_leave_alignment_unchanged(layer):
     d = x.shape[1]
     before = alignment_of(w, x)
     rotation = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64))[0][None]
-    assert alignment_of(w, x, Insertion.from_blocks(rotation, 1)) == pytest.approx(before)
+    assert alignment_of(
+        w, x, Insertion.from_blocks(rotation, Geometry(d, 1, 1, ""))
+    ) == pytest.approx(before)
     ones = torch.ones(d, 1, 1, dtype=torch.float64)
     for hadamard_size in (n for n in (2, 4, 8, 12) if d % n == 0):
-        hadamard = Insertion.from_blocks(ones, hadamard_size)
+        hadamard = Insertion.from_blocks(ones, Geometry(1, 1, hadamard_size, ""))
         assert alignment_of(w, x, hadamard) == pytest.approx(before)
 
 
@@ -292,5 +295,5 @@ def test_blocks_of_one_channel_are_the_closed_form_scaling(layer):
     scaling = alignment_transform(sx, sw, 1.0, damping=1e-12)
     ratio = scaling / (sw / sx) ** 0.25
     assert torch.allclose(ratio, ratio[:1].expand_as(ratio), rtol=1e-9)
-    reached = alignment_of(w, x, Insertion.from_blocks(scaling, 1))
+    reached = alignment_of(w, x, Insertion.from_blocks(scaling, Geometry(1, 1, 1, "")))
     assert reached == pytest.approx(best_alignment(w, x, 1), rel=1e-6)

@@ -9,7 +9,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.transform import TransformArgs
 
 from cat_modifier.checkpoint.config import CATScheme, CATTransformConfig
-from cat_modifier.checkpoint.transform import hadamard_pair, transform_input
+from cat_modifier.checkpoint.transform import outer_hadamard, transform_input
 from cat_modifier.serve import config as config_module
 from cat_modifier.serve.config import CATCompressedTensorsConfig
 from cat_modifier.serve.linear import InputTransform
@@ -18,8 +18,9 @@ from cat_modifier.serve.vllm_api import get_layer_partition_names
 NAME = "layers.0.down_proj.cat_input.weight"
 
 
-def make(hadamard_size=1, ranks=1, rank=0, loaded=None, input_size=96):
-    scheme = CATScheme(head_dim=16, hadamard_size=hadamard_size, apply=[])
+def make(hadamard=(1, 1), ranks=1, rank=0, loaded=None, input_size=96):
+    size, stride = hadamard
+    scheme = CATScheme(head_dim=16, hadamard_size=size, hadamard_stride=stride, apply=[])
     transform = InputTransform(NAME, scheme, input_size, input_size // ranks, rank)
     if loaded is not None:
         transform.load(transform.weight, loaded)
@@ -28,22 +29,23 @@ def make(hadamard_size=1, ranks=1, rank=0, loaded=None, input_size=96):
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-@pytest.mark.parametrize("hadamard_size", [1, 16])
-def test_shards_put_together_are_the_whole(ranks, hadamard_size):
+@pytest.mark.parametrize("hadamard", [(1, 1), (4, 4), (2, 8)])
+def test_shards_put_together_are_the_whole(ranks, hadamard):
     blocks = torch.randn(6, 16, 16).bfloat16()
     x = torch.randn(5, 96)
-    whole = transform_input(x, blocks, hadamard_pair(hadamard_size, x.device))
+    scheme = CATScheme(head_dim=16, hadamard_size=hadamard[0], apply=[])
+    whole = transform_input(x, blocks, outer_hadamard(scheme, x.device), hadamard[1])
     parts = [
-        make(hadamard_size, ranks, rank, blocks)(part)
+        make(hadamard, ranks, rank, blocks)(part)
         for rank, part in enumerate(x.chunk(ranks, -1))
     ]
     assert torch.allclose(torch.cat(parts, -1), whole, atol=1e-6)
 
 
-@pytest.mark.parametrize("hadamard_size, ranks", [(96, 2), (48, 4), (1, 4)])
-def test_shards_which_would_cut_a_transform_are_refused(hadamard_size, ranks):
+@pytest.mark.parametrize("hadamard, ranks", [((12, 8), 2), ((12, 4), 4), ((1, 1), 4)])
+def test_shards_which_would_cut_a_transform_are_refused(hadamard, ranks):
     with pytest.raises(ValueError, match=f"tensor_parallel_size={ranks}"):
-        make(hadamard_size, ranks)
+        make(hadamard, ranks)
 
 
 def test_a_tensor_that_was_never_loaded_is_named():
