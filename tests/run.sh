@@ -30,7 +30,8 @@ say "Making the checkpoints to serve, in .cache/test-checkpoints"
     > "$CAT_TEST_CHECKPOINTS/log" 2>&1 \
     || { tail -n 40 "$CAT_TEST_CHECKPOINTS/log"; fail "no checkpoints to serve"; }
 
-say "Testing the mathematics and serving in the environment of vLLM"
+say "Testing the kernels and serving in the environment of vLLM"
+"$SERVE" -m pytest tests/kernels
 "$SERVE" -m pytest tests/calibration tests/checkpoint/test_config.py tests/serve
 
 say "All tests passed"

@@ -30,6 +30,9 @@ __all__ = ["CATCompressedTensorsConfig", "METHOD_NAME"]
 METHOD_NAME = "cat-modifier"
 """Name of the quantization method in vLLM"""
 
+_COMPRESSED_TENSORS = "compressed-tensors"
+"""The method that it extends"""
+
 
 class CATCompressedTensorsConfig(CompressedTensorsConfig):
     """
@@ -43,11 +46,17 @@ class CATCompressedTensorsConfig(CompressedTensorsConfig):
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        return METHOD_NAME if read_quantization_config(hf_quant_cfg) else None
+        # asked for by name, the kernels for integers serve stock checkpoints, too
+        is_asked_for = (
+            user_quant == METHOD_NAME
+            and hf_quant_cfg.get("quant_method") == _COMPRESSED_TENSORS
+        )
+        return METHOD_NAME if is_asked_for or read_quantization_config(hf_quant_cfg) else None
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "CATCompressedTensorsConfig":
-        stock, transforms = read_quantization_config(config)
+        no_transforms = config, CATTransformConfig(config_groups={})
+        stock, transforms = read_quantization_config(config) or no_transforms
         instance = super().from_config(stock)
         instance._set_transforms(transforms)
         return instance

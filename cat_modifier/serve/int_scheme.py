@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from cat_modifier.checkpoint.integers import suits_int8_product
+from cat_modifier.kernels.ops import quantize
 from cat_modifier.serve.int8_kernels import Int8Kernel, choose_kernel
 from cat_modifier.serve.vllm_api import (
     BasevLLMParameter,
@@ -26,36 +27,9 @@ from cat_modifier.serve.vllm_api import (
     init_logger,
 )
 
-__all__ = ["CATIntScheme", "quantize_per_token"]
+__all__ = ["CATIntScheme"]
 
 logger = init_logger(f"vllm.{__name__}")
-
-
-def quantize_per_token(
-    x: Tensor, num_bits: int, symmetric: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """
-    Dynamic quantization with one scale a token, as compressed-tensors defines it: the
-    range of a symmetric quantizer is divided by half the number of intervals (7.5 for 4
-    bits), and zero is always representable.
-
-    :param x: shape (tokens, d), floating point
-    :return: codes, shape (tokens, d), int8; scales, shape (tokens, 1), float32; zero
-        points, shape (tokens, 1), int32, or None if symmetric
-    """
-    q_min, q_max = -(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1
-    x = x.float()
-    tiny = torch.finfo(torch.float32).tiny
-    if symmetric:
-        # this very expression: an ulp decides whether the largest value, at 7.5, rounds up
-        scale = (x.abs().amax(-1, keepdim=True) / ((q_max - q_min) / 2)).clamp_min(tiny)
-        return (x / scale).round().clamp(q_min, q_max).to(torch.int8), scale, None
-    low = x.amin(-1, keepdim=True).clamp_max(0)
-    high = x.amax(-1, keepdim=True).clamp_min(0)
-    scale = ((high - low) / (q_max - q_min)).clamp_min(tiny)
-    zero_point = (q_min - low / scale).clamp(q_min, q_max).round()
-    codes = (x / scale + zero_point).round().clamp(q_min, q_max)
-    return codes.to(torch.int8), scale, zero_point.to(torch.int32)
 
 
 class CATIntScheme(CompressedTensorsScheme):
@@ -172,9 +146,16 @@ class CATIntScheme(CompressedTensorsScheme):
         )
 
     def apply_weights(self, layer: Module, x: Tensor, bias: Tensor | None) -> Tensor:
-        tokens = x.reshape(-1, x.shape[-1])
-        codes, scales, zero_points = quantize_per_token(
-            tokens, self.input_bits, self.input_symmetric
-        )
-        out = self.kernel(codes, scales, zero_points, bias)
-        return out.reshape(*x.shape[:-1], out.shape[-1])
+        quantized = quantize(x.reshape(-1, x.shape[-1]), self.input_bits, self.input_symmetric)
+        return self.multiply(*quantized, bias).reshape(*x.shape[:-1], -1)
+
+    def multiply(
+        self, codes: Tensor, scales: Tensor, zero_points: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        """
+        :param codes: of activations, shape (tokens, in), int8
+        :param scales: shape (tokens, 1), float32
+        :param zero_points: shape (tokens, 1), int32; None if symmetric
+        :return: shape (tokens, out)
+        """
+        return self.kernel(codes, scales, zero_points, bias)

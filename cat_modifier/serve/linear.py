@@ -8,11 +8,9 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from cat_modifier.checkpoint.config import TENSOR_SUFFIX, TRANSFORM_NAME, CATScheme
-from cat_modifier.checkpoint.transform import (
-    outer_hadamard,
-    transform_input,
-    validate_transform,
-)
+from cat_modifier.checkpoint.transform import outer_hadamard, validate_transform
+from cat_modifier.kernels.ops import PreparedTransform
+from cat_modifier.serve.int_scheme import CATIntScheme
 from cat_modifier.serve.vllm_api import (
     LinearMethodBase,
     register_weight_loader_v2_supported_method,
@@ -31,10 +29,11 @@ class InputTransform(Module):
     :param input_size: d, size of the whole input
     :param shard_size: size of the input on this rank
     :param shard_rank: of this rank
+    :param dtype: of the input
 
     Attributes:
         weight: blocks on this rank, shape (shard_size / k, k, k); ``scheme.precision``
-            while loading, then float32
+            while loading, then as :class:`PreparedTransform` wants them
     """
 
     def __init__(
@@ -44,6 +43,7 @@ class InputTransform(Module):
         input_size: int,
         shard_size: int,
         shard_rank: int,
+        dtype: torch.dtype,
     ):
         super().__init__()
         block_size = scheme.head_dim
@@ -58,6 +58,7 @@ class InputTransform(Module):
         self.name = name
         self.is_loaded = False
         self.scheme = scheme
+        self.dtype = dtype
         self.full_shape = (input_size // block_size, block_size, block_size)
         self.first_block = shard_rank * (shard_size // block_size)
         # NaN until loaded: a tensor which the checkpoint lacks does not go unnoticed
@@ -87,11 +88,14 @@ class InputTransform(Module):
     def process_weights_after_loading(self):
         validate_transform(self.name, self.weight, self.weight.shape)
         self.is_loaded = False  # other weights may be loaded later
-        self.weight = Parameter(self.weight.float(), requires_grad=False)
-        self._hadamard = outer_hadamard(self.scheme, self.weight.device)
+        hadamard = outer_hadamard(self.scheme, self.weight.device)
+        self.prepared = PreparedTransform.of(
+            self.weight.data, hadamard, self.scheme.hadamard_stride, self.dtype
+        )
+        self.weight = Parameter(self.prepared.blocks, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return transform_input(x, self.weight, self._hadamard, self.scheme.hadamard_stride)
+        return self.prepared(x)
 
 
 class TransformRegistry(Protocol):
@@ -156,6 +160,7 @@ class CATLinearMethod(LinearMethodBase):
                 input_size,
                 input_size_per_partition,
                 layer.tp_rank if is_sharded else 0,
+                params_dtype,
             )
             layer.register_module(TRANSFORM_NAME, transform)
             self.registry.input_transforms[self.owner] = transform
@@ -168,4 +173,10 @@ class CATLinearMethod(LinearMethodBase):
             self.transform.process_weights_after_loading()
 
     def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self.method.apply(layer, self.transform(x), bias)
+        scheme = getattr(layer, "scheme", None)
+        if not isinstance(scheme, CATIntScheme):
+            return self.method.apply(layer, self.transform(x), bias)
+        quantized = self.transform.prepared.quantize(
+            x.reshape(-1, x.shape[-1]), scheme.input_bits, scheme.input_symmetric
+        )
+        return scheme.multiply(*quantized, bias).reshape(*x.shape[:-1], -1)

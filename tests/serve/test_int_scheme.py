@@ -6,8 +6,9 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs, fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 
+from cat_modifier.kernels.ops import quantize
 from cat_modifier.serve.int8_kernels import OneDNNInt8Kernel, choose_kernel
-from cat_modifier.serve.int_scheme import CATIntScheme, quantize_per_token
+from cat_modifier.serve.int_scheme import CATIntScheme
 
 
 def activation_args(bits: int, symmetric: bool) -> QuantizationArgs:
@@ -27,7 +28,7 @@ def test_quantization_is_that_of_compressed_tensors(bits, symmetric, shift):
     scale, zero_point = compute_dynamic_scales_and_zp(x[None], args, torch.nn.Module())
     expected = fake_quantize(x[None], scale, zero_point, args)[0]
 
-    codes, scales, zero_points = quantize_per_token(x, bits, symmetric)
+    codes, scales, zero_points = quantize(x, bits, symmetric)
     assert codes.dtype == torch.int8
     limit = 2 ** (bits - 1)
     assert codes.min().item() >= -limit and codes.max().item() < limit
@@ -45,7 +46,7 @@ def test_product_is_exact(symmetric, with_bias, shape):
     weight = torch.randint(-8, 8, (outputs, inputs), dtype=torch.int8)
     scale = torch.rand(outputs, 1) + 0.1
     bias = torch.randn(outputs) if with_bias else None
-    codes, scales, zero_points = quantize_per_token(x, 4, symmetric)
+    codes, scales, zero_points = quantize(x, 4, symmetric)
 
     assert choose_kernel() is OneDNNInt8Kernel
     kernel = OneDNNInt8Kernel(weight, scale, symmetric, torch.float32)

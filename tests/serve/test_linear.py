@@ -21,7 +21,8 @@ NAME = "layers.0.down_proj.cat_input.weight"
 def make(hadamard=(1, 1), ranks=1, rank=0, loaded=None, input_size=96):
     size, stride = hadamard
     scheme = CATScheme(head_dim=16, hadamard_size=size, hadamard_stride=stride, apply=[])
-    transform = InputTransform(NAME, scheme, input_size, input_size // ranks, rank)
+    size = input_size // ranks
+    transform = InputTransform(NAME, scheme, input_size, size, rank, torch.float32)
     if loaded is not None:
         transform.load(transform.weight, loaded)
         transform.process_weights_after_loading()

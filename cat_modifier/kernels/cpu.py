@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+On CPUs: matrix products by oneDNN, and all that is left fused by PyTorch's compiler.
+
+A single token is latency, not work: one kernel on one thread then does everything.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from cat_modifier.kernels import plain
+
+__all__ = ["quantize", "transform", "transform_quantize"]
+
+_WORK_OF_ONE_THREAD = 2**22
+"""Multiply-adds, some 50 microseconds of them, for which others are not woken"""
+
+_OPERATIONS = 32
+"""Of the quantization of a number"""
+
+
+def transform(x: Tensor, blocks: Tensor, hadamard: Tensor | None, stride: int) -> Tensor:
+    """
+    :param x: shape (tokens, d), dtype of all others
+    :return: shape (tokens, d)
+    """
+    return _transform(x, blocks, hadamard, stride).reshape(x.shape)
+
+
+def transform_quantize(
+    x: Tensor,
+    blocks: Tensor,
+    hadamard: Tensor | None,
+    stride: int,
+    num_bits: int,
+    symmetric: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """
+    :param x: shape (tokens, d), dtype of all others
+    :return: see :func:`cat_modifier.kernels.plain.quantize_per_token`
+    """
+    if x.shape[0] == 1:
+        is_parallel = _transform_work(x, blocks, hadamard) > _WORK_OF_ONE_THREAD
+        function = _compiled(_transform_quantize_one, is_parallel)
+        return function(x, blocks, hadamard, stride, num_bits, symmetric)
+    z = _transform(x, blocks, hadamard, stride)
+    return quantize(z, num_bits, symmetric)
+
+
+def quantize(x: Tensor, num_bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """
+    :param x: shape (tokens, d), or (tokens, ...) in any layout
+    :return: see :func:`cat_modifier.kernels.plain.quantize_per_token`; codes have shape
+        (tokens, d)
+    """
+    function = _compiled(_quantize, _OPERATIONS * x.numel() > _WORK_OF_ONE_THREAD)
+    return function(x, num_bits, symmetric)
+
+
+def _quantize(
+    x: Tensor, num_bits: int, symmetric: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    codes, scales, zero_points = plain.quantize_per_token(x, num_bits, symmetric)
+    return codes.flatten(1), scales, zero_points
+
+
+def _transform(x: Tensor, blocks: Tensor, hadamard: Tensor | None, stride: int) -> Tensor:
+    """
+    :return: shape (tokens, d/q, q), in the layout which the products leave behind
+    """
+    if _transform_work(x, blocks, hadamard) > _WORK_OF_ONE_THREAD:
+        return _products(x, blocks, hadamard, stride)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _products(x, blocks, hadamard, stride)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _transform_work(x: Tensor, blocks: Tensor, hadamard: Tensor | None) -> int:
+    return x.numel() * (blocks.shape[-1] + (0 if hadamard is None else hadamard.shape[0]))
+
+
+def _products(x: Tensor, blocks: Tensor, hadamard: Tensor | None, stride: int) -> Tensor:
+    tokens, (count, size, _) = x.shape[0], blocks.shape
+    # (d/k, tokens, k)
+    z = torch.bmm(x.view(tokens, count, size).transpose(0, 1), blocks.mT)
+    if hadamard is None:
+        return z.transpose(0, 1)
+    # one product for all tokens, instead of one for each
+    spans = x.shape[1] // (hadamard.shape[0] * stride)
+    z = z.view(count, tokens, size // stride, stride).transpose(1, 2)
+    z = hadamard @ z.reshape(spans, hadamard.shape[0], tokens * stride)
+    return z.view(x.shape[1] // stride, tokens, stride).transpose(0, 1)
+
+
+def _transform_quantize_one(
+    x: Tensor,
+    blocks: Tensor,
+    hadamard: Tensor | None,
+    stride: int,
+    num_bits: int,
+    symmetric: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """For one token; sums, which the compiler turns into loops, instead of products"""
+    count, size, _ = blocks.shape
+    z = (blocks.float() * x.view(count, 1, size).float()).sum(-1)
+    if hadamard is not None:
+        spans = z.view(-1, 1, hadamard.shape[0], stride)
+        z = (hadamard.float()[:, :, None] * spans).sum(2)
+    return plain.quantize_per_token(z.reshape(1, -1), num_bits, symmetric)
+
+
+@cache
+def _compiled(function: Callable, is_parallel: bool) -> Callable:
+    options = {"cpp.dynamic_threads": True} if is_parallel else {"cpp.threads": 1}
+    return torch.compile(
+        function,
+        fullgraph=True,
+        dynamic=True,
+        options=options,
+        # a process may serve layers of many kinds
+        recompile_limit=64,
+        isolate_recompiles=True,
+    )

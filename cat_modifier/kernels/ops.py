@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The kernels as operators of PyTorch, which its compiler and CUDA graphs can hold:
+``torch.ops.cat_modifier.transform``, ``.transform_quantize`` and ``.quantize``.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from math import log2, sqrt
+
+import torch
+from torch import Tensor
+
+from cat_modifier.kernels import cpu
+
+__all__ = ["PreparedTransform", "quantize"]
+
+
+@dataclass(frozen=True)
+class PreparedTransform:
+    """
+    A transform, prepared for inputs of one dtype.
+
+    :param blocks: T, shape (d/k, k, k)
+    :param hadamard: entries +-2^-e, which every dtype holds exactly, shape (p, p); None if
+        there is none
+    :param stride: q, distance of the channels which it multiplies
+    :param gain: what is missing to an orthogonal matrix, between 1/sqrt(2) and sqrt(2)
+    """
+
+    blocks: Tensor
+    hadamard: Tensor | None
+    stride: int
+    gain: float
+
+    @classmethod
+    def of(
+        cls, blocks: Tensor, hadamard: Tensor | None, stride: int, dtype: torch.dtype
+    ) -> "PreparedTransform":
+        """
+        :param blocks: as stored
+        :param hadamard: orthogonal, shape (p, p); None if there is none
+        :param dtype: of inputs. The transform is computed in it if it holds the stored
+            blocks exactly, and in float32 if not
+        """
+        is_exact = torch.equal(blocks.to(dtype).to(blocks.dtype), blocks)
+        dtype = dtype if is_exact else torch.float32
+        gain = 1.0
+        if hadamard is not None:
+            root = sqrt(hadamard.shape[0])
+            gain = 2 ** round(log2(root)) / root
+            hadamard = (hadamard / gain).to(dtype)
+        return cls(blocks.to(dtype).contiguous(), hadamard, stride, gain)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """
+        :param x: shape (..., d)
+        :return: shape and dtype of x
+        """
+        tokens = x.reshape(-1, x.shape[-1]).to(self.blocks.dtype)
+        out = torch.ops.cat_modifier.transform(tokens, self.blocks, self.hadamard, self.stride)
+        if self.gain != 1:
+            out = out * self.gain
+        return out.to(x.dtype).reshape(x.shape)
+
+    def quantize(
+        self, x: Tensor, num_bits: int, symmetric: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """
+        Transform, then quantize.
+
+        :param x: shape (tokens, d)
+        :return: see :func:`quantize`
+        """
+        codes, scales, zero_points = torch.ops.cat_modifier.transform_quantize(
+            x.to(self.blocks.dtype),
+            self.blocks,
+            self.hadamard,
+            self.stride,
+            num_bits,
+            symmetric,
+        )
+        if self.gain != 1:
+            scales = scales * self.gain
+        return codes, scales, None if symmetric else zero_points
+
+
+def quantize(x: Tensor, num_bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """
+    See :func:`cat_modifier.kernels.plain.quantize_per_token`, which this computes.
+
+    :param x: shape (tokens, d), floating point
+    :return: codes, shape (tokens, d), int8; scales, shape (tokens, 1), float32; zero
+        points, shape (tokens, 1), int32, or None if symmetric
+    """
+    codes, scales, zero_points = torch.ops.cat_modifier.quantize(x, num_bits, symmetric)
+    return codes, scales, None if symmetric else zero_points
+
+
+# operators return tensors and nothing else
+def _with_zero_points(
+    codes: Tensor, scales: Tensor, zero_points: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    if zero_points is None:
+        zero_points = scales.new_empty((0, 1), dtype=torch.int32)
+    return codes, scales, zero_points
+
+
+def _on_gpu(function, *args):
+    # Triton may not be installed on a machine without GPUs
+    from cat_modifier.kernels import gpu
+
+    return function(gpu, *args)
+
+
+def _transform(kernels, x, blocks, hadamard, stride):
+    return kernels.transform(x, blocks, hadamard, stride)
+
+
+def _transform_quantize(kernels, x, blocks, hadamard, stride, num_bits, symmetric):
+    return _with_zero_points(
+        *kernels.transform_quantize(x, blocks, hadamard, stride, num_bits, symmetric)
+    )
+
+
+def _quantize(kernels, x, num_bits, symmetric):
+    return _with_zero_points(*kernels.quantize(x, num_bits, symmetric))
+
+
+def _fake_transform(x, blocks, hadamard, stride):
+    return torch.empty_like(x)
+
+
+def _fake_codes(x, *args):
+    tokens, symmetric = x.shape[0], args[-1]
+    return (
+        x.new_empty(x.shape, dtype=torch.int8),
+        x.new_empty((tokens, 1), dtype=torch.float32),
+        x.new_empty((0 if symmetric else tokens, 1), dtype=torch.int32),
+    )
+
+
+_TRANSFORM = "Tensor x, Tensor blocks, Tensor? hadamard, int stride"
+_FORMAT = "int num_bits, bool symmetric"
+
+for _name, _schema, _function, _fake in (
+    ("transform", f"({_TRANSFORM}) -> Tensor", _transform, _fake_transform),
+    (
+        "transform_quantize",
+        f"({_TRANSFORM}, {_FORMAT}) -> (Tensor, Tensor, Tensor)",
+        _transform_quantize,
+        _fake_codes,
+    ),
+    (
+        "quantize",
+        f"(Tensor x, {_FORMAT}) -> (Tensor, Tensor, Tensor)",
+        _quantize,
+        _fake_codes,
+    ),
+):
+    # not `torch.library.custom_op`: it would keep the compiler out of the kernels for CPUs
+    _name = f"cat_modifier::{_name}"
+    torch.library.define(_name, _schema)
+    torch.library.register_fake(_name, _fake)
+    torch.library.impl(_name, "CPU", partial(_function, cpu))
+    torch.library.impl(_name, "CUDA", partial(_on_gpu, _function))

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Compile the Triton kernels for GPUs from Ampere to Blackwell, down to machine code, which
+needs no GPU. Prints the name of the kernel, the compute capability, the shapes, and the
+bytes of shared memory of each.
+
+    python tests/kernels/compile_for_gpus.py
+"""
+
+import json
+
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from cat_modifier.kernels import gpu
+
+
+def shared_memory(kernel, capability: int, types: dict, constants: dict, warps: int) -> int:
+    source = ASTSource(
+        fn=kernel,
+        signature=types | dict.fromkeys(constants, "constexpr"),
+        constexprs=constants,
+    )
+    options = {"num_warps": warps}
+    return compile(source, GPUTarget("cuda", capability, 32), options).metadata.shared
+
+
+def main():
+    for capability in (80, 90, 100):
+        for dtype, size, stride in (("*bf16", 128, 128), ("*fp16", 224, 128)):
+            common = {"BITS": 4, "SYMMETRIC": False, "PRECISION": "tf32"}
+            rows = {
+                "SPANS": 1,
+                "SIZE": size,
+                "STRIDE": stride,
+                "ROWS": gpu._padded(size),
+                "COLUMNS": gpu._padded(stride),
+                "QUANTIZE": True,
+            }
+            outputs = {"scales_ptr": "*fp32", "zero_points_ptr": "*i32"}
+            blocks = {"x_ptr": dtype, "blocks_ptr": dtype}
+            shape = {"tokens": "i32", "features": "i32"}
+            tile = {"SIZE": size, "TILE": 64, "PADDED": gpu._padded(size)}
+            cases = {
+                gpu._rows_kernel: (
+                    {"z_ptr": dtype, "hadamard_ptr": dtype, "out_ptr": "*i8"}
+                    | outputs
+                    | {"features": "i32"},
+                    rows | common,
+                    16,
+                ),
+                gpu._blocks_quantize_kernel: (
+                    blocks | {"codes_ptr": "*i8"} | outputs | shape,
+                    tile | {"COUNT": 32, "TILE": 16} | common,
+                    8,
+                ),
+                gpu._blocks_kernel: (
+                    blocks | {"z_ptr": dtype} | shape,
+                    tile | {"PRECISION": "tf32"},
+                    8,
+                ),
+            }
+            for kernel, case in cases.items():
+                memory = shared_memory(kernel, capability, *case)
+                print(json.dumps([kernel.__name__, capability, size, memory]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

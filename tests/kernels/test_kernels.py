@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels against a float64 reference: those for CPUs, and Triton's in its interpreter"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from cat_modifier.kernels import cpu, gpu, ops, plain
+from cat_modifier.mathematics.hadamard import hadamard_matrix
+
+KERNELS = {"cpu": cpu, "gpu": gpu}
+
+
+def inputs(tokens, count, size, outer, inner, dtype, outliers, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, count * size, generator=generator)
+    if outliers:
+        x[:, :: max(1, count * size // 3)] *= 1000
+        x[::2] *= 1e-3
+    blocks = torch.randn(count, size, size, generator=generator) / size**0.5
+    hadamard = hadamard_matrix(outer).float() if outer > 1 else None
+    blocks = blocks.bfloat16().to(dtype)
+    return x.to(dtype), ops.PreparedTransform.of(blocks, hadamard, inner, dtype), hadamard
+
+
+def dequantize(codes, scales, zero_points):
+    return (codes.double() - (0 if zero_points is None else zero_points)) * scales.double()
+
+
+def error(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a.double() - b).norm() / b.norm().clamp_min(1e-300)).item()
+
+
+# (blocks, size of a block, order of H, its stride)
+GEOMETRIES = [
+    (6, 96, 12, 48),
+    (12, 16, 1, 1),
+    (3, 48, 1, 1),
+    (2, 256, 2, 256),
+    (16, 32, 4, 32),  # four spans
+    (7, 20, 1, 1),
+    (24, 8, 48, 4),
+]
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 2, 33])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_transform_is_as_exact_as_plain_pytorch(kernels, geometry, tokens, dtype):
+    x, prepared, hadamard = inputs(tokens, *geometry, dtype, outliers=tokens == 33)
+    stride = geometry[3]
+    expected = plain.transform(
+        x.double(), prepared.blocks, None if hadamard is None else hadamard.double(), stride
+    )
+    allowed = 2 * error(plain.transform(x, prepared.blocks, hadamard, stride), expected)
+    out = KERNELS[kernels].transform(x, prepared.blocks, prepared.hadamard, stride)
+    assert out.dtype == dtype
+    assert error(out.double() * prepared.gain, expected) <= max(allowed, 1e-7)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+@pytest.mark.parametrize("bits, symmetric", [(4, False), (4, True), (8, False), (8, True)])
+def test_codes_are_those_of_the_transformed_input(
+    kernels, geometry, tokens, bits, symmetric, monkeypatch
+):
+    monkeypatch.setattr(gpu, "_FUSED_FROM", 30)
+    x, prepared, hadamard = inputs(tokens, *geometry, torch.bfloat16, outliers=tokens == 40)
+    stride = geometry[3]
+    exact = plain.transform(
+        x.double(), prepared.blocks, None if hadamard is None else hadamard.double(), stride
+    )
+    codes, scales, zero_points = KERNELS[kernels].transform_quantize(
+        x, prepared.blocks, prepared.hadamard, stride, bits, symmetric
+    )
+    assert codes.shape == x.shape and codes.dtype == torch.int8
+    assert scales.shape == (tokens, 1) and scales.dtype == torch.float32
+    assert (zero_points is None) == symmetric
+    found = dequantize(codes, scales * prepared.gain, zero_points)
+    # as far from the exact values as their own quantization, up to rounding in bfloat16
+    allowed = dequantize(*plain.quantize_per_token(exact, bits, symmetric))
+    assert error(found, exact) < 1.02 * error(allowed, exact) + 0.006
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@example(1, 1, 4, False, 0.0)
+@given(
+    tokens=st.integers(1, 20),
+    features=st.integers(1, 200),
+    bits=st.sampled_from([4, 8]),
+    symmetric=st.booleans(),
+    shift=st.sampled_from([0.0, 3.0, -1e4, 1e-30]),
+)
+def test_codes_without_a_transform_are_exactly_those_of_plain_pytorch(
+    kernels, dtype, tokens, features, bits, symmetric, shift
+):
+    generator = torch.Generator().manual_seed(features)
+    x = torch.randn(tokens, features, generator=generator) + shift
+    x[0] = 0 if shift else 1e30
+    x = x.to(dtype)
+    found = KERNELS[kernels].quantize(x, bits, symmetric)
+    expected = plain.quantize_per_token(x, bits, symmetric)
+    for a, b in zip(found, expected, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_operators_have_fakes_and_can_be_compiled():
+    x, prepared, _ = inputs(5, 6, 96, 12, 48, torch.bfloat16, False)
+    arguments = (x, prepared.blocks, prepared.hadamard, 48)
+    tests = ("test_schema", "test_faketensor")
+    namespace = torch.ops.cat_modifier
+    torch.library.opcheck(namespace.transform, arguments, test_utils=tests)
+    for symmetric in (True, False):
+        arguments = (*arguments[:4], 4, symmetric)
+        torch.library.opcheck(namespace.transform_quantize, arguments, test_utils=tests)
+        torch.library.opcheck(namespace.quantize, (x, 4, symmetric), test_utils=tests)
+    compiled = torch.compile(lambda x: prepared.quantize(x, 4, False), fullgraph=True)
+    for found, expected in zip(compiled(x), prepared.quantize(x, 4, False), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_blocks_which_the_dtype_cannot_hold_are_applied_in_float32():
+    blocks = torch.randn(2, 16, 16)
+    x = torch.randn(3, 32).bfloat16()
+    prepared = ops.PreparedTransform.of(blocks, None, 1, torch.bfloat16)
+    assert prepared.blocks.dtype == torch.float32
+    assert torch.equal(prepared(x), plain.transform(x.float(), blocks).bfloat16())
+
+
+def test_no_tokens_are_no_error():
+    x, prepared, _ = inputs(0, 6, 96, 12, 48, torch.bfloat16, False)
+    for kernels in KERNELS.values():
+        arguments = (x, prepared.blocks, prepared.hadamard, 48)
+        assert kernels.transform(*arguments).shape == x.shape
+        assert kernels.transform_quantize(*arguments, 4, False)[0].shape == x.shape
+        assert kernels.quantize(x, 4, True)[1].shape == (0, 1)
+
+
+def test_triton_kernels_compile_for_gpus_and_fit_in_their_shared_memory():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = str(Path(__file__).parent / "compile_for_gpus.py")
+    run = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    kernels = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(kernels) == 18
+    smallest = 99 * 1024  # of the GPUs for which they are compiled: Ada
+    assert all(memory < smallest for *_, memory in kernels), kernels
