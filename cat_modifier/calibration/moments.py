@@ -119,14 +119,17 @@ class TokenSample:
         uniform = torch.rand(tokens.shape[0], generator=self._generator, dtype=torch.float64)
         norm = torch.linalg.vector_norm(tokens, dim=-1, dtype=torch.float32).double().cpu()
         priorities = norm.square() / (1 - uniform)
-        priorities, index = priorities.topk(min(self.size + 1, priorities.numel()))
-        tokens = tokens[index.to(tokens.device)].float()
+        if len(self._priorities) > self.size:
+            # those which can get in: few, after the first batches
+            index = (priorities > self._priorities.min()).nonzero().squeeze(1)
+            if not len(index):
+                return
+            priorities, tokens = priorities[index], tokens[index.to(tokens.device)]
         if self._candidates is not None:
             priorities = torch.cat([self._priorities, priorities])
-            tokens = torch.cat([self._candidates.to(tokens.device), tokens])
-            priorities, index = priorities.topk(min(self.size + 1, priorities.numel()))
-            tokens = tokens[index.to(tokens.device)]
-        self._priorities, self._candidates = priorities, tokens
+            tokens = torch.cat([self._candidates.to(tokens.device), tokens.float()])
+        self._priorities, index = priorities.topk(min(self.size + 1, priorities.numel()))
+        self._candidates = tokens[index.to(tokens.device)].float()
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -43,6 +43,7 @@ from cat_modifier.checkpoint.integers import (
 )
 from cat_modifier.checkpoint.saving import save_atomically
 from cat_modifier.checkpoint.transform import CATTransform
+from cat_modifier.compress.passes import is_resident, pass_over_data
 from cat_modifier.compress.report import GroupReport
 from cat_modifier.mathematics.geometry import Geometry, choose_geometry
 from cat_modifier.mathematics.insertion import compute_insertion
@@ -50,7 +51,7 @@ from cat_modifier.mathematics.transform import DEFAULT_DAMPING, Rotation
 
 __all__ = ["CATModifier"]
 
-_SAMPLE_SIZE = 256
+_SAMPLE_SIZE = 64
 """Tokens of each input that are kept for the report"""
 
 
@@ -90,6 +91,9 @@ class CATModifier(Modifier):
     - on_calibration_start
         - refuse to share the calibration pass with another modifier
         - hook the Linears: group them by input, accumulate moments
+        - if the whole model is on the device that computes, pass the data through it, once:
+          transforms leave no error to propagate, for which the sequential pipeline would
+          run each layer twice. Otherwise that pipeline moves the model, layer by layer
     - on_sequential_epoch_end
         - for each complete group: compute T, transform the weights, attach T
     - on_calibration_end
@@ -190,6 +194,7 @@ class CATModifier(Modifier):
                     "transforms of their own: add both to `ignore`"
                 )
         self._refuse_later_transforms()
+        self.requires_calibration_data = not is_resident(state.model)
         self._linears = matched
         self._config = CATTransformConfig(config_groups={})
         return True
@@ -241,6 +246,9 @@ class CATModifier(Modifier):
                 self.register_hook(module, input_hook, "forward_pre")
             elif any(child in names for child in module.modules()):
                 self.register_hook(module, mask_hook, "forward_pre", with_kwargs=True)
+        if not self.requires_calibration_data:
+            pass_over_data(state)
+            self.remove_hooks()
 
     def on_sequential_epoch_end(
         self, state: State, event: Event, modules: list[Module], **kwargs

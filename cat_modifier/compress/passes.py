@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A calibration pass which runs each layer once"""
+
+from contextlib import ExitStack
+
+import torch
+import tqdm
+from compressed_tensors.offload import get_offloaded_device
+from llmcompressor.core import State
+from llmcompressor.pytorch.utils.helpers import tensors_to_device
+from llmcompressor.utils.dev import get_main_device
+from llmcompressor.utils.helpers import (
+    DisableQuantization,
+    disable_cache,
+    disable_hf_kernels,
+    disable_lm_head,
+    eval_context,
+)
+from torch.nn import Module
+
+__all__ = ["is_resident", "pass_over_data"]
+
+
+def is_resident(model: Module) -> bool:
+    """Whether all of the model is on the device that computes, and nothing is offloaded"""
+    main = get_main_device()
+    return all(
+        get_offloaded_device(module).type == main.type
+        and get_offloaded_device(module).index in (main.index, None)
+        for module in model.modules()
+        if next(module.parameters(recurse=False), None) is not None
+    )
+
+
+def pass_over_data(state: State):
+    """
+    Pass the calibration data through the model, for its hooks to see. As llm-compressor's
+    pipelines do it, but that attention is the model's own, which is faster.
+    """
+    device = get_main_device()
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for context in (
+            disable_cache,
+            eval_context,
+            disable_hf_kernels,
+            disable_lm_head,
+            DisableQuantization,
+        ):
+            stack.enter_context(context(state.model))
+        for index, batch in enumerate(tqdm.tqdm(state.data.calib, desc="Calibrating")):
+            state.current_batch_idx = index
+            state.model(**tensors_to_device(batch, device))
