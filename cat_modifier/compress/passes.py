@@ -24,9 +24,17 @@ __all__ = ["is_resident", "pass_over_data"]
 def is_resident(model: Module) -> bool:
     """Whether all of the model is on the device that computes, and nothing is offloaded"""
     main = get_main_device()
+
+    def is_main(device: torch.device | str) -> bool:
+        # offloaded to "disk", it is no device
+        return (
+            isinstance(device, torch.device)
+            and device.type == main.type
+            and device.index in (main.index, None)
+        )
+
     return all(
-        get_offloaded_device(module).type == main.type
-        and get_offloaded_device(module).index in (main.index, None)
+        is_main(get_offloaded_device(module))
         for module in model.modules()
         if next(module.parameters(recurse=False), None) is not None
     )

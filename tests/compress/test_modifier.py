@@ -29,6 +29,8 @@ from tiny_models import (
 from cat_modifier import CATModifier
 from cat_modifier.calibration.moments import BlockMoments
 from cat_modifier.checkpoint.transform import CATTransform
+from cat_modifier.compress import modifier as modifier_module
+from cat_modifier.compress.passes import is_resident
 
 ROOT = Path(__file__).parents[2]
 
@@ -470,9 +472,35 @@ def test_mappings_that_match_nothing_are_an_error(tmp_path):
         transform(make_model(tmp_path), CATModifier(mappings=[["re:.*nothing"]]))
 
 
-def test_no_calibration_data_is_an_error(tmp_path):
+def test_nothing_but_padding_is_an_error(tmp_path):
+    tokens = make_tokens()
     with pytest.raises(ValueError, match="saw no tokens"):
-        transform(make_model(tmp_path), CATModifier(), pipeline="datafree")
+        oneshot(
+            model=make_model(tmp_path),
+            recipe=CATModifier(),
+            dataset=make_loader(tokens, torch.zeros_like(tokens)),
+        )
+
+
+def test_layers_in_turn_give_the_transforms_of_one_pass(tmp_path, monkeypatch, logs):
+    """As for a model which does not fit on the device"""
+    both = []
+    for resident in (True, False):
+        monkeypatch.setattr(modifier_module, "is_resident", lambda model, is_so=resident: is_so)
+        model = transform(make_model(tmp_path / str(resident)), CATModifier())
+        both.append(model.state_dict())
+    for name, tensor in both[0].items():
+        # attention is computed in another way
+        assert relative_error(tensor.float(), both[1][name].float()) < 0.01
+    pipelines = [line for line in logs if "Inferred" in line]
+    assert "DataFreePipeline" in pipelines[0] and "SequentialPipeline" in pipelines[1]
+
+
+def test_a_model_that_is_offloaded_is_not_resident(tmp_path):
+    model = make_model(tmp_path)
+    assert is_resident(model)
+    offload_module(model.model.layers[0].mlp.up_proj, "cpu", "disk", offload_dir=str(tmp_path))
+    assert not is_resident(model)
 
 
 def test_nan_activations_are_an_error_that_names_the_layer(tmp_path):
