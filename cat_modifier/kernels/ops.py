@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 The kernels as operators of PyTorch, which its compiler and CUDA graphs can hold:
-``torch.ops.cat_modifier.transform``, ``.transform_quantize`` and ``.quantize``.
+``torch.ops.cat_modifier.transform``, ``.transform_quantize`` and ``.quantize``; and on GPUs
+``.transform_pack``, see gpu_packed.py.
 """
 
 from dataclasses import dataclass
@@ -164,3 +165,27 @@ for _name, _schema, _function, _fake in (
     torch.library.register_fake(_name, _fake)
     torch.library.impl(_name, "CPU", partial(_function, cpu))
     torch.library.impl(_name, "CUDA", partial(_on_gpu, _function))
+
+
+def _transform_pack(x, blocks, hadamard, stride, gain, format, global_scale):
+    from cat_modifier.kernels import gpu_packed
+
+    return gpu_packed.transform_pack(x, blocks, hadamard, stride, gain, format, global_scale)
+
+
+def _fake_pack(x, blocks, hadamard, stride, gain, format, global_scale):
+    tokens, features = x.shape
+    codes = x.new_empty((tokens, features // 2), dtype=torch.uint8)
+    if format == "int4":
+        return codes, x.new_empty((tokens, 1), dtype=torch.float32)
+    group, dtype = (16, torch.float8_e4m3fn) if format == "nvfp4" else (32, torch.uint8)
+    shape = ((tokens + 127) // 128 * 128, (features // group + 3) // 4 * 4)
+    return codes, x.new_empty(shape, dtype=dtype)
+
+
+torch.library.define(
+    "cat_modifier::transform_pack",
+    f"({_TRANSFORM}, float gain, str format, Tensor? global_scale) -> (Tensor, Tensor)",
+)
+torch.library.register_fake("cat_modifier::transform_pack", _fake_pack)
+torch.library.impl("cat_modifier::transform_pack", "CUDA", _transform_pack)

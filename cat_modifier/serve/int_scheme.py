@@ -24,12 +24,29 @@ from cat_modifier.serve.vllm_api import (
     CompressedTensorsScheme,
     ModelWeightParameter,
     PackedvLLMParameter,
+    get_current_vllm_config_or_none,
     init_logger,
 )
 
 __all__ = ["CATIntScheme"]
 
 logger = init_logger(f"vllm.{__name__}")
+
+
+_OPTION = "cat_weights"
+
+
+def _asked_to_keep_packed() -> bool:
+    """By vLLM's option `--additional-config '{"cat_weights": "int4"}'`"""
+    config = get_current_vllm_config_or_none()
+    options = config.additional_config if config is not None else {}
+    choice = options.get(_OPTION, "int8") if isinstance(options, dict) else "int8"
+    if choice not in ("int4", "int8"):
+        raise ValueError(
+            f"`{_OPTION}` of `--additional-config` must be int4, which takes less memory, or "
+            f"int8, which is faster, not {choice!r}"
+        )
+    return choice == "int4"
 
 
 class CATIntScheme(CompressedTensorsScheme):
@@ -50,6 +67,7 @@ class CATIntScheme(CompressedTensorsScheme):
         self.input_symmetric = input_quant.symmetric
         self.is_packed = format == "pack-quantized"
         self.kernel: Int8Kernel | None = None
+        self._keeps_packed = _asked_to_keep_packed()
 
     @classmethod
     def suits(
@@ -130,19 +148,21 @@ class CATIntScheme(CompressedTensorsScheme):
         else:
             codes = layer.weight.data
             del layer.weight
-        kernel = choose_kernel()
+        keeps_packed = self._keeps_packed and self.weight_bits == 4
+        kernel = choose_kernel(keeps_packed)
         self.kernel = kernel(
             codes, layer.weight_scale.data, self.input_symmetric, self.out_dtype
         )
         layer.weight_scale = Parameter(layer.weight_scale.data, requires_grad=False)
         logger.info_once(
             "Using %s for W%dA%d integers (activations: %d bits, per token, %s); weights "
-            "take 8 bits each in memory",
+            "take %d bits each in memory",
             kernel.__name__,
             self.weight_bits,
             self.input_bits,
             self.input_bits,
             "symmetric" if self.input_symmetric else "asymmetric",
+            4 if keeps_packed else 8,
         )
 
     def apply_weights(self, layer: Module, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -6,6 +6,7 @@ releases of vLLM, and only this module has to follow.
 
 # isort: off
 from vllm import _custom_ops as ops
+from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed import get_pp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -47,6 +48,7 @@ __all__ = [
     "RoutedExperts",
     "WeightsMapper",
     "current_platform",
+    "get_current_vllm_config_or_none",
     "get_layer_partition_names",
     "get_pp_group",
     "init_logger",

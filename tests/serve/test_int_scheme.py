@@ -7,7 +7,7 @@ from compressed_tensors.quantization import QuantizationArgs, fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 
 from cat_modifier.kernels.ops import quantize
-from cat_modifier.serve.int8_kernels import OneDNNInt8Kernel, choose_kernel
+from cat_modifier.serve.int8_kernels import OneDNNInt8Kernel, PackedInt4Kernel, choose_kernel
 from cat_modifier.serve.int_scheme import CATIntScheme
 
 
@@ -39,7 +39,8 @@ def test_quantization_is_that_of_compressed_tensors(bits, symmetric, shift):
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("shape", [(1, 64, 32), (7, 576, 192), (130, 1536, 64)])
-def test_product_is_exact(symmetric, with_bias, shape):
+@pytest.mark.parametrize("kernel", [OneDNNInt8Kernel, PackedInt4Kernel])
+def test_product_is_exact(symmetric, with_bias, shape, kernel):
     tokens, inputs, outputs = shape
     torch.manual_seed(0)
     x = torch.randn(tokens, inputs) + 0.5
@@ -48,8 +49,8 @@ def test_product_is_exact(symmetric, with_bias, shape):
     bias = torch.randn(outputs) if with_bias else None
     codes, scales, zero_points = quantize(x, 4, symmetric)
 
-    assert choose_kernel() is OneDNNInt8Kernel
-    kernel = OneDNNInt8Kernel(weight, scale, symmetric, torch.float32)
+    assert choose_kernel(kernel is PackedInt4Kernel) is kernel
+    kernel = kernel(weight, scale, symmetric, torch.float32)
     shifted = codes.double() - (0 if zero_points is None else zero_points)
     expected = scales * (shifted @ weight.double().T) * scale.T
     if bias is not None:

@@ -92,6 +92,23 @@ def test_prefix_caching_and_chunked_prefill(checkpoints):
     assert (plain - both).abs().median() < 0.1
 
 
+def test_weights_can_stay_packed_in_memory(checkpoints):
+    ids, _ = reference(checkpoints / "smollm2-w4a4")
+    results = {
+        choice: serve(
+            checkpoints / "smollm2-w4a4",
+            ids[:2],
+            options={"dtype": "float32", "additional_config": {"cat_weights": choice}},
+        )
+        for choice in ("int8", "int4", "int2")
+    }
+    assert "PackedInt4Kernel" in results["int4"]["log"]
+    assert "weights take 4 bits each" in results["int4"]["log"]
+    assert "`cat_weights` of `--additional-config` must be" in results["int2"]["log"]
+    a, b = (torch.tensor(results[choice]["logprobs"]) for choice in ("int8", "int4"))
+    assert (a - b).abs().median() < 1e-3
+
+
 # ---- schemes, biases, compilation --------------------------------------------------------
 
 SERVED = {
