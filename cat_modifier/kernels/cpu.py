@@ -21,6 +21,9 @@ _WORK_OF_ONE_THREAD = 2**22
 _OPERATIONS = 32
 """Of the quantization of a number"""
 
+_CHUNK = 2**21
+"""Numbers of a chunk of tokens: what is between its products stays in the cache"""
+
 
 def transform(x: Tensor, blocks: Tensor, hadamard: Tensor | None, stride: int) -> Tensor:
     """
@@ -46,8 +49,15 @@ def transform_quantize(
         is_parallel = _transform_work(x, blocks, hadamard) > _WORK_OF_ONE_THREAD
         function = _compiled(_transform_quantize_one, is_parallel)
         return function(x, blocks, hadamard, stride, num_bits, symmetric)
-    z = _transform(x, blocks, hadamard, stride)
-    return quantize(z, num_bits, symmetric)
+    chunks = [
+        quantize(_transform(chunk, blocks, hadamard, stride), num_bits, symmetric)
+        for chunk in x.split(max(1, _CHUNK // x.shape[1]))
+    ]
+    if len(chunks) == 1:
+        return chunks[0]
+    return tuple(
+        None if parts[0] is None else torch.cat(parts) for parts in zip(*chunks, strict=True)
+    )
 
 
 def quantize(x: Tensor, num_bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor | None]:
