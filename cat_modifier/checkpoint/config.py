@@ -78,6 +78,11 @@ class CATScheme(TransformScheme):
     def _validate_apply(self) -> "CATScheme":
         if not is_hadamard_order(self.hadamard_size):
             raise ValueError(f"{self.hadamard_size} is no known order of a Hadamard matrix")
+        if self.head_dim % self.hadamard_stride:
+            raise ValueError(
+                f"Blocks of {self.head_dim} do not hold the inner Hadamard matrix, of order "
+                f"{self.hadamard_stride}"
+            )
         for args in self.apply:
             if args.location != TransformLocation.INPUT or args.inverse or args.ignore:
                 raise ValueError("CAT transforms apply to inputs, without exceptions")
@@ -98,7 +103,7 @@ class CATTransformConfig(TransformConfig):
 
     config_groups: dict[str, CATScheme]
     requires: Literal["cat-modifier"] = _REQUIRES
-    version: Literal[1] = 1
+    version: Literal[2] = 2
 
     @model_validator(mode="after")
     def _validate_targets(self) -> "CATTransformConfig":

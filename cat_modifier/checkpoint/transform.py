@@ -43,8 +43,7 @@ def transform_input(
     x: Tensor, blocks: Tensor, hadamard: Tensor | None = None, stride: int = 1
 ) -> Tensor:
     """
-    ``H T x``, computed in float32 whatever the dtypes: every reader of a checkpoint gets
-    the same result, up to the rounding to the dtype of x.
+    ``H T x``, computed in float32 whatever the dtypes.
 
     :param x: shape (..., d), floating point
     :param blocks: shape (d/k, k, k)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """CATModifier, which inserts concentration-alignment transforms into a model"""
 
+import math
 import re
 from collections.abc import Sized
 from typing import Literal
@@ -93,7 +94,8 @@ class CATModifier(Modifier):
         - hook the Linears: group them by input, accumulate moments
         - if the whole model is on the device that computes, pass the data through it, once:
           transforms leave no error to propagate, for which the sequential pipeline would
-          run each layer twice. Otherwise that pipeline moves the model, layer by layer
+          run each layer twice. Otherwise that pipeline moves the model, layer by layer.
+          Its statistics of all layers are then held at once
     - on_sequential_epoch_end
         - for each complete group: compute T, transform the weights, attach T
     - on_calibration_end
@@ -194,7 +196,7 @@ class CATModifier(Modifier):
                     "transforms of their own: add both to `ignore`"
                 )
         self._refuse_later_transforms()
-        self.requires_calibration_data = not is_resident(state.model)
+        self.requires_calibration_data = not self._can_calibrate_at_once(state.model, matched)
         self._linears = matched
         self._config = CATTransformConfig(config_groups={})
         return True
@@ -246,14 +248,20 @@ class CATModifier(Modifier):
                 self.register_hook(module, input_hook, "forward_pre")
             elif any(child in names for child in module.modules()):
                 self.register_hook(module, mask_hook, "forward_pre", with_kwargs=True)
-        if not self.requires_calibration_data:
-            pass_over_data(state)
-            self.remove_hooks()
 
     def on_sequential_epoch_end(
         self, state: State, event: Event, modules: list[Module], **kwargs
     ):
         self._finished.update(modules)
+        is_without_data = (
+            not self.requires_calibration_data
+            and self._finished.issuperset(self._linears.values())
+            and not self._calibration.pending_groups()
+            and not self._transformed
+        )
+        if is_without_data:  # llm-compressor's pipeline passes none, as it was told
+            pass_over_data(state)
+            self.remove_hooks()
         groups = [
             group
             for group in self._calibration.pending_groups()
@@ -269,8 +277,7 @@ class CATModifier(Modifier):
         self._transform_groups(self._calibration.pending_groups())
         if not self._transformed:
             raise ValueError(
-                "CATModifier saw no tokens: pass a calibration `dataset` to oneshot, and "
-                "do not set `pipeline='datafree'`"
+                "CATModifier saw no tokens: pass a calibration `dataset` of more than padding"
             )
         self._rotate_unseen()
         setattr(state.model, TRANSFORM_CONFIG_NAME, self._config)
@@ -292,6 +299,21 @@ class CATModifier(Modifier):
         return True
 
     ## Calibration ##
+
+    def _can_calibrate_at_once(self, model: Module, linears: dict[str, Linear]) -> bool:
+        """
+        Whether the model is on the device, and the moments of all inputs, counted once for
+        each Linear, are smaller than it
+        """
+        k = math.inf if self.block_size == "full" else self.block_size
+        moments = sum(4 * d * min(k, d) for d in (one.in_features for one in linears.values()))
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        answer = is_resident(model) and moments < size
+        if is_distributed():  # all ranks take the same way
+            answers = [None] * dist.get_world_size()
+            dist.all_gather_object(answers, answer)
+            answer = all(answers)
+        return answer
 
     def _match_mappings(self, model: Module) -> list[list[str]]:
         names = {linear: name for name, linear in self._linears.items()}

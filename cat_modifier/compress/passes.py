@@ -5,6 +5,7 @@ from contextlib import ExitStack
 
 import torch
 import tqdm
+from compressed_tensors.distributed import is_source_process
 from compressed_tensors.offload import get_offloaded_device
 from llmcompressor.core import State
 from llmcompressor.pytorch.utils.helpers import tensors_to_device
@@ -56,6 +57,8 @@ def pass_over_data(state: State):
             DisableQuantization,
         ):
             stack.enter_context(context(state.model))
-        for index, batch in enumerate(tqdm.tqdm(state.data.calib, desc="Calibrating")):
+        is_quiet = not is_source_process()
+        progress = tqdm.tqdm(state.data.calib, desc="Calibrating", disable=is_quiet)
+        for index, batch in enumerate(progress):
             state.current_batch_idx = index
             state.model(**tensors_to_device(batch, device))

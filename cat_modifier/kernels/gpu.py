@@ -136,7 +136,7 @@ def _rows(
 ):
     tokens, features = z.shape
     size = 1 if hadamard is None else hadamard.shape[0]
-    elements = _padded(size) * _padded(stride)
+    rows, columns, warps = row_shape(size, stride)
     if tokens:
         _rows_kernel[(tokens,)](
             z,
@@ -148,14 +148,25 @@ def _rows(
             SPANS=features // (size * stride),
             SIZE=size,
             STRIDE=stride,
-            ROWS=1 if hadamard is None else _padded(size),
-            COLUMNS=triton.next_power_of_2(stride) if hadamard is None else _padded(stride),
+            ROWS=rows,
+            COLUMNS=columns,
             BITS=num_bits,
             SYMMETRIC=symmetric,
             QUANTIZE=scales is not None,
             PRECISION=_precision(z),
-            num_warps=4 if elements <= 8192 else 8 if elements <= 16384 else 16,
+            num_warps=warps,
         )
+
+
+def row_shape(size: int, stride: int) -> tuple[int, int, int]:
+    """
+    :param size: p, order of the Hadamard matrix; 1 if there is none
+    :return: rows and columns of a span in registers, and the warps which hold it
+    """
+    rows = 1 if size == 1 else _padded(size)
+    columns = max(64, triton.next_power_of_2(stride)) if size == 1 else _padded(stride)
+    elements = rows * columns
+    return rows, columns, 4 if elements <= 8192 else 8 if elements <= 16384 else 16
 
 
 def _outputs(x: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -300,30 +311,42 @@ def _rows_kernel(
     PRECISION: tl.constexpr,
 ):
     """One token: H z of each span, and their codes"""
-    start = tl.program_id(0).to(tl.int64) * features
+    token = tl.program_id(0)
+    start = token.to(tl.int64) * features
     low = tl.zeros((), tl.float32)
     high = tl.zeros((), tl.float32)
-    for span in tl.static_range(SPANS):
+    if SPANS == 1:  # which stays in registers
         y, offsets, mask = _mixed(
-            z_ptr, hadamard_ptr, start, span, SIZE, STRIDE, ROWS, COLUMNS, PRECISION
+            z_ptr, hadamard_ptr, start, 0, SIZE, STRIDE, ROWS, COLUMNS, PRECISION
         )
         if QUANTIZE:
-            low = tl.minimum(low, tl.min(y))
-            high = tl.maximum(high, tl.max(y))
+            scale, zero_point = _quantizer(
+                tl.minimum(low, tl.min(y)), tl.maximum(high, tl.max(y)), BITS, SYMMETRIC
+            )
+            tl.store(out_ptr + offsets, _codes(y, scale, zero_point, BITS), mask)
         else:
             tl.store(out_ptr + offsets, _cast(y, out_ptr.dtype.element_ty), mask)
-    if QUANTIZE:
-        scale, zero_point = _quantizer(low, high, BITS, SYMMETRIC)
-        tl.store(scales_ptr + tl.program_id(0), scale)
-        if not SYMMETRIC:
-            tl.store(zero_points_ptr + tl.program_id(0), zero_point.to(tl.int32))
-        for span in tl.static_range(SPANS):
-            # the only span is in registers
-            if SPANS > 1:
+    else:
+        for span in range(SPANS):
+            y, offsets, mask = _mixed(
+                z_ptr, hadamard_ptr, start, span, SIZE, STRIDE, ROWS, COLUMNS, PRECISION
+            )
+            if QUANTIZE:
+                low = tl.minimum(low, tl.min(y))
+                high = tl.maximum(high, tl.max(y))
+            else:
+                tl.store(out_ptr + offsets, _cast(y, out_ptr.dtype.element_ty), mask)
+        if QUANTIZE:
+            scale, zero_point = _quantizer(low, high, BITS, SYMMETRIC)
+            for span in range(SPANS):
                 y, offsets, mask = _mixed(
                     z_ptr, hadamard_ptr, start, span, SIZE, STRIDE, ROWS, COLUMNS, PRECISION
                 )
-            tl.store(out_ptr + offsets, _codes(y, scale, zero_point, BITS), mask)
+                tl.store(out_ptr + offsets, _codes(y, scale, zero_point, BITS), mask)
+    if QUANTIZE:
+        tl.store(scales_ptr + token, scale)
+        if not SYMMETRIC:
+            tl.store(zero_points_ptr + token, zero_point.to(tl.int32))
 
 
 @triton.jit
@@ -345,21 +368,22 @@ def _mixed(
     offsets = start + row * STRIDE + column
     mask = (row < SIZE) & (column < STRIDE)
     if SIZE == 1:
-        return tl.load(z_ptr + offsets, mask, other=0.0).to(tl.float32), offsets, mask
-    step: tl.constexpr = min(ROWS, _STEP)
-    product = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for first in tl.static_range(0, ROWS, step):
-        inner = first + tl.arange(0, step)
-        hadamard = tl.load(
-            hadamard_ptr + row * SIZE + inner, (row < SIZE) & (inner < SIZE), other=0.0
-        )
-        inner = inner[:, None]
-        z = tl.load(
-            z_ptr + start + inner * STRIDE + column,
-            (inner < SIZE) & (column < STRIDE),
-            other=0.0,
-        )
-        product = _dot(hadamard, z, product, PRECISION)
+        product = tl.load(z_ptr + offsets, mask, other=0.0).to(tl.float32)
+    else:
+        step: tl.constexpr = min(ROWS, _STEP)
+        product = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for first in tl.static_range(0, ROWS, step):
+            inner = first + tl.arange(0, step)
+            hadamard = tl.load(
+                hadamard_ptr + row * SIZE + inner, (row < SIZE) & (inner < SIZE), other=0.0
+            )
+            inner = inner[:, None]
+            z = tl.load(
+                z_ptr + start + inner * STRIDE + column,
+                (inner < SIZE) & (column < STRIDE),
+                other=0.0,
+            )
+            product = _dot(hadamard, z, product, PRECISION)
     return product, offsets, mask
 
 

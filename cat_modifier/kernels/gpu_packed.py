@@ -2,6 +2,8 @@
 """
 On GPUs: the transform fused with quantization to packed 4-bit codes, in Triton.
 
+No vLLM kernel is handed these codes yet: that waits for a GPU to try it on.
+
 Two codes a byte, that of the even channel in the low half. The formats, and who reads them:
 
 | name    | code                | scale                                   | reader          |
@@ -24,10 +26,10 @@ from cat_modifier.kernels.gpu import (
     _block_products,
     _codes,
     _mixed,
-    _padded,
     _precision,
     _quantizer,
     _round,
+    row_shape,
 )
 
 __all__ = ["GROUP_SIZES", "transform_pack"]
@@ -74,8 +76,7 @@ def transform_pack(
         columns = triton.cdiv(features // group, 4) * 4
         scales = x.new_zeros((rows, columns), dtype=torch.uint8)
     if tokens:
-        padded = _padded(stride) if size > 1 else max(64, triton.next_power_of_2(stride))
-        elements = _padded(size) * padded
+        rows, channels, warps = row_shape(size, stride)
         _pack_kernel[(tokens,)](
             z,
             hadamard,
@@ -88,12 +89,12 @@ def transform_pack(
             SPANS=features // (size * stride),
             SIZE=size,
             STRIDE=stride,
-            ROWS=1 if size == 1 else _padded(size),
-            COLUMNS=padded,
+            ROWS=rows,
+            COLUMNS=channels,
             FORMAT=format,
             GROUP=group or 2,
             PRECISION=_precision(z),
-            num_warps=4 if elements <= 8192 else 8 if elements <= 16384 else 16,
+            num_warps=warps,
         )
     return codes, scales.view(torch.float8_e4m3fn) if format == "nvfp4" else scales
 
@@ -120,32 +121,32 @@ def _pack_kernel(
     """One token"""
     token = tl.program_id(0).to(tl.int64)
     start = token * features
-    scale = 0.0
+    token_scale = 0.0
     if FORMAT == "int4":
         largest = tl.zeros((), tl.float32)
-        for span in tl.static_range(SPANS):
-            y, _, _ = _mixed(
+        for span in range(SPANS):
+            y, offsets, mask = _mixed(
                 z_ptr, hadamard_ptr, start, span, SIZE, STRIDE, ROWS, COLUMNS, PRECISION
             )
             largest = tl.maximum(largest, tl.max(tl.abs(y)))
-        scale, _ = _quantizer(-largest, largest, 4, True)
-        tl.store(scales_ptr + token, scale * gain)
+        token_scale, zero_point = _quantizer(-largest, largest, 4, True)
+        tl.store(scales_ptr + token, token_scale * gain)
     row = tl.arange(0, ROWS)[:, None]
-    for span in tl.static_range(SPANS):
-        y, _, _ = _mixed(
+    for span in range(SPANS):
+        y, offsets, mask = _mixed(
             z_ptr, hadamard_ptr, start, span, SIZE, STRIDE, ROWS, COLUMNS, PRECISION
         )
         if FORMAT == "int4":
-            codes = _codes(y, scale, 0.0, 4).to(tl.int32) & 0xF
+            codes = _codes(y, token_scale, 0.0, 4).to(tl.int32) & 0xF
         else:
             groups = (y * gain).reshape(ROWS, COLUMNS // GROUP, GROUP)
-            largest = tl.max(tl.abs(groups), 2)
+            group_largest = tl.max(tl.abs(groups), 2)
             if FORMAT == "nvfp4":
                 factor = tl.load(global_scale_ptr)
-                scale_code, scale = _e4m3(_divide(largest, 6.0) * factor)
+                scale_code, scale = _e4m3(_divide(group_largest, 6.0) * factor)
             else:
                 factor = 1.0
-                scale_code, scale = _e8m0(_divide(largest, 6.0))
+                scale_code, scale = _e8m0(_divide(group_largest, 6.0))
             is_zero = scale == 0
             scaled = tl.where(
                 is_zero[:, :, None],

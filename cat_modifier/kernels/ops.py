@@ -5,6 +5,7 @@ The kernels as operators of PyTorch, which its compiler and CUDA graphs can hold
 ``.transform_pack``, see gpu_packed.py.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import log2, sqrt
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from cat_modifier.kernels import cpu
 
-__all__ = ["PreparedTransform", "quantize"]
+__all__ = ["PreparedTransform", "quantize", "warm_up"]
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,11 @@ class PreparedTransform:
         :param blocks: as stored
         :param hadamard: orthogonal, shape (p, p); None if there is none
         :param dtype: of inputs. The transform is computed in it if it holds the stored
-            blocks exactly, and in float32 if not
+            blocks, down to 2^-24, and in float32 if not
         """
-        is_exact = torch.equal(blocks.to(dtype).to(blocks.dtype), blocks)
+        rounded = blocks.to(dtype).to(blocks.dtype)
+        # float16 has no smaller numbers; next to others in a row they count for nothing
+        is_exact = torch.allclose(rounded, blocks, rtol=0, atol=2**-24)
         dtype = dtype if is_exact else torch.float32
         gain = 1.0
         if hadamard is not None:
@@ -96,6 +99,21 @@ def quantize(x: Tensor, num_bits: int, symmetric: bool) -> tuple[Tensor, Tensor,
     """
     codes, scales, zero_points = torch.ops.cat_modifier.quantize(x, num_bits, symmetric)
     return codes, scales, None if symmetric else zero_points
+
+
+_WARM_UP_TOKENS = {"cpu": (1, 2, 256), "cuda": (1, 32, 2048)}
+"""One number for each of the ways in which kernels are launched"""
+
+
+def warm_up(function: Callable[[Tensor], object], features: int, like: Tensor):
+    """
+    Compile the kernels before requests wait for them.
+
+    :param function: of inputs, shape (tokens, features)
+    :param like: a tensor of the dtype and on the device of inputs
+    """
+    for tokens in _WARM_UP_TOKENS.get(like.device.type, ()):
+        function(like.new_zeros((tokens, features)))
 
 
 # operators return tensors and nothing else

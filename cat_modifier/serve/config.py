@@ -36,7 +36,8 @@ _COMPRESSED_TENSORS = "compressed-tensors"
 
 class CATCompressedTensorsConfig(CompressedTensorsConfig):
     """
-    Claims the checkpoints that carry CAT transforms, and no other. Linears with a transform
+    Claims the checkpoints that carry CAT transforms; and others of compressed-tensors only if
+    it is asked for by name, for its kernels for integers. Linears with a transform
     get a :class:`CATLinearMethod` around the method that vLLM chooses for them.
     """
 

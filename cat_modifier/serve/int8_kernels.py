@@ -108,8 +108,9 @@ class PackedInt4Kernel(Int8Kernel):
     half the memory of the other kernels, for more time. On CPUs and NVIDIA GPUs.
     """
 
-    # what the product of a GPU needs
-    _LEAST_TOKENS = 32
+    # what the product of a GPU needs, and always as many: a branch on the number of tokens
+    # would be compiled into vLLM's graph as the first run took it
+    _PADDING = 32
 
     def __init__(self, weight, weight_scale, symmetric, out_dtype):
         if weight.shape[1] % 8 or weight.shape[0] % 8:
@@ -128,8 +129,8 @@ class PackedInt4Kernel(Int8Kernel):
         halves = (self.packed << 4) >> 4, self.packed >> 4
         weight = torch.stack(halves, -1).flatten(1)
         tokens = x.shape[0]
-        if x.is_cuda and tokens < self._LEAST_TOKENS:
-            x = torch.nn.functional.pad(x, (0, 0, 0, self._LEAST_TOKENS - tokens))
+        if x.is_cuda:
+            x = torch.nn.functional.pad(x, (0, 0, 0, self._PADDING))
         product = torch._int_mm(x, weight.t())[:tokens]
         if zero_point is not None:
             product = product - zero_point * self.weight_sums
@@ -153,6 +154,6 @@ def choose_kernel(keeps_packed: bool = False) -> type[Int8Kernel]:
     if current_platform.is_cuda() and not current_platform.has_device_capability(100):
         return CutlassInt8Kernel
     raise NotImplementedError(
-        "These integer activations are served on CPUs and on NVIDIA GPUs from Turing to "
+        "These integer activations are served on CPUs and on NVIDIA GPUs from Ampere to "
         f"Hopper, not on this {current_platform.device_name}. On Blackwell use NVFP4 or MXFP4"
     )

@@ -4,7 +4,8 @@ Integer weights and activations of at most 8 bits, on int8 matrix units.
 
 No CPU, and no GPU since Hopper, multiplies 4-bit integers. But 4-bit codes are valid
 8-bit operands, and products of them are accumulated exactly in int32: W4A4 computed with
-an int8 product is W4A4 to the last bit. Weights are kept in int8, one byte a weight.
+an int8 product is W4A4 to the last bit. Weights are kept in int8, one byte a weight, unless
+vLLM is asked to keep them packed.
 """
 
 from fractions import Fraction
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from cat_modifier.checkpoint.integers import suits_int8_product
-from cat_modifier.kernels.ops import quantize
+from cat_modifier.kernels.ops import quantize, warm_up
 from cat_modifier.serve.int8_kernels import Int8Kernel, choose_kernel
 from cat_modifier.serve.vllm_api import (
     BasevLLMParameter,
@@ -89,7 +90,7 @@ class CATIntScheme(CompressedTensorsScheme):
 
     @classmethod
     def get_min_capability(cls) -> int:
-        return 75  # Turing, the first with int8 tensor cores
+        return 80  # Ampere, the first with bfloat16
 
     def create_weights(
         self,
@@ -154,6 +155,11 @@ class CATIntScheme(CompressedTensorsScheme):
             codes, layer.weight_scale.data, self.input_symmetric, self.out_dtype
         )
         layer.weight_scale = Parameter(layer.weight_scale.data, requires_grad=False)
+        warm_up(
+            lambda x: quantize(x, self.input_bits, self.input_symmetric),
+            self.shape[1],
+            codes.new_empty(0, dtype=self.out_dtype),
+        )
         logger.info_once(
             "Using %s for W%dA%d integers (activations: %d bits, per token, %s); weights "
             "take %d bits each in memory",
@@ -167,7 +173,8 @@ class CATIntScheme(CompressedTensorsScheme):
 
     def apply_weights(self, layer: Module, x: Tensor, bias: Tensor | None) -> Tensor:
         quantized = quantize(x.reshape(-1, x.shape[-1]), self.input_bits, self.input_symmetric)
-        return self.multiply(*quantized, bias).reshape(*x.shape[:-1], -1)
+        out = self.multiply(*quantized, bias)
+        return out.reshape(*x.shape[:-1], out.shape[-1])
 
     def multiply(
         self, codes: Tensor, scales: Tensor, zero_points: Tensor | None, bias: Tensor | None

@@ -9,7 +9,7 @@ from torch.nn import Module, Parameter
 
 from cat_modifier.checkpoint.config import TENSOR_SUFFIX, TRANSFORM_NAME, CATScheme
 from cat_modifier.checkpoint.transform import outer_hadamard, validate_transform
-from cat_modifier.kernels.ops import PreparedTransform
+from cat_modifier.kernels.ops import PreparedTransform, warm_up
 from cat_modifier.serve.int_scheme import CATIntScheme
 from cat_modifier.serve.vllm_api import (
     LinearMethodBase,
@@ -171,6 +171,14 @@ class CATLinearMethod(LinearMethodBase):
         self.transform = self.registry.input_transforms[self.owner]
         if self.is_owner:
             self.transform.process_weights_after_loading()
+            if isinstance(scheme := getattr(layer, "scheme", None), CATIntScheme):
+                warm_up(
+                    lambda x: self.transform.prepared.quantize(
+                        x, scheme.input_bits, scheme.input_symmetric
+                    ),
+                    self.transform.weight.shape[0] * self.transform.weight.shape[1],
+                    self.transform.weight,
+                )
 
     def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         scheme = getattr(layer, "scheme", None)
@@ -179,4 +187,5 @@ class CATLinearMethod(LinearMethodBase):
         quantized = self.transform.prepared.quantize(
             x.reshape(-1, x.shape[-1]), scheme.input_bits, scheme.input_symmetric
         )
-        return scheme.multiply(*quantized, bias).reshape(*x.shape[:-1], -1)
+        out = scheme.multiply(*quantized, bias)
+        return out.reshape(*x.shape[:-1], out.shape[-1])

@@ -32,6 +32,7 @@ def seconds(functions: dict, rounds: int) -> dict[str, float]:
     for name, function in functions.items():
         function()
         function()
+        _wait()
         start = time.perf_counter()
         function()
         _wait()

@@ -5,7 +5,7 @@ bfloat16 and quantized in several ways, and the ratio of each to W4A4 without a 
 
 One process holds each model. They are timed in turn, round after round, so that the
 machine's changes of speed meet all of them. Runs in the serve environment, on what
-make_serving_models.py has made; `bash tests/benchmarks/serving.sh` does both.
+make_serving_models.py has made.
 
     python tests/benchmarks/serving.py FOLDER --json FILE
 """
@@ -136,7 +136,7 @@ def main():
         serve(str(args.folder), args.compiled)
 
     servers = {}
-    for side in args.sides:
+    for side in dict.fromkeys((*args.sides, BASE)):
         print(f"Starting {side}", file=sys.stderr)
         servers[side] = Server(args.folder / side, args.compiled, args.folder / f"{side}.log")
     seconds = {side: {name: [] for name in (*PREFILL, *DECODE)} for side in servers}

@@ -92,13 +92,17 @@ def damage(kind: str) -> dict:
     elif kind == "no groups":
         config["config_groups"] = {}
     elif kind == "later version":
-        transforms["version"] = 2
+        transforms["version"] = 3
     elif kind == "other type":
         scheme["type"] = "hadamard"
     elif kind == "type from a file":
         scheme["type"] = "/tmp/evil.py:Evil"
     elif kind == "no Hadamard order":
         scheme["hadamard_size"] = 10
+    elif kind == "stride that does not divide the blocks":
+        scheme["hadamard_stride"] = 5
+    elif kind == "earlier version":
+        transforms["version"] = 1
     elif kind == "negative block":
         scheme["head_dim"] = -1
     elif kind == "target twice":

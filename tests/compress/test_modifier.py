@@ -107,6 +107,7 @@ def test_a_transformed_head_is_untied_from_the_embedding(tmp_path):
 
 @pytest.mark.parametrize("tied, ignore", [(False, ["lm_head"]), (True, [])])
 def test_offloaded_model(tmp_path, monkeypatch, tied, ignore):
+    monkeypatch.setattr(modifier_module, "is_resident", lambda model: False)
     # as on a GPU, where each access to an offloaded weight makes a copy
     onload = CPUCache.onload
     monkeypatch.setattr(
@@ -179,6 +180,7 @@ def test_each_batch_has_its_own_padding(tmp_path):
         return original(self, device)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modifier_module, "is_resident", lambda model: False)
         patch.setattr(BlockMoments, "reduce", reduce)
         targets = ["LlamaAttention", "LlamaMLP"]
         options = {"tokens": tokens, "mask": mask, "sequential_targets": targets}
@@ -494,6 +496,15 @@ def test_layers_in_turn_give_the_transforms_of_one_pass(tmp_path, monkeypatch, l
         assert relative_error(tensor.float(), both[1][name].float()) < 0.01
     pipelines = [line for line in logs if "Inferred" in line]
     assert "DataFreePipeline" in pipelines[0] and "SequentialPipeline" in pipelines[1]
+
+
+def test_moments_larger_than_the_model_are_not_held_at_once(tmp_path, logs):
+    options = {"hidden_size": 384, "head_dim": 96, "intermediate_size": 96}
+    for block_size, pipeline in ((16, "DataFree"), ("full", "Sequential")):
+        model = make_model(tmp_path / pipeline, **options)
+        transform(model, CATModifier(block_size=block_size))
+        assert f"{pipeline}Pipeline" in next(line for line in logs if "Inferred" in line)
+        logs.clear()
 
 
 def test_a_model_that_is_offloaded_is_not_resident(tmp_path):

@@ -57,6 +57,7 @@ TINY_CASES = {
     ),
     # vLLM's kernel for CPUs takes bfloat16 alone
     "llama-w4a16": ({"dtype": torch.bfloat16}, int_scheme(4, None), {}),
+    "stock-w4a4": ({}, W4A4, None),
     "stock-w8a8": ({}, int_scheme(8, 8, format="int-quantized"), None),
 }
 

@@ -92,6 +92,15 @@ def test_prefix_caching_and_chunked_prefill(checkpoints):
     assert (plain - both).abs().median() < 0.1
 
 
+def test_stock_checkpoints_are_served_with_4_bit_activations_if_asked(checkpoints):
+    ids, expected = reference(checkpoints / "stock-w4a4")
+    options = {"dtype": "float32", "quantization": "cat-modifier"}
+    result = serve(checkpoints / "stock-w4a4", ids, options=options)
+    assert not result["error"], result["log"]
+    assert "W4A4 integers (activations: 4 bits" in result["log"]
+    assert sqnr_db(logprobs(result), expected) > 40
+
+
 def test_weights_can_stay_packed_in_memory(checkpoints):
     ids, _ = reference(checkpoints / "smollm2-w4a4")
     results = {
