@@ -125,6 +125,7 @@ def damage(kind: str) -> dict:
         "later version",
         "other type",
     ]
+    + ["stride that does not divide the blocks", "earlier version"]
     + ["type from a file", "no Hadamard order", "negative block", "target twice"]
     + ["pattern as target", "no targets", "other location"],
 )
