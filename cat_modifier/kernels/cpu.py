@@ -46,7 +46,8 @@ def transform_quantize(
     :return: see :func:`cat_modifier.kernels.plain.quantize_per_token`
     """
     if x.shape[0] == 1:
-        is_parallel = _transform_work(x, blocks, hadamard) > _WORK_OF_ONE_THREAD
+        work = blocks.numel() + (0 if hadamard is None else x.numel() * hadamard.shape[0])
+        is_parallel = work > _WORK_OF_ONE_THREAD
         function = _compiled(_transform_quantize_one, is_parallel)
         return function(x, blocks, hadamard, stride, num_bits, symmetric)
     chunks = [
@@ -81,21 +82,6 @@ def _transform(x: Tensor, blocks: Tensor, hadamard: Tensor | None, stride: int) 
     """
     :return: shape (tokens, d/q, q), in the layout which the products leave behind
     """
-    if _transform_work(x, blocks, hadamard) > _WORK_OF_ONE_THREAD:
-        return _products(x, blocks, hadamard, stride)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return _products(x, blocks, hadamard, stride)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _transform_work(x: Tensor, blocks: Tensor, hadamard: Tensor | None) -> int:
-    return x.numel() * (blocks.shape[-1] + (0 if hadamard is None else hadamard.shape[0]))
-
-
-def _products(x: Tensor, blocks: Tensor, hadamard: Tensor | None, stride: int) -> Tensor:
     tokens, (count, size, _) = x.shape[0], blocks.shape
     # (d/k, tokens, k)
     z = torch.bmm(x.view(tokens, count, size).transpose(0, 1), blocks.mT)
