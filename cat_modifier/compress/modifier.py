@@ -307,8 +307,9 @@ class CATModifier(Modifier):
         """
         k = math.inf if self.block_size == "full" else self.block_size
         moments = sum(4 * d * min(k, d) for d in (one.in_features for one in linears.values()))
-        size = sum(p.numel() * p.element_size() for p in model.parameters())
-        answer = is_resident(model) and moments < size
+        with OffloadCache.disable_onloading():  # onloading would make copies
+            size = sum(p.numel() * p.element_size() for p in model.parameters())
+            answer = is_resident(model) and moments < size
         if is_distributed():  # all ranks take the same way
             answers = [None] * dist.get_world_size()
             dist.all_gather_object(answers, answer)

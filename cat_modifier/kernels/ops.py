@@ -197,6 +197,7 @@ def _fake_pack(x, blocks, hadamard, stride, gain, format, global_scale):
     if format == "int4":
         return codes, x.new_empty((tokens, 1), dtype=torch.float32)
     group, dtype = (16, torch.float8_e4m3fn) if format == "nvfp4" else (32, torch.uint8)
+    # in tiles of 128 x 4: see gpu_packed.py
     shape = ((tokens + 127) // 128 * 128, (features // group + 3) // 4 * 4)
     return codes, x.new_empty(shape, dtype=dtype)
 
