@@ -120,8 +120,9 @@ class TokenSample:
         norm = torch.linalg.vector_norm(tokens, dim=-1, dtype=torch.float32).double().cpu()
         priorities = norm.square() / (1 - uniform)
         if len(self._priorities) > self.size:
-            # those which can get in: few, after the first batches
-            index = (priorities > self._priorities.min()).nonzero().squeeze(1)
+            # those which can get in, few after the first batches; and all that are not finite,
+            # which somebody has to see
+            index = (~(priorities <= self._priorities.min())).nonzero().squeeze(1)
             if not len(index):
                 return
             priorities, tokens = priorities[index], tokens[index.to(tokens.device)]

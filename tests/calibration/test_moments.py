@@ -102,3 +102,24 @@ def test_state_goes_on_as_if_never_interrupted():
     assert torch.equal(whole.moments.mean, second.moments.mean)
     assert torch.equal(whole.sample.tokens, second.sample.tokens)
     assert torch.equal(whole.sample.weights, second.sample.weights)
+
+
+def test_tokens_that_are_not_finite_are_in_the_sample_whenever_they_come():
+    sample = TokenSample(4)
+    for number in range(10):
+        tokens = torch.randn(20, 8)
+        if number == 8:
+            tokens[3, 5] = torch.nan
+        sample.update(tokens)
+    assert torch.isnan(sample.tokens).any()
+
+
+def test_a_sample_does_not_depend_on_how_tokens_are_batched_after_it_is_full():
+    """What cannot get in is left out early: the result is that of one look at all tokens"""
+    tokens = torch.randn(400, 8)
+    whole, parts = TokenSample(16), TokenSample(16)
+    whole.update(tokens)
+    for part in tokens.split(7):
+        parts.update(part)
+    assert torch.equal(whole.tokens, parts.tokens)
+    assert torch.equal(whole.weights, parts.weights)
