@@ -7,6 +7,7 @@ A single token is latency, not work: one kernel on one thread then does everythi
 
 from collections.abc import Callable
 from functools import cache
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -50,9 +51,10 @@ def transform_quantize(
         is_parallel = work > _WORK_OF_ONE_THREAD
         function = _compiled(_transform_quantize_one, is_parallel)
         return function(x, blocks, hadamard, stride, num_bits, symmetric)
+    # of nearly the same size: one left over of a single token would be compiled anew
     chunks = [
         quantize(_transform(chunk, blocks, hadamard, stride), num_bits, symmetric)
-        for chunk in x.split(max(1, _CHUNK // x.shape[1]))
+        for chunk in x.tensor_split(max(1, ceil(x.numel() / _CHUNK)))
     ]
     if len(chunks) == 1:
         return chunks[0]
@@ -117,7 +119,8 @@ def _compiled(function: Callable, is_parallel: bool) -> Callable:
     return torch.compile(
         function,
         fullgraph=True,
-        dynamic=True,
+        # sizes of tensors without a number of tokens are known: loops over them are faster
+        dynamic=function is not _transform_quantize_one,
         options=options,
         # a process may serve layers of many kinds
         recompile_limit=64,

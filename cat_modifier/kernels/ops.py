@@ -5,7 +5,6 @@ The kernels as operators of PyTorch, which its compiler and CUDA graphs can hold
 ``.transform_pack``, see gpu_packed.py.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import log2, sqrt
@@ -104,16 +103,36 @@ def quantize(x: Tensor, num_bits: int, symmetric: bool) -> tuple[Tensor, Tensor,
 _WARM_UP_TOKENS = {"cpu": (1, 2, 256), "cuda": (1, 32, 2048)}
 """One number for each of the ways in which kernels are launched"""
 
+_warm: set[tuple] = set()
+"""Inputs and transforms for which the kernels were compiled in this process"""
 
-def warm_up(function: Callable[[Tensor], object], features: int, like: Tensor):
-    """
-    Compile the kernels before requests wait for them.
 
-    :param function: of inputs, shape (tokens, features)
-    :param like: a tensor of the dtype and on the device of inputs
+def warm_up(x: Tensor, num_bits: int, symmetric: bool, transform: PreparedTransform | None):
     """
-    for tokens in _WARM_UP_TOKENS.get(like.device.type, ()):
-        function(like.new_zeros((tokens, features)))
+    Compile the kernels before requests wait for them, once for all layers that are alike.
+
+    :param x: like the inputs, shape (any, d)
+    :param transform: of the input before it is quantized; None if there is none
+    """
+    alike = (x.shape[1], x.dtype, x.device, num_bits, symmetric)
+    quantizer = quantize
+    if transform is not None:
+        quantizer = transform.quantize
+        hadamard = None if transform.hadamard is None else transform.hadamard.shape
+        alike += (transform.blocks.shape, transform.blocks.dtype, hadamard, transform.stride)
+    if alike in _warm:
+        return
+    _warm.add(alike)
+    # what is compiled holds for one gradient mode and one default dtype: those of requests,
+    # and not those of loading
+    default_dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.inference_mode():
+            for tokens in _WARM_UP_TOKENS.get(x.device.type, ()):
+                quantizer(x.new_zeros((tokens, x.shape[1])), num_bits, symmetric)
+    finally:
+        torch.set_default_dtype(default_dtype)
 
 
 # operators return tensors and nothing else

@@ -9,6 +9,7 @@ vLLM is asked to keep them packed.
 """
 
 from fractions import Fraction
+from typing import Protocol
 
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from cat_modifier.checkpoint.integers import suits_int8_product
-from cat_modifier.kernels.ops import quantize, warm_up
+from cat_modifier.kernels.ops import PreparedTransform, quantize, warm_up
 from cat_modifier.serve.int8_kernels import Int8Kernel, choose_kernel
 from cat_modifier.serve.vllm_api import (
     BasevLLMParameter,
@@ -50,6 +51,15 @@ def _asked_to_keep_packed() -> bool:
     return choice == "int4"
 
 
+class TransformsInput(Protocol):
+    """
+    Attributes:
+        prepared: None until the weights of the layer which has it are loaded
+    """
+
+    prepared: PreparedTransform | None
+
+
 class CATIntScheme(CompressedTensorsScheme):
     """
     Symmetric integer weights with one scale a channel; integer activations with one
@@ -58,7 +68,12 @@ class CATIntScheme(CompressedTensorsScheme):
     :param weight_quant: of the weights
     :param input_quant: of the activations
     :param format: ``pack-quantized`` or ``int-quantized``
+
+    Attributes:
+        input_transform: applied to the input before it is quantized; None if there is none
     """
+
+    input_transform: TransformsInput | None = None
 
     def __init__(
         self, weight_quant: QuantizationArgs, input_quant: QuantizationArgs, format: str
@@ -155,11 +170,9 @@ class CATIntScheme(CompressedTensorsScheme):
             codes, layer.weight_scale.data, self.input_symmetric, self.out_dtype
         )
         layer.weight_scale = Parameter(layer.weight_scale.data, requires_grad=False)
-        warm_up(
-            lambda x: quantize(x, self.input_bits, self.input_symmetric),
-            self.shape[1],
-            codes.new_empty(0, dtype=self.out_dtype),
-        )
+        inputs = codes.new_empty((0, self.shape[1]), dtype=self.out_dtype)
+        transform = self.input_transform and self.input_transform.prepared
+        warm_up(inputs, self.input_bits, self.input_symmetric, transform)
         logger.info_once(
             "Using %s for W%dA%d integers (activations: %d bits, per token, %s); weights "
             "take %d bits each in memory",
@@ -172,17 +185,10 @@ class CATIntScheme(CompressedTensorsScheme):
         )
 
     def apply_weights(self, layer: Module, x: Tensor, bias: Tensor | None) -> Tensor:
-        quantized = quantize(x.reshape(-1, x.shape[-1]), self.input_bits, self.input_symmetric)
-        out = self.multiply(*quantized, bias)
+        transform = self.input_transform
+        quantizer = quantize if transform is None else transform.prepared.quantize
+        codes, scales, zero_points = quantizer(
+            x.reshape(-1, x.shape[-1]), self.input_bits, self.input_symmetric
+        )
+        out = self.kernel(codes, scales, zero_points, bias)
         return out.reshape(*x.shape[:-1], out.shape[-1])
-
-    def multiply(
-        self, codes: Tensor, scales: Tensor, zero_points: Tensor | None, bias: Tensor | None
-    ) -> Tensor:
-        """
-        :param codes: of activations, shape (tokens, in), int8
-        :param scales: shape (tokens, 1), float32
-        :param zero_points: shape (tokens, 1), int32; None if symmetric
-        :return: shape (tokens, out)
-        """
-        return self.kernel(codes, scales, zero_points, bias)

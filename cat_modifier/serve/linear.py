@@ -9,7 +9,7 @@ from torch.nn import Module, Parameter
 
 from cat_modifier.checkpoint.config import TENSOR_SUFFIX, TRANSFORM_NAME, CATScheme
 from cat_modifier.checkpoint.transform import outer_hadamard, validate_transform
-from cat_modifier.kernels.ops import PreparedTransform, warm_up
+from cat_modifier.kernels.ops import PreparedTransform
 from cat_modifier.serve.int_scheme import CATIntScheme
 from cat_modifier.serve.vllm_api import (
     LinearMethodBase,
@@ -34,7 +34,10 @@ class InputTransform(Module):
     Attributes:
         weight: blocks on this rank, shape (shard_size / k, k, k); ``scheme.precision``
             while loading, then as :class:`PreparedTransform` wants them
+        prepared: the transform; None until then
     """
+
+    prepared: PreparedTransform | None = None
 
     def __init__(
         self,
@@ -167,25 +170,14 @@ class CATLinearMethod(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: Module):
         self.registry.check_claimed()
-        self.method.process_weights_after_loading(layer)
         self.transform = self.registry.input_transforms[self.owner]
         if self.is_owner:
             self.transform.process_weights_after_loading()
-            if isinstance(scheme := getattr(layer, "scheme", None), CATIntScheme):
-                warm_up(
-                    lambda x: self.transform.prepared.quantize(
-                        x, scheme.input_bits, scheme.input_symmetric
-                    ),
-                    self.transform.weight.shape[0] * self.transform.weight.shape[1],
-                    self.transform.weight,
-                )
+        if isinstance(scheme := getattr(layer, "scheme", None), CATIntScheme):
+            scheme.input_transform = self.transform  # fused with quantization there
+        self.method.process_weights_after_loading(layer)
 
     def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        scheme = getattr(layer, "scheme", None)
-        if not isinstance(scheme, CATIntScheme):
-            return self.method.apply(layer, self.transform(x), bias)
-        quantized = self.transform.prepared.quantize(
-            x.reshape(-1, x.shape[-1]), scheme.input_bits, scheme.input_symmetric
-        )
-        out = scheme.multiply(*quantized, bias)
-        return out.reshape(*x.shape[:-1], out.shape[-1])
+        if not isinstance(getattr(layer, "scheme", None), CATIntScheme):
+            x = self.transform(x)
+        return self.method.apply(layer, x, bias)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from torch._dynamo.utils import counters
 
 from cat_modifier.kernels import cpu, gpu, ops, plain
 from cat_modifier.mathematics.hadamard import hadamard_matrix
@@ -130,6 +131,39 @@ def test_operators_have_fakes_and_can_be_compiled():
     compiled = torch.compile(lambda x: prepared.quantize(x, 4, False), fullgraph=True)
     for found, expected in zip(compiled(x), prepared.quantize(x, 4, False), strict=True):
         assert torch.equal(found, expected)
+
+
+def test_requests_find_the_kernels_compiled(monkeypatch):
+    """Loaded as vLLM does: with gradients, and with another default dtype"""
+    monkeypatch.setattr(ops, "_warm", set())
+    monkeypatch.setattr(cpu, "_CHUNK", 4 * 576)  # 9 tokens would leave one over
+    _, prepared, _ = inputs(1, 6, 96, 12, 48, torch.bfloat16, False)
+    x = torch.randn(300, 576).bfloat16()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        for transform in (prepared, None):
+            ops.warm_up(x[:0], 4, False, transform)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    graphs = counters["stats"]["unique_graphs"]
+    with torch.inference_mode():
+        for tokens in (1, 2, 9, 33, 300):
+            prepared.quantize(x[:tokens].clone(), 4, False)
+            ops.quantize(x[:tokens].clone(), 4, False)
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_layers_which_are_alike_are_warmed_up_once(monkeypatch):
+    monkeypatch.setattr(ops, "_warm", set())
+    calls = []
+    monkeypatch.setattr(
+        cpu, "transform_quantize", lambda *args: calls.append(args) or (args[0],) * 3
+    )
+    for geometry, bits in (((6, 96, 1, 1), 4), ((6, 96, 12, 48), 4), ((6, 96, 12, 48), 8)):
+        for seed in range(3):
+            x, prepared, _ = inputs(1, *geometry, torch.bfloat16, False, seed)
+            ops.warm_up(x, bits, False, prepared)
+    assert len(calls) == 3 * len(ops._WARM_UP_TOKENS["cpu"])
 
 
 def test_blocks_which_the_dtype_cannot_hold_are_applied_in_float32():

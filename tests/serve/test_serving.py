@@ -50,6 +50,7 @@ def test_perplexity_of_the_real_model_is_that_in_transformers(
     options = {"dtype": "bfloat16", "max_model_len": 512} | options
     result = serve(checkpoints / name, ids, environment, options=options)
     assert not result["error"], result["log"]
+    assert result["compiled_by_requests"] == 0
     # 1 % of perplexity, beyond chance: rounding to 4 bits amplifies the last bits of bfloat16,
     # which differ between any two implementations, to noise without bias
     difference = logprobs(result) - expected
