@@ -50,23 +50,27 @@ _REQUIRES = "cat-modifier"
 
 class CATScheme(TransformScheme):
     """
-    All groups of Linears with a transform of one block size and one Hadamard matrix.
+    All groups of Linears with a transform of one block size, Hadamard matrix and clipping.
 
     :param type: always ``cat``
     :param apply: one entry a group; its targets are the names of the group's Linears, of
         which the first holds the tensor ``<name>.cat_input.weight``
-    :param head_dim: k, block size; the tensor has shape (d/k, k, k)
+    :param head_dim: k, block size; the tensor has shape (d/k, k, k). None if there are no
+        blocks, nor a tensor, but the Hadamard matrix alone
     :param hadamard_size: p, order of the Hadamard matrix that multiplies channels after the
         blocks; 1 if there is none
     :param hadamard_stride: q, distance of the channels which it multiplies: those of each
         span of p * q channels
+    :param clip_ratio: of the range to which each token is clipped after all that, to the
+        range of its values and zero
     :param precision: dtype of the stored tensors
     """
 
     type: Literal["cat"] = TRANSFORM_TYPE
-    head_dim: int = Field(gt=0)
+    head_dim: int | None = Field(gt=0)
     hadamard_size: int = Field(default=1, gt=0)
     hadamard_stride: int = Field(default=1, gt=0)
+    clip_ratio: float = Field(default=1.0, gt=0, le=1)
     precision: TorchDtype = Field(default=torch.bfloat16)
 
     @property
@@ -78,7 +82,9 @@ class CATScheme(TransformScheme):
     def _validate_apply(self) -> "CATScheme":
         if not is_hadamard_order(self.hadamard_size):
             raise ValueError(f"{self.hadamard_size} is no known order of a Hadamard matrix")
-        if self.head_dim % self.hadamard_stride:
+        if self.head_dim is None and self.hadamard_size == 1 and self.clip_ratio == 1:
+            raise ValueError("A scheme has blocks, or a Hadamard matrix, or clips")
+        if self.head_dim is not None and self.head_dim % self.hadamard_stride:
             raise ValueError(
                 f"Blocks of {self.head_dim} do not hold the inner Hadamard matrix, of order "
                 f"{self.hadamard_stride}"
@@ -122,21 +128,24 @@ class CATTransformConfig(TransformConfig):
     def add_group(
         self,
         names: list[str],
-        block_size: int,
+        block_size: int | None,
         hadamard_size: int,
         hadamard_stride: int,
+        clip_ratio: float,
         precision: torch.dtype,
     ) -> tuple[CATScheme, TransformArgs]:
         """
         :param names: of the Linears of the group, the one which holds the tensor first
+        :param block_size: see ``head_dim`` of :class:`CATScheme`, as the others
         :return: the scheme of the group, and its entry in it
         """
-        key = f"cat_{block_size}_{hadamard_size}_{hadamard_stride}"
+        key = f"cat_{block_size or 0}_{hadamard_size}_{hadamard_stride}_{clip_ratio}"
         if key not in self.config_groups:
             self.config_groups[key] = CATScheme(
                 head_dim=block_size,
                 hadamard_size=hadamard_size,
                 hadamard_stride=hadamard_stride,
+                clip_ratio=clip_ratio,
                 precision=precision,
             )
         scheme = self.config_groups[key]

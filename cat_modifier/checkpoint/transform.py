@@ -15,6 +15,7 @@ from cat_modifier.checkpoint.config import (
     CATScheme,
     CATTransformConfig,
 )
+from cat_modifier.mathematics.clipping import clip_tokens
 from cat_modifier.mathematics.hadamard import apply_hadamard, hadamard_matrix
 from cat_modifier.mathematics.transform import apply_blocks
 
@@ -40,20 +41,29 @@ def outer_hadamard(scheme: CATScheme, device: torch.device) -> Tensor | None:
 
 
 def transform_input(
-    x: Tensor, blocks: Tensor, hadamard: Tensor | None = None, stride: int = 1
+    x: Tensor,
+    blocks: Tensor | None,
+    hadamard: Tensor | None = None,
+    stride: int = 1,
+    clip_ratio: float = 1.0,
 ) -> Tensor:
     """
-    ``H T x``, computed in float32 whatever the dtypes.
+    ``H T x``, clipped, computed in float32 whatever the dtypes.
 
     :param x: shape (..., d), floating point
-    :param blocks: shape (d/k, k, k)
+    :param blocks: shape (d/k, k, k); None to leave them out
     :param hadamard: see :func:`outer_hadamard`
     :param stride: distance of the channels which it multiplies
+    :param clip_ratio: see :class:`CATScheme`
     :return: shape and dtype of x
     """
-    transformed = apply_blocks(x.float(), blocks.float())
+    transformed = x.float()
+    if blocks is not None:
+        transformed = apply_blocks(transformed, blocks.float())
     if hadamard is not None:
         transformed = apply_hadamard(transformed, hadamard, stride)
+    if clip_ratio < 1:
+        transformed = clip_tokens(transformed, clip_ratio)
     return transformed.to(x.dtype)
 
 
@@ -81,15 +91,15 @@ class CATTransform(TransformBase):
     Transforms the input of a group of Linears. It is a submodule of the first Linear of
     the group alone; the others call it through their hooks.
 
-    :param weight: blocks, shape (d/k, k, k)
+    :param weight: blocks, shape (d/k, k, k); None if ``scheme.head_dim`` is
     :param scheme: scheme of the group
     :param args: the group
 
     Attributes:
-        weight: shape (d/k, k, k), dtype ``scheme.precision``
+        weight: shape (d/k, k, k), dtype ``scheme.precision``; None if there are no blocks
     """
 
-    def __init__(self, weight: Parameter, scheme: CATScheme, args: TransformArgs):
+    def __init__(self, weight: Parameter | None, scheme: CATScheme, args: TransformArgs):
         super().__init__()
         self.weight = weight
         self.scheme = scheme
@@ -99,8 +109,13 @@ class CATTransform(TransformBase):
     def forward(self, value: Tensor) -> Tensor:
         if self._hadamard is None or self._hadamard.device != value.device:
             self._hadamard = outer_hadamard(self.scheme, value.device)
+        blocks = None if self.weight is None else self.weight.to(value.device)
         return transform_input(
-            value, self.weight.to(value.device), self._hadamard, self.scheme.hadamard_stride
+            value,
+            blocks,
+            self._hadamard,
+            self.scheme.hadamard_stride,
+            self.scheme.clip_ratio,
         )
 
     def input_hook(self, module: Module, args: tuple) -> tuple:
@@ -133,7 +148,7 @@ class CATFactory(TransformFactory):
         """
         size = self.scheme.head_dim
         for what, span in (
-            ("blocks", size),
+            ("blocks", size or 1),
             ("Hadamard spans", self.scheme.hadamard_span),
         ):
             if module.in_features % span:
@@ -141,6 +156,8 @@ class CATFactory(TransformFactory):
                     f"{args.targets[0]} has {module.in_features} inputs, which cannot be "
                     f"divided into {what} of {span}"
                 )
+        if size is None:
+            return CATTransform(None, self.scheme, args)
         data = torch.empty(
             (module.in_features // size, size, size),
             dtype=self.scheme.precision,
@@ -181,5 +198,5 @@ def expected_tensors(model: Module) -> dict[str, tuple[int, ...]]:
     return {
         f"{name}.weight": tuple(module.weight.shape)
         for name, module in model.named_modules()
-        if isinstance(module, CATTransform)
+        if isinstance(module, CATTransform) and module.weight is not None
     }

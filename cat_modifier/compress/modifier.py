@@ -17,7 +17,11 @@ from compressed_tensors import (
 )
 from compressed_tensors.distributed import is_distributed, is_source_process
 from compressed_tensors.offload import OffloadCache
-from compressed_tensors.quantization import QuantizationStatus
+from compressed_tensors.quantization import (
+    QuantizationStatus,
+    QuantizationStrategy,
+    QuantizationType,
+)
 from compressed_tensors.transform.factory.base import TransformBase
 from compressed_tensors.utils import (
     TorchDtype,
@@ -33,6 +37,7 @@ from pydantic import Field, PrivateAttr, field_validator
 from torch import Tensor
 from torch.nn import Linear, Module, Parameter
 
+from cat_modifier.calibration.attention import ValueHeads, find_value_heads
 from cat_modifier.calibration.groups import DEFAULT_IGNORE, InputGroup
 from cat_modifier.calibration.inputs import InputCalibration
 from cat_modifier.calibration.moments import InputStatistics
@@ -46,8 +51,13 @@ from cat_modifier.checkpoint.saving import save_atomically
 from cat_modifier.checkpoint.transform import CATTransform
 from cat_modifier.compress.passes import is_resident, pass_over_data
 from cat_modifier.compress.report import GroupReport
-from cat_modifier.mathematics.geometry import Geometry, choose_geometry
-from cat_modifier.mathematics.insertion import compute_insertion
+from cat_modifier.mathematics.clipping import best_clip_ratio
+from cat_modifier.mathematics.geometry import (
+    Geometry,
+    choose_geometry,
+    choose_head_geometry,
+)
+from cat_modifier.mathematics.insertion import Insertion, compute_insertion
 from cat_modifier.mathematics.transform import DEFAULT_DAMPING, Rotation
 
 __all__ = ["CATModifier"]
@@ -91,6 +101,7 @@ class CATModifier(Modifier):
         - find the targeted Linears
     - on_calibration_start
         - refuse to share the calibration pass with another modifier
+        - pass one batch through the model, to find the values which attention mixes
         - hook the Linears: group them by input, accumulate moments
         - if the whole model is on the device that computes, pass the data through it, once:
           transforms leave no error to propagate, for which the sequential pipeline would
@@ -119,6 +130,14 @@ class CATModifier(Modifier):
     :param mappings: groups of Linears that share a transform, as lists of patterns, one
         list a group, e.g. `[["re:.*q_proj", "re:.*k_proj", "re:.*v_proj"]]`. Linears of no
         mapping are grouped by observing which of them read the same input
+    :param fold_attention: put the blocks in front of the output projection of attention, of
+        which each is then a head, into the Linear that makes the values. Of them nothing is
+        left to do at run time but the Hadamard product of `rotation: hadamard`. Where
+        attention is seen to do anything but mix values, and with `block_size: full`, that
+        input is treated as all others
+    :param clip_activations: make the range of each token smaller than its values, by a ratio
+        for each input that is least in error on a sample. Of activations which are asymmetric
+        integers with a dynamic scale for each token; others are left alone
     :param precision: dtype in which T is stored. The inverse is taken of the stored T
     :param tensor_parallel_size: largest tensor parallel size at which the checkpoint can be
         served: blocks and Hadamard products then stay within one of as many shards of those
@@ -135,10 +154,13 @@ class CATModifier(Modifier):
     targets: str | list[str] = Field(default_factory=lambda: ["Linear"])
     ignore: str | list[str] = Field(default_factory=lambda: list(DEFAULT_IGNORE))
     mappings: list[list[str]] | None = None
+    fold_attention: bool = True
+    clip_activations: bool = True
     precision: TorchDtype = Field(default=torch.bfloat16)
     tensor_parallel_size: int = Field(default=1, ge=1)
 
     _linears: dict[str, Linear] = PrivateAttr(default_factory=dict)
+    _value_heads: dict[str, ValueHeads] = PrivateAttr(default_factory=dict)
     _calibration: InputCalibration | None = PrivateAttr(default=None)
     _finished: set[Module] = PrivateAttr(default_factory=set)
     _transformed: set[str] = PrivateAttr(default_factory=set)
@@ -224,6 +246,10 @@ class CATModifier(Modifier):
         if state.model.get_output_embeddings() in self._linears.values():
             untie_word_embeddings(state.model)
 
+        if self.fold_attention and self.block_size != "full":
+            self._value_heads = find_value_heads(
+                state.model, self._linears, lambda: pass_over_data(state, batches=1)
+            )
         self._calibration = InputCalibration(
             self._linears,
             lambda group: InputStatistics(
@@ -344,6 +370,10 @@ class CATModifier(Modifier):
         shards = 1
         if self.tensor_parallel_size > 1 and self._may_be_sharded(group):
             shards = self.tensor_parallel_size
+        if heads := self._find_value_heads(group):
+            return choose_head_geometry(
+                group.owner, group.features, shards, heads.head_dim, Rotation(self.rotation)
+            )
         return choose_geometry(
             group.owner,
             group.features,
@@ -351,6 +381,10 @@ class CATModifier(Modifier):
             self.block_size,
             Rotation(self.rotation),
         )
+
+    def _find_value_heads(self, group: InputGroup) -> ValueHeads | None:
+        found = (self._value_heads.get(name) for name in group.linears)
+        return next((heads for heads in found if heads is not None), None)
 
     def _may_be_sharded(self, group: InputGroup) -> bool:
         """Whether a tensor parallel rank may get a part of the input, not all of it"""
@@ -368,6 +402,9 @@ class CATModifier(Modifier):
     def _transform_groups(self, groups: list[InputGroup]):
         self._refuse_different_groups(groups)
         is_quiet = not groups or not is_source_process()
+        # what goes into the Linears of other groups comes first: they are transformed as they
+        # will be
+        groups = sorted(groups, key=lambda group: self._find_value_heads(group) is None)
         for group in tqdm.tqdm(groups, desc="Transforming", disable=is_quiet):
             statistics = self._calibration.take(group)
             statistics.moments.reduce(get_execution_device(group.linears[group.owner]))
@@ -380,6 +417,7 @@ class CATModifier(Modifier):
         :param statistics: of the input; None if it was not seen
         """
         geometry = self._geometry(group)
+        heads = self._find_value_heads(group)
         device = get_execution_device(group.linears[group.owner])
         weights = {}
         for name, linear in group.linears.items():
@@ -393,7 +431,8 @@ class CATModifier(Modifier):
                 Rotation(self.rotation),
                 self.strength,
                 self.damping,
-                self.precision,
+                self.precision if heads is None else torch.float64,
+                1 if heads is None else heads.repeats,
             )
             new_weights = {
                 name: insertion.transform_weight(weight) for name, weight in weights.items()
@@ -402,18 +441,26 @@ class CATModifier(Modifier):
             raise ValueError(f"Cannot transform the input of {group.owner}: {error}") from error
 
         sample = statistics and statistics.sample
-        if sample is not None and sample.tokens is not None and is_source_process():
+        clip_ratio = 1.0
+        if sample is not None and sample.tokens is not None:
             tokens = sample.tokens.to(device, torch.float64)
+            token_weights = sample.weights.to(device)
+            transformed = insertion.transform_tokens(tokens)
+            clip_ratio = self._clip_ratio(group, transformed, token_weights)
+        if sample is not None and sample.tokens is not None and is_source_process():
             report = GroupReport.measure(
                 group,
                 geometry,
                 insertion.blocks,
                 statistics.moments.count,
-                sample.weights.to(device),
+                token_weights,
+                clip_ratio,
                 before=(tokens, weights),
-                after=(insertion.transform_tokens(tokens), new_weights),
+                after=(transformed, new_weights),
             )
             report.log()
+
+        new_values = {} if heads is None else self._fold(heads, insertion)
 
         # offloaded weights can be shared between ranks: all read before any writes
         _barrier()
@@ -421,20 +468,69 @@ class CATModifier(Modifier):
             update_offload_parameter(
                 linear, "weight", new_weights[name].to(linear.weight.dtype)
             )
+        for name, value in new_values.items():
+            update_offload_parameter(self._linears[heads.linear], name, value)
         _barrier()
-        self._attach(group, geometry, insertion.blocks)
+        self._attach(
+            group, geometry, None if heads is not None else insertion.blocks, clip_ratio
+        )
 
-    def _attach(self, group: InputGroup, geometry: Geometry, blocks: Tensor):
+    def _clip_ratio(self, group: InputGroup, tokens: Tensor, token_weights: Tensor) -> float:
+        """
+        :param tokens: sample of the transformed input, shape (tokens, d)
+        """
+        schemes = [getattr(one, "quantization_scheme", None) for one in group.linears.values()]
+        inputs = [scheme.input_activations if scheme else None for scheme in schemes]
+        is_clipped = self.clip_activations and all(
+            args is not None
+            and args == inputs[0]
+            and args.type == QuantizationType.INT
+            and args.strategy == QuantizationStrategy.TOKEN
+            and args.dynamic is True
+            and not args.symmetric
+            for args in inputs
+        )
+        return best_clip_ratio(tokens, inputs[0], token_weights) if is_clipped else 1.0
+
+    def _fold(self, heads: ValueHeads, insertion: Insertion) -> dict[str, Tensor]:
+        """
+        :param insertion: whose blocks are those of heads
+        :return: weight, and bias if there is one, of the Linear which makes the values, with
+            the transform in its rows
+        """
+        linear, folded = self._linears[heads.linear], {}
+        blocks = insertion.blocks[:: heads.repeats]
+        with align_module_device(linear):
+            for name in ("weight", "bias"):
+                parameter = getattr(linear, name)
+                if parameter is None:
+                    continue
+                rows = parameter.detach().to(blocks).unflatten(0, (-1, heads.head_dim))
+                transformed = torch.einsum("hij,hj...->hi...", blocks, rows).flatten(0, 1)
+                folded[name] = transformed.to(parameter.dtype)
+        return folded
+
+    def _attach(
+        self, group: InputGroup, geometry: Geometry, blocks: Tensor | None, clip_ratio: float
+    ):
+        """
+        :param blocks: None if they are not applied at run time
+        """
+        self._transformed.update(group.linears)
+        if blocks is None and geometry.outer == 1 and clip_ratio == 1:
+            return
         scheme, args = self._config.add_group(
             list(group.linears),
-            geometry.stored_size,
+            None if blocks is None else geometry.stored_size,
             geometry.outer,
             geometry.inner if geometry.outer > 1 else 1,
+            clip_ratio,
             self.precision,
         )
-        weight = Parameter(blocks.contiguous(), requires_grad=False)
+        weight = None
+        if blocks is not None:
+            weight = Parameter(blocks.contiguous(), requires_grad=False)
         CATTransform(weight, scheme, args).attach(list(group.linears.values()))
-        self._transformed.update(group.linears)
 
     def _rotate_unseen(self):
         """Linears which saw no tokens, such as unused experts, are only rotated"""

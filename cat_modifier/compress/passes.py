@@ -41,10 +41,12 @@ def is_resident(model: Module) -> bool:
     )
 
 
-def pass_over_data(state: State):
+def pass_over_data(state: State, batches: int | None = None):
     """
     Pass the calibration data through the model, for its hooks to see. As llm-compressor's
     pipelines do it, but that attention is the model's own, which is faster.
+
+    :param batches: the first ones alone, without progress; None for all
     """
     device = get_main_device()
     with ExitStack() as stack:
@@ -57,8 +59,10 @@ def pass_over_data(state: State):
             DisableQuantization,
         ):
             stack.enter_context(context(state.model))
-        is_quiet = not is_source_process()
+        is_quiet = batches is not None or not is_source_process()
         progress = tqdm.tqdm(state.data.calib, desc="Calibrating", disable=is_quiet)
         for index, batch in enumerate(progress):
             state.current_batch_idx = index
             state.model(**tensors_to_device(batch, device))
+            if index + 1 == batches:
+                break

@@ -38,6 +38,7 @@ class GroupReport:
     :param sqnr: predicted by theorem 2.4 before and after, ratios
     :param alignment: before and after, ratios
     :param condition_number: of the transform as stored
+    :param clip_ratio: of the range of activations, which predictions leave out
     """
 
     group: InputGroup
@@ -48,6 +49,7 @@ class GroupReport:
     sqnr: tuple[float, float]
     alignment: tuple[float, float]
     condition_number: float
+    clip_ratio: float
 
     @classmethod
     def measure(
@@ -57,6 +59,7 @@ class GroupReport:
         blocks: Tensor,
         count: int,
         token_weights: Tensor,
+        clip_ratio: float,
         before: tuple[Tensor, dict[str, Tensor]],
         after: tuple[Tensor, dict[str, Tensor]],
     ) -> "GroupReport":
@@ -64,6 +67,7 @@ class GroupReport:
         :param blocks: transform as stored, shape (d/k, k, k)
         :param count: tokens which the moments are of
         :param token_weights: of the sample, shape (tokens,), float64
+        :param clip_ratio: of the range of activations
         :param before: sample of the input, shape (tokens, d), float64; and weights by name,
             each of shape (out, d), float64
         :param after: the same, transformed
@@ -98,6 +102,7 @@ class GroupReport:
             tuple(sqnr),
             tuple(alignments),
             condition_number(blocks),
+            clip_ratio,
         )
 
     def log(self):
@@ -112,6 +117,7 @@ class GroupReport:
             f"{to_db(self.alignment[0]):.1f} -> {to_db(self.alignment[1]):.1f} dB, "
             f"block size {self.geometry.block_size}, Hadamard size "
             f"{self.geometry.hadamard_size}, condition number {self.condition_number:.1f}"
+            + (f", range clipped to {self.clip_ratio:.2f}" if self.clip_ratio < 1 else "")
             + (f" ({self.geometry.remark})" if self.geometry.remark else "")
         )
         if self.tokens < self.geometry.block_size:

@@ -26,9 +26,10 @@ _CHUNK = 2**21
 """Numbers of a chunk of tokens: what is between its products stays in the cache"""
 
 
-def transform(x: Tensor, blocks: Tensor, hadamard: Tensor | None, stride: int) -> Tensor:
+def transform(x: Tensor, blocks: Tensor | None, hadamard: Tensor | None, stride: int) -> Tensor:
     """
     :param x: shape (tokens, d), dtype of all others
+    :param blocks: see :func:`cat_modifier.kernels.plain.transform`, as for the others
     :return: shape (tokens, d)
     """
     return _transform(x, blocks, hadamard, stride).reshape(x.shape)
@@ -36,24 +37,26 @@ def transform(x: Tensor, blocks: Tensor, hadamard: Tensor | None, stride: int) -
 
 def transform_quantize(
     x: Tensor,
-    blocks: Tensor,
+    blocks: Tensor | None,
     hadamard: Tensor | None,
     stride: int,
     num_bits: int,
     symmetric: bool,
+    clip_ratio: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """
     :param x: shape (tokens, d), dtype of all others
     :return: see :func:`cat_modifier.kernels.plain.quantize_per_token`
     """
     if x.shape[0] == 1:
-        work = blocks.numel() + (0 if hadamard is None else x.numel() * hadamard.shape[0])
+        work = 0 if blocks is None else blocks.numel()
+        work += 0 if hadamard is None else x.numel() * hadamard.shape[0]
         is_parallel = work > _WORK_OF_ONE_THREAD
         function = _compiled(_transform_quantize_one, is_parallel)
-        return function(x, blocks, hadamard, stride, num_bits, symmetric)
+        return function(x, blocks, hadamard, stride, num_bits, symmetric, clip_ratio)
     # of nearly the same size: one left over of a single token would be compiled anew
     chunks = [
-        quantize(_transform(chunk, blocks, hadamard, stride), num_bits, symmetric)
+        quantize(_transform(chunk, blocks, hadamard, stride), num_bits, symmetric, clip_ratio)
         for chunk in x.tensor_split(max(1, ceil(x.numel() / _CHUNK)))
     ]
     if len(chunks) == 1:
@@ -63,30 +66,37 @@ def transform_quantize(
     )
 
 
-def quantize(x: Tensor, num_bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def quantize(
+    x: Tensor, num_bits: int, symmetric: bool, clip_ratio: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """
     :param x: shape (tokens, d), or (tokens, ...) in any layout
     :return: see :func:`cat_modifier.kernels.plain.quantize_per_token`; codes have shape
         (tokens, d)
     """
     function = _compiled(_quantize, _OPERATIONS * x.numel() > _WORK_OF_ONE_THREAD)
-    return function(x, num_bits, symmetric)
+    return function(x, num_bits, symmetric, clip_ratio)
 
 
 def _quantize(
-    x: Tensor, num_bits: int, symmetric: bool
+    x: Tensor, num_bits: int, symmetric: bool, clip_ratio: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    codes, scales, zero_points = plain.quantize_per_token(x, num_bits, symmetric)
+    codes, scales, zero_points = plain.quantize_per_token(x, num_bits, symmetric, clip_ratio)
     return codes.flatten(1), scales, zero_points
 
 
-def _transform(x: Tensor, blocks: Tensor, hadamard: Tensor | None, stride: int) -> Tensor:
+def _transform(
+    x: Tensor, blocks: Tensor | None, hadamard: Tensor | None, stride: int
+) -> Tensor:
     """
     :return: shape (tokens, d/q, q), in the layout which the products leave behind
     """
-    tokens, (count, size, _) = x.shape[0], blocks.shape
-    # (d/k, tokens, k)
-    z = torch.bmm(x.view(tokens, count, size).transpose(0, 1), blocks.mT)
+    tokens, features = x.shape
+    size = stride if blocks is None else blocks.shape[-1]
+    count = features // size
+    z = x.view(tokens, count, size).transpose(0, 1)
+    if blocks is not None:
+        z = torch.bmm(z, blocks.mT)
     if hadamard is None:
         return z.transpose(0, 1)
     # one product for all tokens, instead of one for each
@@ -98,19 +108,21 @@ def _transform(x: Tensor, blocks: Tensor, hadamard: Tensor | None, stride: int) 
 
 def _transform_quantize_one(
     x: Tensor,
-    blocks: Tensor,
+    blocks: Tensor | None,
     hadamard: Tensor | None,
     stride: int,
     num_bits: int,
     symmetric: bool,
+    clip_ratio: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """For one token; sums, which the compiler turns into loops, instead of products"""
-    count, size, _ = blocks.shape
-    z = (blocks.float() * x.view(count, 1, size).float()).sum(-1)
+    z = x.float()
+    if blocks is not None:
+        z = (blocks.float() * z.view(blocks.shape[0], 1, -1)).sum(-1)
     if hadamard is not None:
         spans = z.view(-1, 1, hadamard.shape[0], stride)
         z = (hadamard.float()[:, :, None] * spans).sum(2)
-    return plain.quantize_per_token(z.reshape(1, -1), num_bits, symmetric)
+    return plain.quantize_per_token(z.reshape(1, -1), num_bits, symmetric, clip_ratio)
 
 
 @cache

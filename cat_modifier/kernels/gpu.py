@@ -32,7 +32,7 @@ _FUSED_FROM = 2048
 """Tokens which fill a GPU with programs of 16"""
 
 
-def transform(x: Tensor, blocks: Tensor, hadamard: Tensor | None, stride: int) -> Tensor:
+def transform(x: Tensor, blocks: Tensor | None, hadamard: Tensor | None, stride: int) -> Tensor:
     """
     :param x: shape (tokens, d), dtype of all others
     :return: shape (tokens, d)
@@ -41,25 +41,29 @@ def transform(x: Tensor, blocks: Tensor, hadamard: Tensor | None, stride: int) -
     if hadamard is None:
         return z
     out = torch.empty_like(x)
-    _rows(z, hadamard, stride, out, None, None, 8, True)
+    _rows(z, hadamard, stride, out, None, None, 8, True, None)
     return out
 
 
 def transform_quantize(
     x: Tensor,
-    blocks: Tensor,
+    blocks: Tensor | None,
     hadamard: Tensor | None,
     stride: int,
     num_bits: int,
     symmetric: bool,
+    clip_ratio: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """
     :param x: shape (tokens, d), dtype of all others
     :return: see :func:`cat_modifier.kernels.plain.quantize_per_token`
     """
-    tokens, features, size = *x.shape, blocks.shape[-1]
-    if hadamard is not None or tokens < _FUSED_FROM or size > _LARGEST_BLOCK:
-        return _quantize_rows(_block_products(x, blocks), hadamard, stride, num_bits, symmetric)
+    tokens, features = x.shape
+    size = 0 if blocks is None else blocks.shape[-1]
+    is_fused = hadamard is None and tokens >= _FUSED_FROM and 0 < size <= _LARGEST_BLOCK
+    if not is_fused:
+        z = _block_products(x, blocks)
+        return _quantize_rows(z, hadamard, stride, num_bits, symmetric, clip_ratio)
     x = x.contiguous()
     codes, scales, zero_points = _outputs(x, symmetric)
     tile = 16
@@ -69,6 +73,7 @@ def transform_quantize(
         codes,
         scales,
         zero_points,
+        clip_ratio,
         tokens,
         features,
         COUNT=features // size,
@@ -83,15 +88,19 @@ def transform_quantize(
     return codes, scales, zero_points
 
 
-def quantize(x: Tensor, num_bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def quantize(
+    x: Tensor, num_bits: int, symmetric: bool, clip_ratio: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """
     :param x: shape (tokens, d)
     :return: see :func:`cat_modifier.kernels.plain.quantize_per_token`
     """
-    return _quantize_rows(x.contiguous(), None, x.shape[1], num_bits, symmetric)
+    return _quantize_rows(x.contiguous(), None, x.shape[1], num_bits, symmetric, clip_ratio)
 
 
-def _block_products(x: Tensor, blocks: Tensor) -> Tensor:
+def _block_products(x: Tensor, blocks: Tensor | None) -> Tensor:
+    if blocks is None:
+        return x.contiguous()
     tokens, features, size = *x.shape, blocks.shape[-1]
     if size > _LARGEST_BLOCK:
         return apply_blocks(x, blocks)
@@ -115,12 +124,17 @@ def _block_products(x: Tensor, blocks: Tensor) -> Tensor:
 
 
 def _quantize_rows(
-    z: Tensor, hadamard: Tensor | None, stride: int, num_bits: int, symmetric: bool
+    z: Tensor,
+    hadamard: Tensor | None,
+    stride: int,
+    num_bits: int,
+    symmetric: bool,
+    clip_ratio: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     codes, scales, zero_points = _outputs(z, symmetric)
     if hadamard is None:
         stride = z.shape[1]
-    _rows(z, hadamard, stride, codes, scales, zero_points, num_bits, symmetric)
+    _rows(z, hadamard, stride, codes, scales, zero_points, num_bits, symmetric, clip_ratio)
     return codes, scales, zero_points
 
 
@@ -133,6 +147,7 @@ def _rows(
     zero_points: Tensor | None,
     num_bits: int,
     symmetric: bool,
+    clip_ratio: Tensor | None,
 ):
     tokens, features = z.shape
     size = 1 if hadamard is None else hadamard.shape[0]
@@ -144,6 +159,7 @@ def _rows(
             out,
             scales,
             zero_points,
+            clip_ratio,
             features,
             SPANS=features // (size * stride),
             SIZE=size,
@@ -259,6 +275,7 @@ def _blocks_quantize_kernel(
     codes_ptr,
     scales_ptr,
     zero_points_ptr,
+    clip_ptr,
     tokens,
     features,
     COUNT: tl.constexpr,
@@ -280,7 +297,7 @@ def _blocks_quantize_kernel(
         )
         low = tl.minimum(low, tl.min(z, 1))
         high = tl.maximum(high, tl.max(z, 1))
-    scale, zero_point = _quantizer(low, high, BITS, SYMMETRIC)
+    scale, zero_point = _quantizer(low, high, clip_ptr, BITS, SYMMETRIC)
     tl.store(scales_ptr + rows, scale, rows < tokens)
     if not SYMMETRIC:
         tl.store(zero_points_ptr + rows, zero_point.to(tl.int32), rows < tokens)
@@ -299,6 +316,7 @@ def _rows_kernel(
     out_ptr,
     scales_ptr,
     zero_points_ptr,
+    clip_ptr,
     features,
     SPANS: tl.constexpr,
     SIZE: tl.constexpr,
@@ -320,9 +338,9 @@ def _rows_kernel(
             z_ptr, hadamard_ptr, start, 0, SIZE, STRIDE, ROWS, COLUMNS, PRECISION
         )
         if QUANTIZE:
-            scale, zero_point = _quantizer(
-                tl.minimum(low, tl.min(y)), tl.maximum(high, tl.max(y)), BITS, SYMMETRIC
-            )
+            low = tl.minimum(low, tl.min(y))
+            high = tl.maximum(high, tl.max(y))
+            scale, zero_point = _quantizer(low, high, clip_ptr, BITS, SYMMETRIC)
             tl.store(out_ptr + offsets, _codes(y, scale, zero_point, BITS), mask)
         else:
             tl.store(out_ptr + offsets, _cast(y, out_ptr.dtype.element_ty), mask)
@@ -337,7 +355,7 @@ def _rows_kernel(
             else:
                 tl.store(out_ptr + offsets, _cast(y, out_ptr.dtype.element_ty), mask)
         if QUANTIZE:
-            scale, zero_point = _quantizer(low, high, BITS, SYMMETRIC)
+            scale, zero_point = _quantizer(low, high, clip_ptr, BITS, SYMMETRIC)
             for span in range(SPANS):
                 y, offsets, mask = _mixed(
                     z_ptr, hadamard_ptr, start, span, SIZE, STRIDE, ROWS, COLUMNS, PRECISION
@@ -388,8 +406,12 @@ def _mixed(
 
 
 @triton.jit
-def _quantizer(low, high, BITS: tl.constexpr, SYMMETRIC: tl.constexpr):
-    """Scale and zero point of a range, as in plain.py"""
+def _quantizer(low, high, clip_ptr, BITS: tl.constexpr, SYMMETRIC: tl.constexpr):
+    """Scale and zero point of a range, which is clipped first, as in plain.py"""
+    if clip_ptr is not None:
+        ratio = tl.load(clip_ptr)
+        low *= ratio
+        high *= ratio
     levels: tl.constexpr = 2**BITS - 1
     least: tl.constexpr = -(2 ** (BITS - 1))
     tiny: tl.constexpr = 1.1754943508222875e-38

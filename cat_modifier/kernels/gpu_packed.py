@@ -39,7 +39,7 @@ GROUP_SIZES = {"int4": None, "nvfp4": 16, "mxfp4": 32}
 
 def transform_pack(
     x: Tensor,
-    blocks: Tensor,
+    blocks: Tensor | None,
     hadamard: Tensor | None,
     stride: int,
     gain: float,
@@ -129,7 +129,7 @@ def _pack_kernel(
                 z_ptr, hadamard_ptr, start, span, SIZE, STRIDE, ROWS, COLUMNS, PRECISION
             )
             largest = tl.maximum(largest, tl.max(tl.abs(y)))
-        token_scale, zero_point = _quantizer(-largest, largest, 4, True)
+        token_scale, zero_point = _quantizer(-largest, largest, None, 4, True)
         tl.store(scales_ptr + token, token_scale * gain)
     row = tl.arange(0, ROWS)[:, None]
     for span in range(SPANS):

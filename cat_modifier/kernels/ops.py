@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cat_modifier.kernels import cpu
+from cat_modifier.mathematics.clipping import clip_tokens
 
 __all__ = ["PreparedTransform", "quantize", "warm_up"]
 
@@ -22,21 +23,30 @@ class PreparedTransform:
     """
     A transform, prepared for inputs of one dtype.
 
-    :param blocks: T, shape (d/k, k, k)
+    :param blocks: T, shape (d/k, k, k); None if there are none
     :param hadamard: entries +-2^-e, which every dtype holds exactly, shape (p, p); None if
         there is none
     :param stride: q, distance of the channels which it multiplies
     :param gain: what is missing to an orthogonal matrix, between 1/sqrt(2) and sqrt(2)
+    :param clip_ratio: of the range to that of the values, shape (), float32; None for 1
+    :param dtype: in which all is computed
     """
 
-    blocks: Tensor
+    blocks: Tensor | None
     hadamard: Tensor | None
     stride: int
     gain: float
+    clip_ratio: Tensor | None
+    dtype: torch.dtype
 
     @classmethod
     def of(
-        cls, blocks: Tensor, hadamard: Tensor | None, stride: int, dtype: torch.dtype
+        cls,
+        blocks: Tensor | None,
+        hadamard: Tensor | None,
+        stride: int,
+        dtype: torch.dtype,
+        clip_ratio: Tensor | None = None,
     ) -> "PreparedTransform":
         """
         :param blocks: as stored
@@ -44,26 +54,31 @@ class PreparedTransform:
         :param dtype: of inputs. The transform is computed in it if it holds the stored
             blocks, down to 2^-24, and in float32 if not
         """
-        rounded = blocks.to(dtype).to(blocks.dtype)
-        # float16 has no smaller numbers; next to others in a row they count for nothing
-        is_exact = torch.allclose(rounded, blocks, rtol=0, atol=2**-24)
-        dtype = dtype if is_exact else torch.float32
+        if blocks is not None:
+            rounded = blocks.to(dtype).to(blocks.dtype)
+            # float16 has no smaller numbers; next to others in a row they count for nothing
+            is_exact = torch.allclose(rounded, blocks, rtol=0, atol=2**-24)
+            dtype = dtype if is_exact else torch.float32
+            blocks = blocks.to(dtype).contiguous()
         gain = 1.0
         if hadamard is not None:
             root = sqrt(hadamard.shape[0])
             gain = 2 ** round(log2(root)) / root
             hadamard = (hadamard / gain).to(dtype)
-        return cls(blocks.to(dtype).contiguous(), hadamard, stride, gain)
+        return cls(blocks, hadamard, stride, gain, clip_ratio, dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         """
         :param x: shape (..., d)
         :return: shape and dtype of x
         """
-        tokens = x.reshape(-1, x.shape[-1]).to(self.blocks.dtype)
-        out = torch.ops.cat_modifier.transform(tokens, self.blocks, self.hadamard, self.stride)
+        out = x.reshape(-1, x.shape[-1]).to(self.dtype)
+        if self.blocks is not None or self.hadamard is not None:
+            out = torch.ops.cat_modifier.transform(out, self.blocks, self.hadamard, self.stride)
         if self.gain != 1:
             out = out * self.gain
+        if self.clip_ratio is not None:
+            out = clip_tokens(out.float(), self.clip_ratio)
         return out.to(x.dtype).reshape(x.shape)
 
     def quantize(
@@ -76,12 +91,13 @@ class PreparedTransform:
         :return: see :func:`quantize`
         """
         codes, scales, zero_points = torch.ops.cat_modifier.transform_quantize(
-            x.to(self.blocks.dtype),
+            x.to(self.dtype),
             self.blocks,
             self.hadamard,
             self.stride,
             num_bits,
             symmetric,
+            self.clip_ratio,
         )
         if self.gain != 1:
             scales = scales * self.gain
@@ -96,7 +112,7 @@ def quantize(x: Tensor, num_bits: int, symmetric: bool) -> tuple[Tensor, Tensor,
     :return: codes, shape (tokens, d), int8; scales, shape (tokens, 1), float32; zero
         points, shape (tokens, 1), int32, or None if symmetric
     """
-    codes, scales, zero_points = torch.ops.cat_modifier.quantize(x, num_bits, symmetric)
+    codes, scales, zero_points = torch.ops.cat_modifier.quantize(x, num_bits, symmetric, None)
     return codes, scales, None if symmetric else zero_points
 
 
@@ -118,8 +134,9 @@ def warm_up(x: Tensor, num_bits: int, symmetric: bool, transform: PreparedTransf
     quantizer = quantize
     if transform is not None:
         quantizer = transform.quantize
-        hadamard = None if transform.hadamard is None else transform.hadamard.shape
-        alike += (transform.blocks.shape, transform.blocks.dtype, hadamard, transform.stride)
+        alike += (transform.stride, transform.dtype, transform.clip_ratio is None)
+        for matrix in (transform.blocks, transform.hadamard):
+            alike += (None if matrix is None else matrix.shape,)
     if alike in _warm:
         return
     _warm.add(alike)
@@ -155,14 +172,12 @@ def _transform(kernels, x, blocks, hadamard, stride):
     return kernels.transform(x, blocks, hadamard, stride)
 
 
-def _transform_quantize(kernels, x, blocks, hadamard, stride, num_bits, symmetric):
-    return _with_zero_points(
-        *kernels.transform_quantize(x, blocks, hadamard, stride, num_bits, symmetric)
-    )
+def _transform_quantize(kernels, *args):
+    return _with_zero_points(*kernels.transform_quantize(*args))
 
 
-def _quantize(kernels, x, num_bits, symmetric):
-    return _with_zero_points(*kernels.quantize(x, num_bits, symmetric))
+def _quantize(kernels, *args):
+    return _with_zero_points(*kernels.quantize(*args))
 
 
 def _fake_transform(x, blocks, hadamard, stride):
@@ -170,7 +185,7 @@ def _fake_transform(x, blocks, hadamard, stride):
 
 
 def _fake_codes(x, *args):
-    tokens, symmetric = x.shape[0], args[-1]
+    tokens, (_, symmetric, _) = x.shape[0], args[-3:]
     return (
         x.new_empty(x.shape, dtype=torch.int8),
         x.new_empty((tokens, 1), dtype=torch.float32),
@@ -178,8 +193,8 @@ def _fake_codes(x, *args):
     )
 
 
-_TRANSFORM = "Tensor x, Tensor blocks, Tensor? hadamard, int stride"
-_FORMAT = "int num_bits, bool symmetric"
+_TRANSFORM = "Tensor x, Tensor? blocks, Tensor? hadamard, int stride"
+_FORMAT = "int num_bits, bool symmetric, Tensor? clip_ratio"
 
 for _name, _schema, _function, _fake in (
     ("transform", f"({_TRANSFORM}) -> Tensor", _transform, _fake_transform),

@@ -16,25 +16,25 @@ def integer_range(num_bits: int) -> tuple[int, int]:
 
 
 def transform(
-    x: Tensor, blocks: Tensor, hadamard: Tensor | None = None, stride: int = 1
+    x: Tensor, blocks: Tensor | None, hadamard: Tensor | None = None, stride: int = 1
 ) -> Tensor:
     """
     ``(H kron I) T x``, computed in the dtype of x.
 
     :param x: shape (..., d), floating point
-    :param blocks: shape (d/k, k, k)
+    :param blocks: shape (d/k, k, k); None to leave them out
     :param hadamard: H, shape (p, p); None to leave it out
     :param stride: q, distance of the channels which it multiplies
     :return: shape and dtype of x
     """
-    transformed = apply_blocks(x, blocks.to(x.dtype))
+    transformed = x if blocks is None else apply_blocks(x, blocks.to(x.dtype))
     if hadamard is not None:
         transformed = apply_hadamard(transformed, hadamard.to(x.dtype), stride)
     return transformed
 
 
 def quantize_per_token(
-    x: Tensor, num_bits: int, symmetric: bool
+    x: Tensor, num_bits: int, symmetric: bool, clip_ratio: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """
     Dynamic quantization with one scale a token, as compressed-tensors defines it: the
@@ -42,6 +42,8 @@ def quantize_per_token(
     bits), and zero is always representable.
 
     :param x: shape (tokens, ...), floating point
+    :param clip_ratio: of the range to that of the values and zero, shape (), float32; None
+        for 1
     :return: codes, shape of x, int8; scales, shape (tokens, 1), float32; zero points, shape
         (tokens, 1), int32, or None if symmetric
     """
@@ -52,11 +54,15 @@ def quantize_per_token(
     if symmetric:
         # this very expression: an ulp decides whether the largest value, at 7.5, rounds up
         largest = x.abs().amax(channels, keepdim=True)
+        if clip_ratio is not None:
+            largest = largest * clip_ratio
         scale = (largest / ((q_max - q_min) / 2)).clamp_min(tiny)
         codes = (x / scale).round().clamp(q_min, q_max)
         return codes.to(torch.int8), scale.flatten(1), None
     low = x.amin(channels, keepdim=True).clamp_max(0)
     high = x.amax(channels, keepdim=True).clamp_min(0)
+    if clip_ratio is not None:
+        low, high = low * clip_ratio, high * clip_ratio
     scale = ((high - low) / (q_max - q_min)).clamp_min(tiny)
     zero_point = (q_min - low / scale).clamp(q_min, q_max).round()
     codes = (x / scale + zero_point).round().clamp(q_min, q_max)

@@ -96,7 +96,7 @@ class CATHfQuantizer(CompressedTensorsHfQuantizer):
         if self._transforms is None:
             return
         for name, module in model.named_modules():
-            if isinstance(module, CATTransform):
+            if isinstance(module, CATTransform) and module.weight is not None:
                 validate_transform(f"{name}.weight", module.weight, module.weight.shape)
         save_atomically(model)
 

@@ -11,7 +11,7 @@ from cat_modifier.mathematics.hadamard import (
 )
 from cat_modifier.mathematics.transform import Rotation
 
-__all__ = ["Geometry", "choose_geometry"]
+__all__ = ["Geometry", "choose_geometry", "choose_head_geometry"]
 
 
 @dataclass(frozen=True)
@@ -83,3 +83,36 @@ def choose_geometry(
     if shards > 1:
         remarks.append(f"in {shards} shards")
     return Geometry(size, inner, outer, ", ".join(remarks))
+
+
+def choose_head_geometry(
+    name: str, features: int, shards: int, head_dim: int, rotation: Rotation
+) -> Geometry:
+    """
+    Of a transform whose blocks are heads and cost nothing, so that only the outer Hadamard
+    matrix is left to be made small.
+
+    :param name: of the Linear, for messages
+    :param features: d, size of the input
+    :param shards: into which the input may be divided when it is served
+    :param head_dim: channels of a head, which become a block
+    :raises ValueError: if heads cannot be divided into so many shards
+    """
+    if features % (shards * head_dim):
+        raise ValueError(
+            f"{name} has {features // head_dim} heads, which cannot be divided among "
+            f"tensor_parallel_size={shards} shards"
+        )
+    outer, inner = 1, 1
+    if rotation.is_folded:
+        inner = largest_hadamard_order(head_dim)
+    elif rotation is Rotation.HADAMARD:
+        outer, inner = next(
+            (span // q, q)
+            for span in range(features // shards, 0, -1)
+            if (features // shards) % span == 0
+            for q in range(head_dim, 0, -1)
+            if head_dim % q == 0 and span % q == 0
+            if is_hadamard_order(q) and is_hadamard_order(span // q)
+        )
+    return Geometry(head_dim, inner, outer, "in heads")

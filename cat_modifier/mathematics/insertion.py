@@ -71,12 +71,15 @@ def compute_insertion(
     strength: float,
     damping: float,
     precision: torch.dtype,
+    repeats: int = 1,
 ) -> Insertion:
     """
     :param input_moments: diagonal blocks of Sx, shape (d/k, k, k); None if nothing is known
         of the input, and the transform is to be the rotation alone
     :param weights: of the Linears which read the input, each of shape (out, d), float64
     :param precision: dtype of the stored blocks
+    :param repeats: neighbouring blocks which are to be the same, as heads that share their
+        values
     :raises ValueError: if moments are not finite, or the stored transform is singular
     """
     size = geometry.block_size
@@ -85,12 +88,11 @@ def compute_insertion(
     if input_moments is None:
         identity = torch.eye(size, dtype=torch.float64, device=device)
         input_moments, strength = identity.expand_as(weight_moments), 0.0
-    blocks = block_transform(
-        input_moments.to(device, torch.float64),
-        weight_moments,
-        rotation,
-        geometry.inner,
-        strength,
-        damping,
-    ).to(precision)
+    # what is best for several blocks at once depends on their sums alone
+    moments = (
+        one.unflatten(0, (-1, repeats)).sum(1)
+        for one in (input_moments.to(device, torch.float64), weight_moments)
+    )
+    blocks = block_transform(*moments, rotation, geometry.inner, strength, damping)
+    blocks = blocks.repeat_interleave(repeats, 0).to(precision)
     return Insertion.from_blocks(blocks, geometry)

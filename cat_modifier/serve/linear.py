@@ -33,7 +33,8 @@ class InputTransform(Module):
 
     Attributes:
         weight: blocks on this rank, shape (shard_size / k, k, k); ``scheme.precision``
-            while loading, then as :class:`PreparedTransform` wants them
+            while loading, then as :class:`PreparedTransform` wants them. None if there are
+            none
         prepared: the transform; None until then
     """
 
@@ -49,7 +50,7 @@ class InputTransform(Module):
         dtype: torch.dtype,
     ):
         super().__init__()
-        block_size = scheme.head_dim
+        block_size = scheme.head_dim or 1
         if shard_size % block_size or shard_size % scheme.hadamard_span:
             shards = input_size // shard_size
             raise ValueError(
@@ -62,6 +63,9 @@ class InputTransform(Module):
         self.is_loaded = False
         self.scheme = scheme
         self.dtype = dtype
+        self.weight = None
+        if scheme.head_dim is None:
+            return
         self.full_shape = (input_size // block_size, block_size, block_size)
         self.first_block = shard_rank * (shard_size // block_size)
         # NaN until loaded: a tensor which the checkpoint lacks does not go unnoticed
@@ -88,14 +92,28 @@ class InputTransform(Module):
         self.is_loaded = True
         param.data.copy_(loaded.narrow(0, self.first_block, param.shape[0]))
 
-    def process_weights_after_loading(self):
-        validate_transform(self.name, self.weight, self.weight.shape)
-        self.is_loaded = False  # other weights may be loaded later
-        hadamard = outer_hadamard(self.scheme, self.weight.device)
+    def process_weights_after_loading(self, device: torch.device):
+        """
+        :param device: of the layer
+        """
+        blocks, clip_ratio = None, None
+        if self.weight is not None:
+            validate_transform(self.name, self.weight, self.weight.shape)
+            self.is_loaded = False  # other weights may be loaded later
+            blocks = self.weight.data
+        if self.scheme.clip_ratio < 1:
+            clip_ratio = torch.tensor(
+                self.scheme.clip_ratio, dtype=torch.float32, device=device
+            )
         self.prepared = PreparedTransform.of(
-            self.weight.data, hadamard, self.scheme.hadamard_stride, self.dtype
+            blocks,
+            outer_hadamard(self.scheme, device),
+            self.scheme.hadamard_stride,
+            self.dtype,
+            clip_ratio,
         )
-        self.weight = Parameter(self.prepared.blocks, requires_grad=False)
+        if blocks is not None:
+            self.weight = Parameter(self.prepared.blocks, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.prepared(x)
@@ -172,7 +190,8 @@ class CATLinearMethod(LinearMethodBase):
         self.registry.check_claimed()
         self.transform = self.registry.input_transforms[self.owner]
         if self.is_owner:
-            self.transform.process_weights_after_loading()
+            device = next(layer.parameters()).device
+            self.transform.process_weights_after_loading(device)
         if isinstance(scheme := getattr(layer, "scheme", None), CATIntScheme):
             scheme.input_transform = self.transform  # fused with quantization there
         self.method.process_weights_after_loading(layer)

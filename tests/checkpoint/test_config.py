@@ -16,9 +16,9 @@ from cat_modifier.checkpoint.config import (
 
 def make_config() -> dict:
     transforms = CATTransformConfig(config_groups={})
-    transforms.add_group(["layers.0.q", "layers.0.k"], 16, 4, 16, torch.bfloat16)
-    transforms.add_group(["layers.0.down"], 32, 1, 1, torch.bfloat16)
-    transforms.add_group(["layers.1.q"], 16, 4, 16, torch.bfloat16)
+    transforms.add_group(["layers.0.q", "layers.0.k"], 16, 4, 16, 1.0, torch.bfloat16)
+    transforms.add_group(["layers.0.down"], 32, 1, 1, 1.0, torch.bfloat16)
+    transforms.add_group(["layers.1.q"], 16, 4, 16, 1.0, torch.bfloat16)
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",

@@ -30,7 +30,7 @@ def shared_memory(kernel, capability: int, types: dict, constants: dict, warps: 
 
 def rows_cases(dtype: str):
     """Without a Hadamard matrix, in several spans, not quantized; and packed"""
-    outputs = {"out_ptr": "*i8", "scales_ptr": "*fp32", "features": "i32"}
+    outputs = {"out_ptr": "*i8", "scales_ptr": "*fp32", "features": "i32", "clip_ptr": None}
     for size, stride, spans in ((1, 2048, 1), (2, 128, 43)):
         rows, columns, warps = gpu.row_shape(size, stride)
         shape = {"SPANS": spans, "SIZE": size, "STRIDE": stride, "PRECISION": "tf32"}
@@ -39,7 +39,7 @@ def rows_cases(dtype: str):
         quantized = {"BITS": 4, "SYMMETRIC": True, "QUANTIZE": True, "zero_points_ptr": None}
         plain = {"QUANTIZE": False, "zero_points_ptr": None, "scales_ptr": None}
         yield gpu._rows_kernel, {"z_ptr": dtype} | hadamard | outputs, shape | quantized, warps
-        out = {"out_ptr": dtype, "features": "i32"}
+        out = {"out_ptr": dtype, "features": "i32", "clip_ptr": None}
         plain |= {"BITS": 8, "SYMMETRIC": True}
         yield gpu._rows_kernel, {"z_ptr": dtype} | hadamard | out, shape | plain, warps
         for format, group in gpu_packed.GROUP_SIZES.items():
@@ -63,7 +63,7 @@ def main():
                 "COLUMNS": gpu._padded(stride),
                 "QUANTIZE": True,
             }
-            outputs = {"scales_ptr": "*fp32", "zero_points_ptr": "*i32"}
+            outputs = {"scales_ptr": "*fp32", "zero_points_ptr": "*i32", "clip_ptr": "*fp32"}
             blocks = {"x_ptr": dtype, "blocks_ptr": dtype}
             shape = {"tokens": "i32", "features": "i32"}
             tile = {"SIZE": size, "TILE": 64, "PADDED": gpu._padded(size)}

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -23,13 +24,15 @@ KERNELS = {"cpu": cpu, "gpu": gpu}
 
 def inputs(tokens, count, size, outer, inner, dtype, outliers, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(tokens, count * size, generator=generator)
+    x = torch.randn(tokens, count * (size or 1), generator=generator)
     if outliers:
-        x[:, :: max(1, count * size // 3)] *= 1000
+        x[:, :: max(1, x.shape[1] // 3)] *= 1000
         x[::2] *= 1e-3
-    blocks = torch.randn(count, size, size, generator=generator) / size**0.5
+    blocks = None
+    if size is not None:
+        blocks = torch.randn(count, size, size, generator=generator) / size**0.5
+        blocks = blocks.bfloat16().to(dtype)
     hadamard = hadamard_matrix(outer).float() if outer > 1 else None
-    blocks = blocks.bfloat16().to(dtype)
     return x.to(dtype), ops.PreparedTransform.of(blocks, hadamard, inner, dtype), hadamard
 
 
@@ -41,7 +44,7 @@ def error(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.double() - b).norm() / b.norm().clamp_min(1e-300)).item()
 
 
-# (blocks, size of a block, order of H, its stride)
+# (blocks, size of a block, order of H, its stride); or channels, without blocks
 GEOMETRIES = [
     (6, 96, 12, 48),
     (12, 16, 1, 1),
@@ -50,7 +53,11 @@ GEOMETRIES = [
     (16, 32, 4, 32),  # four spans
     (7, 20, 1, 1),
     (24, 8, 48, 4),
+    (192, None, 12, 16),
+    (96, None, 4, 8),
 ]
+
+RATIO = torch.tensor(0.8)
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -72,9 +79,19 @@ def test_transform_is_as_exact_as_plain_pytorch(kernels, geometry, tokens, dtype
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 5, 40])
-@pytest.mark.parametrize("bits, symmetric", [(4, False), (4, True), (8, False), (8, True)])
+@pytest.mark.parametrize(
+    "bits, symmetric, clip_ratio",
+    [
+        (4, False, None),
+        (4, True, None),
+        (8, False, None),
+        (8, True, None),
+        (4, False, RATIO),
+        (4, True, RATIO),
+    ],
+)
 def test_codes_are_those_of_the_transformed_input(
-    kernels, geometry, tokens, bits, symmetric, monkeypatch
+    kernels, geometry, tokens, bits, symmetric, clip_ratio, monkeypatch
 ):
     monkeypatch.setattr(gpu, "_FUSED_FROM", 30)
     x, prepared, hadamard = inputs(tokens, *geometry, torch.bfloat16, outliers=tokens == 40)
@@ -83,37 +100,38 @@ def test_codes_are_those_of_the_transformed_input(
         x.double(), prepared.blocks, None if hadamard is None else hadamard.double(), stride
     )
     codes, scales, zero_points = KERNELS[kernels].transform_quantize(
-        x, prepared.blocks, prepared.hadamard, stride, bits, symmetric
+        x, prepared.blocks, prepared.hadamard, stride, bits, symmetric, clip_ratio
     )
     assert codes.shape == x.shape and codes.dtype == torch.int8
     assert scales.shape == (tokens, 1) and scales.dtype == torch.float32
     assert (zero_points is None) == symmetric
     found = dequantize(codes, scales * prepared.gain, zero_points)
     # as far from the exact values as their own quantization, up to rounding in bfloat16
-    allowed = dequantize(*plain.quantize_per_token(exact, bits, symmetric))
+    allowed = dequantize(*plain.quantize_per_token(exact, bits, symmetric, clip_ratio))
     assert error(found, exact) < 1.02 * error(allowed, exact) + 0.006
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-@example(1, 1, 4, False, 0.0)
+@example(1, 1, 4, False, 0.0, None)
 @given(
     tokens=st.integers(1, 20),
     features=st.integers(1, 200),
     bits=st.sampled_from([4, 8]),
     symmetric=st.booleans(),
     shift=st.sampled_from([0.0, 3.0, -1e4, 1e-30]),
+    clip_ratio=st.sampled_from([None, RATIO]),
 )
 def test_codes_without_a_transform_are_exactly_those_of_plain_pytorch(
-    kernels, dtype, tokens, features, bits, symmetric, shift
+    kernels, dtype, tokens, features, bits, symmetric, shift, clip_ratio
 ):
     generator = torch.Generator().manual_seed(features)
     x = torch.randn(tokens, features, generator=generator) + shift
     x[0] = 0 if shift else 1e30
     x = x.to(dtype)
-    found = KERNELS[kernels].quantize(x, bits, symmetric)
-    expected = plain.quantize_per_token(x, bits, symmetric)
+    found = KERNELS[kernels].quantize(x, bits, symmetric, clip_ratio)
+    expected = plain.quantize_per_token(x, bits, symmetric, clip_ratio)
     for a, b in zip(found, expected, strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
 
@@ -124,10 +142,11 @@ def test_operators_have_fakes_and_can_be_compiled():
     tests = ("test_schema", "test_faketensor")
     namespace = torch.ops.cat_modifier
     torch.library.opcheck(namespace.transform, arguments, test_utils=tests)
-    for symmetric in (True, False):
-        arguments = (*arguments[:4], 4, symmetric)
+    for symmetric, clip_ratio in ((True, None), (False, RATIO)):
+        format = (4, symmetric, clip_ratio)
+        arguments = (*arguments[:4], *format)
         torch.library.opcheck(namespace.transform_quantize, arguments, test_utils=tests)
-        torch.library.opcheck(namespace.quantize, (x, 4, symmetric), test_utils=tests)
+        torch.library.opcheck(namespace.quantize, (x, *format), test_utils=tests)
     compiled = torch.compile(lambda x: prepared.quantize(x, 4, False), fullgraph=True)
     for found, expected in zip(compiled(x), prepared.quantize(x, 4, False), strict=True):
         assert torch.equal(found, expected)
@@ -172,6 +191,18 @@ def test_blocks_which_the_dtype_cannot_hold_are_applied_in_float32():
     prepared = ops.PreparedTransform.of(blocks, None, 1, torch.bfloat16)
     assert prepared.blocks.dtype == torch.float32
     assert torch.equal(prepared(x), plain.transform(x.float(), blocks).bfloat16())
+
+
+@pytest.mark.parametrize("blocks, hadamard", [(True, True), (False, True), (False, False)])
+def test_what_is_clipped_before_is_quantized_as_what_is_clipped_within(blocks, hadamard):
+    geometry = (6 if blocks else 576, 96 if blocks else None, 12 if hadamard else 1, 48)
+    x, prepared, matrix = inputs(7, *geometry, torch.float32, False)
+    prepared = ops.PreparedTransform.of(prepared.blocks, matrix, 48, torch.float32, RATIO)
+    outside = prepared(x)
+    assert outside.abs().max() < 0.9 * replace(prepared, clip_ratio=None)(x).abs().max()
+    within, before = prepared.quantize(x, 4, False), ops.quantize(outside, 4, False)
+    assert torch.equal(within[0], before[0])
+    assert torch.allclose(within[1], before[1]) and torch.equal(within[2], before[2])
 
 
 def test_no_tokens_are_no_error():

@@ -87,7 +87,6 @@ def test_transforms_are_stored_once_a_group(checkpoint):
         for name in (
             "mlp.down_proj",
             "mlp.gate_proj",
-            "self_attn.o_proj",
             "self_attn.q_proj",
         )
     ]

@@ -49,7 +49,11 @@ TINY_CASES = {
         {"rotation": "none"},
     ),
     "cohere-w4a4": ({"family": "cohere", "tied": True}, W4A4, {}),
-    "llama-w4a8": ({"family": "llama-biases"}, int_scheme(4, 8), {}),
+    "llama-w4a8": (
+        {"family": "llama-biases"},
+        int_scheme(4, 8),
+        {"fold_attention": False},
+    ),
     "llama-w8a8": (
         {"family": "llama-biases"},
         int_scheme(8, 8, format="int-quantized"),

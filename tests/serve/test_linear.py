@@ -18,14 +18,18 @@ from cat_modifier.serve.vllm_api import get_layer_partition_names
 NAME = "layers.0.down_proj.cat_input.weight"
 
 
-def make(hadamard=(1, 1), ranks=1, rank=0, loaded=None, input_size=96):
+CPU = torch.device("cpu")
+
+
+def make(hadamard=(1, 1), ranks=1, rank=0, loaded=None, input_size=96, **options):
     size, stride = hadamard
-    scheme = CATScheme(head_dim=16, hadamard_size=size, hadamard_stride=stride, apply=[])
+    options = {"head_dim": 16, "hadamard_size": size, "hadamard_stride": stride} | options
+    scheme = CATScheme(apply=[], **options)
     size = input_size // ranks
     transform = InputTransform(NAME, scheme, input_size, size, rank, torch.float32)
     if loaded is not None:
         transform.load(transform.weight, loaded)
-        transform.process_weights_after_loading()
+        transform.process_weights_after_loading(CPU)
     return transform
 
 
@@ -43,6 +47,27 @@ def test_shards_put_together_are_the_whole(ranks, hadamard):
     assert torch.allclose(torch.cat(parts, -1), whole, atol=1e-6)
 
 
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_hadamard_matrix_alone_has_no_tensor(ranks):
+    x = torch.randn(5, 96)
+    scheme = CATScheme(head_dim=None, hadamard_size=2, hadamard_stride=16, apply=[])
+    whole = transform_input(x, None, outer_hadamard(scheme, CPU), 16)
+    parts = []
+    for rank, part in enumerate(x.chunk(ranks, -1)):
+        transform = make((2, 16), ranks, rank, head_dim=None)
+        assert not list(transform.parameters())
+        transform.process_weights_after_loading(CPU)
+        parts.append(transform(part))
+    assert torch.allclose(torch.cat(parts, -1), whole, atol=1e-6)
+
+
+def test_tokens_are_clipped_as_in_transformers():
+    blocks, x = torch.randn(6, 16, 16).bfloat16(), torch.randn(5, 96)
+    expected = transform_input(x, blocks, clip_ratio=0.7)
+    assert torch.allclose(make(loaded=blocks, clip_ratio=0.7)(x), expected, atol=1e-6)
+    assert not torch.allclose(make(loaded=blocks)(x), expected, atol=0.1)
+
+
 @pytest.mark.parametrize("hadamard, ranks", [((12, 8), 2), ((12, 4), 4), ((1, 1), 4)])
 def test_shards_which_would_cut_a_transform_are_refused(hadamard, ranks):
     with pytest.raises(ValueError, match=f"tensor_parallel_size={ranks}"):
@@ -51,7 +76,7 @@ def test_shards_which_would_cut_a_transform_are_refused(hadamard, ranks):
 
 def test_a_tensor_that_was_never_loaded_is_named():
     with pytest.raises(ValueError, match=f"{NAME} is missing"):
-        make().process_weights_after_loading()
+        make().process_weights_after_loading(CPU)
 
 
 @pytest.mark.parametrize("shape", [(5, 16, 16), (6, 8, 16), (96, 16)])

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Which Linear makes the values that attention mixes, found by observing the forward pass.
+
+Attention gives to each token a mean of the values of others, head by head. A matrix that
+multiplies the values of a head therefore multiplies its outputs, whatever the scores: a
+transform in front of the output projection can go into the rows of the Linear that makes
+the values (and into its bias), and costs nothing at run time. Not all attention is so: gates
+on the output, or norms on the values, do not commute with a matrix. So nothing is concluded
+from names: what each Linear makes is multiplied, and the inputs of the others are looked at.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from compressed_tensors.utils import get_execution_device
+from torch import Tensor
+from torch.nn import Linear, Module
+
+from cat_modifier.mathematics.transform import apply_blocks
+
+__all__ = ["ValueHeads", "find_value_heads"]
+
+_TOLERANCE = 0.05
+"""Relative error: above what 16 bits lose, and far below what another matrix makes"""
+
+
+@dataclass(frozen=True)
+class ValueHeads:
+    """
+    Where the input of an output projection comes from.
+
+    :param linear: full name of the Linear that makes the values
+    :param head_dim: channels of a head
+    :param repeats: neighbouring heads of the attention output that share a head of values
+    """
+
+    linear: str
+    head_dim: int
+    repeats: int
+
+
+def find_value_heads(
+    model: Module, linears: Mapping[str, Linear], run: Callable[[], None]
+) -> dict[str, ValueHeads]:
+    """
+    :param linears: which may be changed, by full name
+    :param run: passes some data through the model, without a cache. Modules that have a
+        `head_dim`, as those of Transformers which compute attention, are run again on what
+        they get
+    :return: by the name of the output projection; those for which it was seen to be so
+    """
+    siblings: dict[str, dict[str, Linear]] = {}
+    for name, linear in linears.items():
+        siblings.setdefault(name.rpartition(".")[0], {})[name] = linear
+    found: dict[str, ValueHeads] = {}
+    hooks = {}
+    for name, members in siblings.items():
+        module = model.get_submodule(name)
+        if isinstance(getattr(module, "head_dim", None), int) and len(members) > 1:
+            hooks[module] = _Probe(members, module.head_dim, found)
+    with _hooks() as handles:
+        for module, hook in hooks.items():
+            handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        if hooks:
+            run()
+    return found
+
+
+class _Probe:
+    """
+    Forward hook of an attention module: multiplies what each Linear makes by a rotation for
+    each head, and looks for another one whose input is multiplied so.
+
+    :param linears: of the module, by full name
+    :param found: to add to
+    """
+
+    def __init__(self, linears: Mapping[str, Linear], head_dim: int, found: dict):
+        self.linears, self.head_dim, self.found = linears, head_dim, found
+        self.is_done = False
+
+    def __call__(self, module: Module, args: tuple, kwargs: dict[str, Any], output: Any):
+        if self.is_done:
+            return
+        self.is_done = True
+        run = partial(module, *args, **kwargs)
+        before = self._inputs(run)
+        for value, linear in self.linears.items():
+            if linear.out_features % self.head_dim:
+                continue
+            rotations = self._rotations(linear)
+            after = self._inputs(run, linear, rotations)
+            for name in before.keys() & after.keys():
+                repeats, rest = divmod(before[name].shape[-1], linear.out_features)
+                if rest or name == value:
+                    continue
+                expected = apply_blocks(before[name], rotations.repeat_interleave(repeats, 0))
+                error = (after[name] - expected).norm()
+                if error < _TOLERANCE * expected.norm():
+                    self.found[name] = ValueHeads(value, self.head_dim, repeats)
+
+    def _rotations(self, linear: Linear) -> Tensor:
+        shape = (linear.out_features // self.head_dim, self.head_dim, self.head_dim)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        return torch.linalg.qr(noise)[0].to(get_execution_device(linear))
+
+    def _inputs(
+        self,
+        run: Callable[[], Any],
+        value: Linear | None = None,
+        rotations: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """
+        :param value: Linear whose output is multiplied by the rotations; None for none
+        :return: what each Linear reads, float32
+        """
+        seen: dict[str, Tensor] = {}
+
+        def rotate(linear: Linear, inputs: tuple, values: Tensor) -> Tensor:
+            return apply_blocks(values.float(), rotations).to(values.dtype)
+
+        with torch.no_grad(), _hooks() as handles:
+            for name, linear in self.linears.items():
+
+                def read(linear: Linear, inputs: tuple, name: str = name):
+                    seen[name] = inputs[0].float()
+
+                handles.append(linear.register_forward_pre_hook(read))
+            if value is not None:
+                handles.append(value.register_forward_hook(rotate))
+            run()
+        return seen
+
+
+@contextmanager
+def _hooks() -> Iterator[list]:
+    """Handles of hooks, which are removed at the end"""
+    handles: list = []
+    try:
+        yield handles
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+from tiny_models import FAMILIES, make_model, make_tokens
+from torch.nn import Linear
+
+from cat_modifier.calibration.attention import find_value_heads
+
+
+def linears_of(model) -> dict[str, Linear]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, Linear) and name != "lm_head"
+    }
+
+
+def find(model, **linears):
+    def run():
+        model(make_tokens(1, length=16), use_cache=False)
+
+    return find_value_heads(model, linears or linears_of(model), run)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_are_found_without_names(tmp_path, family, dtype):
+    model = make_model(tmp_path, family, dtype=dtype)
+    found = find(model)
+    assert set(found) == {f"model.layers.{i}.self_attn.o_proj" for i in range(2)}
+    for output, heads in found.items():
+        assert heads.linear == output.replace("o_proj", "v_proj")
+        assert (heads.head_dim, heads.repeats) == (24, 2)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_heads_which_share_values(tmp_path, heads):
+    model = make_model(tmp_path, num_key_value_heads=heads)
+    assert {found.repeats for found in find(model).values()} == {4 // heads}
+
+
+def test_a_gate_on_the_output_is_seen(tmp_path):
+    model = make_model(tmp_path)
+    gate = torch.linspace(0.5, 1.5, 96)
+    gated = model.model.layers[0].self_attn.o_proj
+    gated.register_forward_pre_hook(lambda _, inputs: (inputs[0] * gate,), prepend=True)
+    assert set(find(model)) == {"model.layers.1.self_attn.o_proj"}
+
+
+def test_linears_which_are_not_to_be_changed_are_not_found(tmp_path):
+    model = make_model(tmp_path)
+    linears = {n: one for n, one in linears_of(model).items() if not n.endswith("v_proj")}
+    assert find(model, **linears) == {}
+
+
+def test_no_hooks_are_left(tmp_path):
+    model = make_model(tmp_path)
+    find(model)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
