@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from compressed_tensors.utils import get_execution_device
+from loguru import logger
 from torch import Tensor
 from torch.nn import Linear, Module
 
@@ -27,6 +28,9 @@ __all__ = ["ValueHeads", "find_value_heads"]
 
 _TOLERANCE = 0.05
 """Relative error: above what 16 bits lose, and far below what another matrix makes"""
+
+_TOLERANCE_OF_ALL = 0.2
+"""The same at the end of the model"""
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,56 @@ def find_value_heads(
             handles.append(module.register_forward_hook(hook, with_kwargs=True))
         if hooks:
             run()
+    if found and not _is_all_there_is(linears, found, run):
+        logger.warning(
+            "The values of attention are read by more than its output projections, as where "
+            "layers share them: no transform is folded into them"
+        )
+        return {}
     return found
+
+
+def _is_all_there_is(
+    linears: Mapping[str, Linear], found: Mapping[str, ValueHeads], run: Callable[[], None]
+) -> bool:
+    """Whether the model computes the same if all values are rotated, and rotated back"""
+
+    def last_input(rotated: bool) -> Tensor:
+        last = {}
+
+        def remember(linear: Linear, inputs: tuple):
+            last["input"] = inputs[0]
+
+        with torch.no_grad(), _hooks() as handles:
+            for name, heads in found.items() if rotated else ():
+                value = linears[heads.linear]
+                rotations = _rotations(value, heads.head_dim)
+                back = rotations.mT.repeat_interleave(heads.repeats, 0)
+                handles.append(value.register_forward_hook(_multiply_output(rotations)))
+                handles.append(linears[name].register_forward_pre_hook(_multiply_input(back)))
+            for linear in linears.values():
+                handles.append(linear.register_forward_pre_hook(remember))
+            run()
+        return last["input"].float()
+
+    expected = last_input(rotated=False)
+    error = (last_input(rotated=True) - expected).norm()
+    return bool(error < _TOLERANCE_OF_ALL * expected.norm())
+
+
+def _rotations(linear: Linear, head_dim: int) -> Tensor:
+    """For each head of the output one of its own, shape (heads, head_dim, head_dim)"""
+    shape = (linear.out_features // head_dim, head_dim, head_dim)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return torch.linalg.qr(noise)[0].to(get_execution_device(linear))
+
+
+def _multiply_output(blocks: Tensor) -> Callable:
+    return lambda linear, inputs, x: apply_blocks(x.float(), blocks).to(x.dtype)
+
+
+def _multiply_input(blocks: Tensor) -> Callable:
+    return lambda linear, inputs: (apply_blocks(inputs[0].float(), blocks).to(inputs[0].dtype),)
 
 
 class _Probe:
@@ -93,7 +146,7 @@ class _Probe:
         for value, linear in self.linears.items():
             if linear.out_features % self.head_dim:
                 continue
-            rotations = self._rotations(linear)
+            rotations = _rotations(linear, self.head_dim)
             after = self._inputs(run, linear, rotations)
             for name in before.keys() & after.keys():
                 repeats, rest = divmod(before[name].shape[-1], linear.out_features)
@@ -103,11 +156,6 @@ class _Probe:
                 error = (after[name] - expected).norm()
                 if error < _TOLERANCE * expected.norm():
                     self.found[name] = ValueHeads(value, self.head_dim, repeats)
-
-    def _rotations(self, linear: Linear) -> Tensor:
-        shape = (linear.out_features // self.head_dim, self.head_dim, self.head_dim)
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        return torch.linalg.qr(noise)[0].to(get_execution_device(linear))
 
     def _inputs(
         self,
@@ -121,9 +169,6 @@ class _Probe:
         """
         seen: dict[str, Tensor] = {}
 
-        def rotate(linear: Linear, inputs: tuple, values: Tensor) -> Tensor:
-            return apply_blocks(values.float(), rotations).to(values.dtype)
-
         with torch.no_grad(), _hooks() as handles:
             for name, linear in self.linears.items():
 
@@ -132,7 +177,7 @@ class _Probe:
 
                 handles.append(linear.register_forward_pre_hook(read))
             if value is not None:
-                handles.append(value.register_forward_hook(rotate))
+                handles.append(value.register_forward_hook(_multiply_output(rotations)))
             run()
         return seen
 

@@ -47,6 +47,24 @@ def test_a_gate_on_the_output_is_seen(tmp_path):
     assert set(find(model)) == {"model.layers.1.self_attn.o_proj"}
 
 
+def test_values_which_other_layers_read_are_left_alone(tmp_path):
+    model = make_model(tmp_path)
+    first, second = (layer.self_attn for layer in model.model.layers)
+    seen = {}
+    first.v_proj.register_forward_pre_hook(lambda _, inputs: seen.setdefault("x", inputs[0]))
+
+    class SharedValues(torch.nn.Module):  # as in models whose later layers make none
+        def forward(self, hidden_states):
+            return first.v_proj(seen["x"])
+
+    second.v_proj = SharedValues()
+
+    def run():
+        model(make_tokens(1, length=16), use_cache=False)
+
+    assert find_value_heads(model, linears_of(model), run) == {}
+
+
 def test_linears_which_are_not_to_be_changed_are_not_found(tmp_path):
     model = make_model(tmp_path)
     linears = {n: one for n, one in linears_of(model).items() if not n.endswith("v_proj")}
