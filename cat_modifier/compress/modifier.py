@@ -381,6 +381,11 @@ class CATModifier(Modifier):
         """
         geometry = self._geometry(group)
         device = get_execution_device(group.linears[group.owner])
+        # what stays goes before all that is temporary: gaps which it leaves in between can add
+        # up to as much memory as the model takes
+        size = geometry.stored_size
+        shape = (group.features // size, size, size)
+        blocks = torch.empty(shape, dtype=self.precision, device=device)
         weights = {}
         for name, linear in group.linears.items():
             with align_module_device(linear):
@@ -422,7 +427,7 @@ class CATModifier(Modifier):
                 linear, "weight", new_weights[name].to(linear.weight.dtype)
             )
         _barrier()
-        self._attach(group, geometry, insertion.blocks)
+        self._attach(group, geometry, blocks.copy_(insertion.blocks))
 
     def _attach(self, group: InputGroup, geometry: Geometry, blocks: Tensor):
         scheme, args = self._config.add_group(
@@ -432,7 +437,7 @@ class CATModifier(Modifier):
             geometry.inner if geometry.outer > 1 else 1,
             self.precision,
         )
-        weight = Parameter(blocks.contiguous(), requires_grad=False)
+        weight = Parameter(blocks, requires_grad=False)
         CATTransform(weight, scheme, args).attach(list(group.linears.values()))
         self._transformed.update(group.linears)
 
