@@ -419,6 +419,13 @@ class CATModifier(Modifier):
         geometry = self._geometry(group)
         heads = self._find_value_heads(group)
         device = get_execution_device(group.linears[group.owner])
+        # what stays goes before all that is temporary: gaps which it leaves in between can add
+        # up to as much memory as the model takes
+        stored = None
+        if heads is None:
+            size = geometry.stored_size
+            shape = (group.features // size, size, size)
+            stored = torch.empty(shape, dtype=self.precision, device=device)
         weights = {}
         for name, linear in group.linears.items():
             with align_module_device(linear):
@@ -471,9 +478,9 @@ class CATModifier(Modifier):
         for name, value in new_values.items():
             update_offload_parameter(self._linears[heads.linear], name, value)
         _barrier()
-        self._attach(
-            group, geometry, None if heads is not None else insertion.blocks, clip_ratio
-        )
+        if stored is not None:
+            stored.copy_(insertion.blocks)
+        self._attach(group, geometry, stored, clip_ratio)
 
     def _clip_ratio(self, group: InputGroup, tokens: Tensor, token_weights: Tensor) -> float:
         """
@@ -527,9 +534,7 @@ class CATModifier(Modifier):
             clip_ratio,
             self.precision,
         )
-        weight = None
-        if blocks is not None:
-            weight = Parameter(blocks.contiguous(), requires_grad=False)
+        weight = None if blocks is None else Parameter(blocks, requires_grad=False)
         CATTransform(weight, scheme, args).attach(list(group.linears.values()))
 
     def _rotate_unseen(self):

@@ -232,7 +232,7 @@ def test_ranks_sum_their_moments(tmp_path):
     arguments = [str(Path(__file__).parent), str(tmp_path / "model")]
     arguments += [str(tmp_path / "quantized"), str(tmp_path / "transforms.pt")]
     environment = os.environ | {
-        "PYTHONPATH": str(ROOT / "tests"),
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
