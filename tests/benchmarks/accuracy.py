@@ -26,6 +26,7 @@ import llmcompressor
 import torch
 import transformers
 import yaml
+from compressed_tensors.quantization.utils import is_module_quantized
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -87,7 +88,7 @@ def make_checkpoint(model: str, folder: Path, scheme: str, transform: str, round
     modifiers = {**TRANSFORMS[transform], ROUNDING[rounding]: quantization(scheme)}
     recipe = folder / "recipe.yaml"
     recipe.write_text(
-        yaml.safe_dump({"stage": {"quant_modifiers": modifiers}}, sort_keys=False)
+        yaml.safe_dump({"quant_stage": {"quant_modifiers": modifiers}}, sort_keys=False)
     )
     command = [sys.executable, str(ROOT / "examples" / "quantize.py"), model]
     command += ["--recipe", str(recipe), "--output", str(folder / "checkpoint")]
@@ -204,7 +205,10 @@ def main():
                         make_checkpoint(args.model, Path(folder), scheme, transform, rounding)
                     except subprocess.CalledProcessError as error:
                         raise SystemExit(f"{name}:\n{error.stderr[-3000:]}") from error
-                    rows[name] = measure(load(Path(folder) / "checkpoint"))
+                    quantized = load(Path(folder) / "checkpoint")
+                    if not any(is_module_quantized(one) for one in quantized.modules()):
+                        raise SystemExit(f"{name}: nothing is quantized")
+                    rows[name] = measure(quantized)
                 args.json.parent.mkdir(parents=True, exist_ok=True)
                 partial = args.json.with_suffix(".incomplete")
                 partial.write_text(json.dumps(result, indent=2) + "\n")
