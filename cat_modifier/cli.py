@@ -64,7 +64,33 @@ def _parser() -> argparse.ArgumentParser:
     add("--block-size", type=int, default=128, help="of CAT, an upper bound")
     add("--targets", nargs="+", default=["Linear"], help="names, classes or re: patterns")
     add("--ignore", nargs="*", default=list(DEFAULT_IGNORE), help="exceptions from them")
+
+    allocate = commands.add_parser(
+        "allocate",
+        help="a recipe with more bits where they matter, from a report of `analyze`",
+        description="Choose W4A4, W4A8 or W8A8 for each Linear, and write a recipe of "
+        "CATModifier and QuantizationModifier. The report should have the schemes to choose "
+        "from, as it has by default.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    allocate.set_defaults(run=_allocate)
+    add = allocate.add_argument
+    add("report", help="folder which `cat-modifier analyze` has written")
+    add(
+        "--bits",
+        type=float,
+        default=4.5,
+        help="budget: mean bits of the factors of all multiply-adds, weights and activations",
+    )
+    add("--transform", default="cat", help="of the report, by which SQNR was measured")
+    add("--output", default="recipe.yaml", help="file for the recipe")
     return parser
+
+
+def _allocate(args: argparse.Namespace):
+    from cat_modifier.analysis.allocation import run
+
+    run(args)
 
 
 def _analyze(args: argparse.Namespace):

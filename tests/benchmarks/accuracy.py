@@ -83,13 +83,15 @@ def quantization(scheme: str) -> dict:
     return {"ignore": IGNORE, "config_groups": {"group_0": group}}
 
 
-def make_checkpoint(model: str, folder: Path, scheme: str, transform: str, rounding: str):
-    """In a process of its own, as users do"""
+def make_recipe(scheme: str, transform: str, rounding: str) -> str:
     modifiers = {**TRANSFORMS[transform], ROUNDING[rounding]: quantization(scheme)}
+    return yaml.safe_dump({"quant_stage": {"quant_modifiers": modifiers}}, sort_keys=False)
+
+
+def make_checkpoint(model: str, folder: Path, content: str):
+    """In a process of its own, as users do"""
     recipe = folder / "recipe.yaml"
-    recipe.write_text(
-        yaml.safe_dump({"quant_stage": {"quant_modifiers": modifiers}}, sort_keys=False)
-    )
+    recipe.write_text(content)
     command = [sys.executable, str(ROOT / "examples" / "quantize.py"), model]
     command += ["--recipe", str(recipe), "--output", str(folder / "checkpoint")]
     subprocess.run(command, check=True, capture_output=True, text=True)
@@ -162,6 +164,14 @@ def main():
     parser.add_argument("--schemes", nargs="+", default=["W4A4"])
     parser.add_argument("--transforms", nargs="+", default=list(TRANSFORMS), choices=TRANSFORMS)
     parser.add_argument("--rounding", nargs="+", default=list(ROUNDING), choices=ROUNDING)
+    parser.add_argument(
+        "--recipes",
+        nargs="+",
+        default=[],
+        metavar="NAME=FILE",
+        type=lambda text: text.split("=", 1),
+        help="more rows, as `W4A4 my own=my.yaml`",
+    )
     parser.add_argument("--samples", type=int, default=16, help="windows of each text")
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
@@ -193,26 +203,30 @@ def main():
         result = before
     rows = result["rows"]
     rows.setdefault("bf16", measure(original))
-    for scheme in args.schemes:
-        for rounding in args.rounding:
-            for transform in args.transforms:
-                name = f"{scheme} {transform} {rounding}"
-                if name in rows:
-                    continue
-                print(name, file=sys.stderr)
-                with TemporaryDirectory() as folder:
-                    try:
-                        make_checkpoint(args.model, Path(folder), scheme, transform, rounding)
-                    except subprocess.CalledProcessError as error:
-                        raise SystemExit(f"{name}:\n{error.stderr[-3000:]}") from error
-                    quantized = load(Path(folder) / "checkpoint")
-                    if not any(is_module_quantized(one) for one in quantized.modules()):
-                        raise SystemExit(f"{name}: nothing is quantized")
-                    rows[name] = measure(quantized)
-                args.json.parent.mkdir(parents=True, exist_ok=True)
-                partial = args.json.with_suffix(".incomplete")
-                partial.write_text(json.dumps(result, indent=2) + "\n")
-                shutil.move(partial, args.json)
+    recipes = {
+        f"{scheme} {transform} {rounding}": make_recipe(scheme, transform, rounding)
+        for scheme in args.schemes
+        for rounding in args.rounding
+        for transform in args.transforms
+    }
+    recipes |= {name: Path(path).read_text() for name, path in args.recipes}
+    for name, recipe in recipes.items():
+        if name in rows:
+            continue
+        print(name, file=sys.stderr)
+        with TemporaryDirectory() as folder:
+            try:
+                make_checkpoint(args.model, Path(folder), recipe)
+            except subprocess.CalledProcessError as error:
+                raise SystemExit(f"{name}:\n{error.stderr[-3000:]}") from error
+            quantized = load(Path(folder) / "checkpoint")
+            if not any(is_module_quantized(one) for one in quantized.modules()):
+                raise SystemExit(f"{name}: nothing is quantized")
+            rows[name] = measure(quantized)
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        partial = args.json.with_suffix(".incomplete")
+        partial.write_text(json.dumps(result, indent=2) + "\n")
+        shutil.move(partial, args.json)
     show(rows, list(ids))
 
 

@@ -29,6 +29,14 @@ TINY = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 256}
 W4A4 = int_scheme(4, 4)
 SYMMETRIC = {"num_bits": 4, "type": "int", "strategy": "token", "symmetric": True}
 
+MIXED = W4A4 | {
+    "config_groups": {
+        "w4a4": W4A4["config_groups"]["group_0"] | {"targets": ["re:.*layers.0.*"]},
+        "w8a8": int_scheme(8, 8, format="int-quantized")["config_groups"]["group_0"]
+        | {"targets": ["re:.*layers.1.*"]},
+    }
+}
+
 TINY_CASES = {
     # name: (model, quantization, CAT)
     "qwen2-w4a4": ({"family": "qwen2"}, W4A4, {}),
@@ -59,6 +67,7 @@ TINY_CASES = {
         int_scheme(8, 8, format="int-quantized"),
         {},
     ),
+    "qwen3-mixed": ({"family": "qwen3"}, MIXED, {}),
     # vLLM's kernel for CPUs takes bfloat16 alone
     "llama-w4a16": ({"dtype": torch.bfloat16}, int_scheme(4, None), {}),
     "stock-w4a4": ({}, W4A4, None),
