@@ -129,6 +129,7 @@ SERVED = {
     "cohere-w4a4": "W4A4 integers",
     "llama-w4a8": "W4A8 integers",
     "llama-w8a8": "CompressedTensorsW8A8Int8",
+    "qwen3-mixed": "W4A4 integers",
     "llama-w4a16": "CompressedTensorsWNA16",
 }
 
