@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from compressed_tensors import TRANSFORM_CONFIG_NAME
 from compressed_tensors.quantization import (
     QuantizationArgs,
     disable_quantization,
@@ -79,6 +80,12 @@ def compare(
             "not among the Linears, and if they are quantized, their activations are not here"
         )
     pairs = _match(original, quantized)
+    if folded := _folded(quantized) & pairs.keys():
+        logger.info(
+            f"{len(folded)} Linears are not compared one by one: their inputs or outputs are "
+            "not those of the original, by a transform that is folded into them"
+        )
+        pairs = {name: pair for name, pair in pairs.items() if name not in folded}
     # of each Linear, energies of the signal and of the errors; and sums over all tokens
     sums: Counter[str] = Counter()
 
@@ -142,6 +149,15 @@ def compare(
     if unseen:
         raise UnseenLinears(unseen, comparison if rows else None)
     return comparison
+
+
+def _folded(quantized: Module) -> set[str]:
+    """Linears of which one has a part of the transform of another's input in its rows"""
+    config = getattr(getattr(quantized, "config", None), "quantization_config", None)
+    transforms = getattr(config, "cat_transforms", None)
+    transforms = getattr(quantized, TRANSFORM_CONFIG_NAME, transforms)
+    folded = getattr(transforms, "folded", {})
+    return {*folded.keys(), *folded.values()}
 
 
 def _match(original: Module, quantized: Module) -> dict[str, tuple[Linear, Linear]]:

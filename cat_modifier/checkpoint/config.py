@@ -67,7 +67,7 @@ class CATScheme(TransformScheme):
     """
 
     type: Literal["cat"] = TRANSFORM_TYPE
-    head_dim: int | None = Field(gt=0)
+    head_dim: int | None = Field(default=None, gt=0)
     hadamard_size: int = Field(default=1, gt=0)
     hadamard_stride: int = Field(default=1, gt=0)
     clip_ratio: float = Field(default=1.0, gt=0, le=1)
@@ -104,10 +104,13 @@ class CATTransformConfig(TransformConfig):
     :param config_groups: schemes by an arbitrary name
     :param requires: always ``cat-modifier``, for people who read the error of a reader
         that does not know it
+    :param folded: Linears whose input has a transform in the rows of another Linear, by name;
+        and the names of those. For those who look at single Linears
     :param version: of this layout
     """
 
     config_groups: dict[str, CATScheme]
+    folded: dict[str, str] = Field(default_factory=dict)
     requires: Literal["cat-modifier"] = _REQUIRES
     version: Literal[2] = 2
 

@@ -106,7 +106,11 @@ class CATTransform(TransformBase):
         self.args = args
         self._hadamard: Tensor | None = None
 
-    def forward(self, value: Tensor) -> Tensor:
+    def forward(self, value: Tensor, is_clipped: bool = True) -> Tensor:
+        """
+        :param value: shape (..., d)
+        :param is_clipped: whether it is quantized next
+        """
         if self._hadamard is None or self._hadamard.device != value.device:
             self._hadamard = outer_hadamard(self.scheme, value.device)
         blocks = None if self.weight is None else self.weight.to(value.device)
@@ -115,12 +119,17 @@ class CATTransform(TransformBase):
             blocks,
             self._hadamard,
             self.scheme.hadamard_stride,
-            self.scheme.clip_ratio,
+            self.scheme.clip_ratio if is_clipped else 1.0,
         )
 
     def input_hook(self, module: Module, args: tuple) -> tuple:
         """Forward pre-hook of every Linear of the group"""
-        return (self(args[0]), *args[1:])
+        # as compressed-tensors decides it
+        is_quantized = getattr(module, "quantization_enabled", True) and all(
+            getattr(module, f"quantization_{what}", None) is not None
+            for what in ("scheme", "status")
+        )
+        return (self(args[0], is_quantized), *args[1:])
 
     def attach(self, linears: list[Linear]):
         """

@@ -4,7 +4,7 @@
 import math
 import re
 from collections.abc import Sized
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -63,7 +63,7 @@ from cat_modifier.mathematics.transform import DEFAULT_DAMPING, Rotation
 __all__ = ["CATModifier"]
 
 _SAMPLE_SIZE = 64
-"""Tokens of each input that are kept for the report"""
+"""Tokens of each input that are kept, to clip ranges by and for the report"""
 
 
 class CATModifier(Modifier):
@@ -134,7 +134,8 @@ class CATModifier(Modifier):
         which each is then a head, into the Linear that makes the values. Of them nothing is
         left to do at run time but the Hadamard product of `rotation: hadamard`. Where
         attention is seen to do anything but mix values, and with `block_size: full`, that
-        input is treated as all others
+        input is treated as all others. LoRA adapters of the original model for these two
+        Linears do not fit the new one
     :param clip_activations: make the range of each token smaller than its values, by a ratio
         for each input that is least in error on a sample. Of activations which are asymmetric
         integers with a dynamic scale for each token; others are left alone
@@ -247,9 +248,15 @@ class CATModifier(Modifier):
             untie_word_embeddings(state.model)
 
         if self.fold_attention and self.block_size != "full":
-            self._value_heads = find_value_heads(
+            found = find_value_heads(
                 state.model, self._linears, lambda: pass_over_data(state, batches=1)
             )
+            everywhere = _of_all_ranks(found)
+            self._value_heads = {
+                name: heads
+                for name, heads in found.items()
+                if all(ranks.get(name) == heads for ranks in everywhere)
+            }
         self._calibration = InputCalibration(
             self._linears,
             lambda group: InputStatistics(
@@ -293,7 +300,7 @@ class CATModifier(Modifier):
             for group in self._calibration.pending_groups()
             if self._finished.issuperset(group.linears.values())
         ]
-        self._transform_groups(groups)
+        self._transform_groups(groups, set(modules))
 
     def on_calibration_end(self, state: State, event: Event, **kwargs):
         """
@@ -336,11 +343,7 @@ class CATModifier(Modifier):
         with OffloadCache.disable_onloading():  # onloading would make copies
             size = sum(p.numel() * p.element_size() for p in model.parameters())
             answer = is_resident(model) and moments < size
-        if is_distributed():  # all ranks take the same way
-            answers = [None] * dist.get_world_size()
-            dist.all_gather_object(answers, answer)
-            answer = all(answers)
-        return answer
+        return all(_of_all_ranks(answer))  # they take the same way
 
     def _match_mappings(self, model: Module) -> list[list[str]]:
         names = {linear: name for name, linear in self._linears.items()}
@@ -399,7 +402,10 @@ class CATModifier(Modifier):
             any(pattern.search(name) for pattern in column_parallel) for name in group.linears
         )
 
-    def _transform_groups(self, groups: list[InputGroup]):
+    def _transform_groups(self, groups: list[InputGroup], modules: set[Module] | None = None):
+        """
+        :param modules: whose outputs are computed anew; None for all
+        """
         self._refuse_different_groups(groups)
         is_quiet = not groups or not is_source_process()
         # what goes into the Linears of other groups comes first: they are transformed as they
@@ -410,19 +416,29 @@ class CATModifier(Modifier):
             statistics.moments.reduce(get_execution_device(group.linears[group.owner]))
             # if every token was padding, the group is left to be treated as unseen
             if statistics.moments.count:
-                self._transform_group(group, statistics)
+                self._transform_group(group, statistics, modules)
 
-    def _transform_group(self, group: InputGroup, statistics: InputStatistics | None = None):
+    def _transform_group(
+        self,
+        group: InputGroup,
+        statistics: InputStatistics | None = None,
+        modules: set[Module] | None = None,
+    ):
         """
         :param statistics: of the input; None if it was not seen
+        :param modules: see :meth:`_transform_groups`
         """
         geometry = self._geometry(group)
         heads = self._find_value_heads(group)
+        # values which were computed already would meet a projection that expects others
+        is_folded = heads is not None and (
+            modules is None or self._linears[heads.linear] in modules
+        )
         device = get_execution_device(group.linears[group.owner])
         # what stays goes before all that is temporary: gaps which it leaves in between can add
         # up to as much memory as the model takes
         stored = None
-        if heads is None:
+        if not is_folded:
             size = geometry.stored_size
             shape = (group.features // size, size, size)
             stored = torch.empty(shape, dtype=self.precision, device=device)
@@ -438,7 +454,7 @@ class CATModifier(Modifier):
                 Rotation(self.rotation),
                 self.strength,
                 self.damping,
-                self.precision if heads is None else torch.float64,
+                torch.float64 if is_folded else self.precision,
                 1 if heads is None else heads.repeats,
             )
             new_weights = {
@@ -448,12 +464,15 @@ class CATModifier(Modifier):
             raise ValueError(f"Cannot transform the input of {group.owner}: {error}") from error
 
         sample = statistics and statistics.sample
-        clip_ratio = 1.0
+        clip_ratio = None
         if sample is not None and sample.tokens is not None:
             tokens = sample.tokens.to(device, torch.float64)
             token_weights = sample.weights.to(device)
             transformed = insertion.transform_tokens(tokens)
             clip_ratio = self._clip_ratio(group, transformed, token_weights)
+        # each rank has a sample of its own
+        ratios = _of_all_ranks(clip_ratio)
+        clip_ratio = max((ratio for ratio in ratios if ratio is not None), default=1.0)
         if sample is not None and sample.tokens is not None and is_source_process():
             report = GroupReport.measure(
                 group,
@@ -467,7 +486,7 @@ class CATModifier(Modifier):
             )
             report.log()
 
-        new_values = {} if heads is None else self._fold(heads, insertion)
+        new_values = self._fold(heads, insertion) if is_folded else {}
 
         # offloaded weights can be shared between ranks: all read before any writes
         _barrier()
@@ -481,6 +500,8 @@ class CATModifier(Modifier):
         if stored is not None:
             stored.copy_(insertion.blocks)
         self._attach(group, geometry, stored, clip_ratio)
+        if is_folded:
+            self._config.folded |= dict.fromkeys(group.linears, heads.linear)
 
     def _clip_ratio(self, group: InputGroup, tokens: Tensor, token_weights: Tensor) -> float:
         """
@@ -609,13 +630,20 @@ class CATModifier(Modifier):
         if not is_distributed():
             return
         names = [list(group.linears) for group in groups]
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, names)
-        if any(other != names for other in everyone):
+        if any(other != names for other in _of_all_ranks(names)):
             raise ValueError(
                 "The ranks observed different groups of Linears, so that their moments "
                 "cannot be summed: give every rank data for all Linears, or set `mappings`"
             )
+
+
+def _of_all_ranks(value: Any) -> list[Any]:
+    """The value of each rank. A collective call"""
+    if not is_distributed():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def _barrier():

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 import torch
 import tqdm
 from compressed_tensors.distributed import is_source_process
-from compressed_tensors.offload import get_offloaded_device
+from compressed_tensors.offload import get_execution_device, get_offloaded_device
 from llmcompressor.core import State
 from llmcompressor.pytorch.utils.helpers import tensors_to_device
 from llmcompressor.utils.dev import get_main_device
@@ -48,7 +48,7 @@ def pass_over_data(state: State, batches: int | None = None):
 
     :param batches: the first ones alone, without progress; None for all
     """
-    device = get_main_device()
+    device = get_execution_device(state.model)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         for context in (

@@ -52,7 +52,9 @@ def transform_quantize(
         work = 0 if blocks is None else blocks.numel()
         work += 0 if hadamard is None else x.numel() * hadamard.shape[0]
         is_parallel = work > _WORK_OF_ONE_THREAD
-        function = _compiled(_transform_quantize_one, is_parallel)
+        shapes = tuple(None if m is None else m.shape for m in (x, blocks, hadamard))
+        kind = (shapes, stride, num_bits, symmetric, clip_ratio is None)
+        function = _compiled(_transform_quantize_one, is_parallel, kind)
         return function(x, blocks, hadamard, stride, num_bits, symmetric, clip_ratio)
     # of nearly the same size: one left over of a single token would be compiled anew
     chunks = [
@@ -126,13 +128,15 @@ def _transform_quantize_one(
 
 
 @cache
-def _compiled(function: Callable, is_parallel: bool) -> Callable:
+def _compiled(function: Callable, is_parallel: bool, kind: tuple | None = None) -> Callable:
+    """
+    :param kind: of inputs whose sizes are all known, for which loops are faster; None for any
+    """
     options = {"cpp.dynamic_threads": True} if is_parallel else {"cpp.threads": 1}
     return torch.compile(
         function,
         fullgraph=True,
-        # sizes of tensors without a number of tokens are known: loops over them are faster
-        dynamic=function is not _transform_quantize_one,
+        dynamic=kind is None,
         options=options,
         # a process may serve layers of many kinds
         recompile_limit=64,

@@ -407,11 +407,7 @@ def _mixed(
 
 @triton.jit
 def _quantizer(low, high, clip_ptr, BITS: tl.constexpr, SYMMETRIC: tl.constexpr):
-    """Scale and zero point of a range, which is clipped first, as in plain.py"""
-    if clip_ptr is not None:
-        ratio = tl.load(clip_ptr)
-        low *= ratio
-        high *= ratio
+    """Scale and zero point of a range, as in plain.py"""
     levels: tl.constexpr = 2**BITS - 1
     least: tl.constexpr = -(2 ** (BITS - 1))
     tiny: tl.constexpr = 1.1754943508222875e-38
@@ -419,6 +415,10 @@ def _quantizer(low, high, clip_ptr, BITS: tl.constexpr, SYMMETRIC: tl.constexpr)
         half = tl.zeros_like(high) + levels / 2
         scale = tl.maximum(tl.div_rn(tl.maximum(high, -low), half), tiny)
         return scale, tl.zeros_like(scale)
+    if clip_ptr is not None:
+        ratio = tl.load(clip_ptr)
+        low *= ratio
+        high *= ratio
     scale = tl.maximum(tl.div_rn(high - low, tl.zeros_like(high) + levels), tiny)
     zero_point = least - tl.div_rn(low, scale)
     zero_point = tl.minimum(tl.maximum(zero_point, least), least + levels)

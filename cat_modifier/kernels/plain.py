@@ -43,7 +43,7 @@ def quantize_per_token(
 
     :param x: shape (tokens, ...), floating point
     :param clip_ratio: of the range to that of the values and zero, shape (), float32; None
-        for 1
+        for 1. Of asymmetric ranges alone
     :return: codes, shape of x, int8; scales, shape (tokens, 1), float32; zero points, shape
         (tokens, 1), int32, or None if symmetric
     """
@@ -54,8 +54,6 @@ def quantize_per_token(
     if symmetric:
         # this very expression: an ulp decides whether the largest value, at 7.5, rounds up
         largest = x.abs().amax(channels, keepdim=True)
-        if clip_ratio is not None:
-            largest = largest * clip_ratio
         scale = (largest / ((q_max - q_min) / 2)).clamp_min(tiny)
         codes = (x / scale).round().clamp(q_min, q_max)
         return codes.to(torch.int8), scale.flatten(1), None

@@ -172,7 +172,14 @@ class CATIntScheme(CompressedTensorsScheme):
         layer.weight_scale = Parameter(layer.weight_scale.data, requires_grad=False)
         inputs = codes.new_empty((0, self.shape[1]), dtype=self.out_dtype)
         transform = self.input_transform and self.input_transform.prepared
-        warm_up(inputs, self.input_bits, self.input_symmetric, transform)
+        if transform is not None and transform.clip_ratio is not None and self.input_symmetric:
+            raise ValueError(
+                "The transform_config of this checkpoint clips activations which are "
+                "symmetric: the checkpoint is damaged"
+            )
+        # one of a layer whose weights are processed later is warmed up there
+        if transform is not None or self.input_transform is None:
+            warm_up(inputs, self.input_bits, self.input_symmetric, transform)
         logger.info_once(
             "Using %s for W%dA%d integers (activations: %d bits, per token, %s); weights "
             "take %d bits each in memory",

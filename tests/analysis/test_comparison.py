@@ -76,6 +76,28 @@ def test_end_to_end_numbers_are_those_of_the_logits(checkpoint):
     assert comparison.agreement == pytest.approx(agreement)
 
 
+def test_linears_which_a_transform_is_folded_into_are_left_out(checkpoint, tmp_path):
+    options = {"block_size": 16, "fold_attention": False}
+    unfolded = quantize(tmp_path, "qwen2", int_scheme(4, 4), CATModifier(**options))
+    names = [
+        set(compare(*pair, [make_tokens(2)]).layers["layer"]) for pair in (unfolded, checkpoint)
+    ]
+    assert {name.rpartition(".")[2] for name in names[0] - names[1]} == {"v_proj", "o_proj"}
+
+
+def test_clipping_is_no_error_of_weights(checkpoint, tmp_path):
+    options = {"block_size": 16, "clip_activations": False}
+    unclipped = quantize(tmp_path, "qwen2", int_scheme(4, 4), CATModifier(**options))
+    tables = [
+        compare(*pair, [make_tokens(2)]).layers.set_index("layer")
+        for pair in (checkpoint, unclipped)
+    ]
+    errors = [table["measured_weights_db"].to_numpy() for table in tables]
+    assert errors[0] == pytest.approx(errors[1], abs=1e-3)
+    activations = [table["measured_activations_db"] for table in tables]
+    assert activations[0].mean() > activations[1].mean()
+
+
 def test_errors_accumulate(checkpoint):
     layers = compare(*checkpoint, [make_tokens(4, 32, seed=3)]).layers.set_index("layer")
     # of the first Linears, all error is their own

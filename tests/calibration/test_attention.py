@@ -39,19 +39,47 @@ def test_heads_which_share_values(tmp_path, heads):
     assert {found.repeats for found in find(model).values()} == {4 // heads}
 
 
-def test_a_gate_on_the_output_is_seen(tmp_path):
+@pytest.mark.parametrize("strength", [0.5, 0.1])
+def test_a_gate_on_the_output_is_seen(tmp_path, strength):
     model = make_model(tmp_path)
-    gate = torch.linspace(0.5, 1.5, 96)
+    gate = torch.linspace(1 - strength, 1 + strength, 96)
     gated = model.model.layers[0].self_attn.o_proj
     gated.register_forward_pre_hook(lambda _, inputs: (inputs[0] * gate,), prepend=True)
     assert set(find(model)) == {"model.layers.1.self_attn.o_proj"}
+
+
+def test_a_norm_of_the_values_is_seen(tmp_path):
+    model = make_model(tmp_path)
+    values = model.model.layers[1].self_attn.v_proj
+
+    class Norm(torch.nn.Module):  # without weights, as in Gemma 4
+        def __init__(self):
+            super().__init__()
+            self.v_proj = values
+
+        def forward(self, x):
+            heads = self.v_proj(x).unflatten(-1, (-1, 24))
+            return torch.nn.functional.rms_norm(heads, (24,)).flatten(-2)
+
+    linears = linears_of(model)
+    model.model.layers[1].self_attn.v_proj = Norm()
+    assert set(find(model, **linears)) == {"model.layers.0.self_attn.o_proj"}
+
+
+def test_a_cache_does_not_get_in_the_way(tmp_path):
+    model = make_model(tmp_path)
+
+    def run():
+        model(make_tokens(1, length=16), use_cache=True)
+
+    assert len(find_value_heads(model, linears_of(model), run)) == 2
 
 
 def test_values_which_other_layers_read_are_left_alone(tmp_path):
     model = make_model(tmp_path)
     first, second = (layer.self_attn for layer in model.model.layers)
     seen = {}
-    first.v_proj.register_forward_pre_hook(lambda _, inputs: seen.setdefault("x", inputs[0]))
+    first.v_proj.register_forward_pre_hook(lambda _, inputs: seen.update(x=inputs[0]))
 
     class SharedValues(torch.nn.Module):  # as in models whose later layers make none
         def forward(self, hidden_states):

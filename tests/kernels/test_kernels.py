@@ -87,7 +87,6 @@ def test_transform_is_as_exact_as_plain_pytorch(kernels, geometry, tokens, dtype
         (8, False, None),
         (8, True, None),
         (4, False, RATIO),
-        (4, True, RATIO),
     ],
 )
 def test_codes_are_those_of_the_transformed_input(
