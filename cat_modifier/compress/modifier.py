@@ -75,7 +75,8 @@ class CATModifier(Modifier):
     of best alignment is computed in closed form from the second moments of the input and
     of the weights, and followed by a Hadamard rotation for concentration. Its inverse goes
     into the weights; ``T`` itself is applied to the activations at run time. The function
-    of the model does not change. Put a QuantizationModifier or GPTQModifier after it.
+    of the model does not change; activations are clipped as part of their quantization. Put
+    a QuantizationModifier or GPTQModifier after it.
 
     Sample yaml:
     ```yaml
