@@ -8,7 +8,8 @@ made again. Runs in the compress environment, after examples/quickstart.sh has u
 model.
 
     python tests/benchmarks/accuracy.py output/smollm2-135m-instruct \
-        --json tests/benchmarks/results/accuracy.json
+        --json tests/benchmarks/results/accuracy.json \
+        --recipes "W4A4 CAT GPTQ, dampening 0.1=recipes/w4a4_gptq.yaml"
 """
 
 import argparse
