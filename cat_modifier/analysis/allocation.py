@@ -23,7 +23,7 @@ from rich.table import Table
 from cat_modifier.analysis.schemes import Scheme
 from cat_modifier.calibration.groups import DEFAULT_IGNORE
 
-__all__ = ["allocate", "make_recipe", "mean_bits", "run"]
+__all__ = ["allocate", "config_group", "make_recipe", "mean_bits", "run"]
 
 _SERVED_BITS = (4, 8)
 
@@ -111,32 +111,42 @@ def _patterns(layers: list[str]) -> list[str]:
     return patterns
 
 
+def config_group(scheme: str, targets: list[str]) -> dict[str, Any]:
+    """
+    :param scheme: as `W4A8`
+    :param targets: Linears
+    :return: config group of llm-compressor which vLLM serves
+    """
+    weights, inputs = Scheme.parse(scheme).bits
+    return {
+        "targets": targets,
+        "format": "pack-quantized" if weights < 8 else "int-quantized",
+        "weights": {
+            "num_bits": weights,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "channel",
+            "observer": "memoryless_mse",
+        },
+        "input_activations": {
+            "num_bits": inputs,
+            "type": "int",
+            "symmetric": False,
+            "strategy": "token",
+            "dynamic": True,
+        },
+    }
+
+
 def make_recipe(allocation: dict[str, list[str]]) -> dict[str, Any]:
     """
     :param allocation: of :func:`allocate`
     :return: recipe of CATModifier and llm-compressor's QuantizationModifier
     """
-    groups = {}
-    for name, layers in allocation.items():
-        weights, inputs = Scheme.parse(name).bits
-        groups[name.lower()] = {
-            "targets": _patterns(layers),
-            "format": "pack-quantized" if weights < 8 else "int-quantized",
-            "weights": {
-                "num_bits": weights,
-                "type": "int",
-                "symmetric": True,
-                "strategy": "channel",
-                "observer": "memoryless_mse",
-            },
-            "input_activations": {
-                "num_bits": inputs,
-                "type": "int",
-                "symmetric": False,
-                "strategy": "token",
-                "dynamic": True,
-            },
-        }
+    groups = {
+        name.lower(): config_group(name, _patterns(layers))
+        for name, layers in allocation.items()
+    }
     quantization = {"ignore": list(DEFAULT_IGNORE), "config_groups": groups}
     modifiers = {"CATModifier": {}, "QuantizationModifier": quantization}
     return {"quant_stage": {"quant_modifiers": modifiers}}

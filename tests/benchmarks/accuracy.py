@@ -34,6 +34,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cat_modifier
+from cat_modifier.analysis.allocation import config_group
 from cat_modifier.calibration.texts import EMBEDDED, load_texts, windows
 
 ROOT = Path(__file__).parents[2]
@@ -62,26 +63,7 @@ def quantization(scheme: str) -> dict:
     """Of a modifier of llm-compressor"""
     if scheme in ("NVFP4", "MXFP4"):
         return {"ignore": IGNORE, "targets": ["Linear"], "scheme": scheme}
-    weights, inputs = (int(bits) for bits in scheme.removeprefix("W").split("A"))
-    group = {
-        "targets": ["Linear"],
-        "format": "pack-quantized",
-        "weights": {
-            "num_bits": weights,
-            "type": "int",
-            "symmetric": True,
-            "strategy": "channel",
-            "observer": "memoryless_mse",
-        },
-        "input_activations": {
-            "num_bits": inputs,
-            "type": "int",
-            "symmetric": False,
-            "strategy": "token",
-            "dynamic": True,
-        },
-    }
-    return {"ignore": IGNORE, "config_groups": {"group_0": group}}
+    return {"ignore": IGNORE, "config_groups": {"group_0": config_group(scheme, ["Linear"])}}
 
 
 def make_recipe(scheme: str, transform: str, rounding: str) -> str:
