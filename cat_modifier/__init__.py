@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from cat_modifier.load.quantizer import register as _register_transformers
 from cat_modifier.version import __version__
 
-__all__ = ["CATModifier", "__version__"]
+__all__ = ["CATModifier", "CATTrainingModifier", "__version__"]
 
 _register_transformers()
 
@@ -20,13 +20,13 @@ if find_spec("llmcompressor") is not None:
     from llmcompressor.modifiers.factory import ModifierFactory
 
     from cat_modifier.compress.modifier import CATModifier
+    from cat_modifier.compress.training import CATTrainingModifier
 
-    ModifierFactory.register(CATModifier.__name__, CATModifier)
+    for _modifier in (CATModifier, CATTrainingModifier):
+        ModifierFactory.register(_modifier.__name__, _modifier)
 
 
 def __getattr__(name: str):
-    if name == "CATModifier":
-        raise ImportError(
-            "CATModifier needs llm-compressor: pip install 'cat-modifier[compress]'"
-        )
+    if name in ("CATModifier", "CATTrainingModifier"):
+        raise ImportError(f"{name} needs llm-compressor: pip install 'cat-modifier[compress]'")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

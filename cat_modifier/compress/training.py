@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CATTrainingModifier, which trains the transforms that CATModifier has inserted"""
+
+from typing import Any
+
+import torch
+import tqdm
+from compressed_tensors import TRANSFORM_CONFIG_NAME, match_named_modules
+from compressed_tensors.distributed import is_distributed
+from compressed_tensors.quantization import QuantizationStrategy, QuantizationType
+from compressed_tensors.utils import update_offload_parameter
+from llmcompressor.core import Event, State, active_session
+from llmcompressor.modifiers import Modifier
+from llmcompressor.utils.pytorch import infer_sequential_targets
+from loguru import logger
+from pydantic import Field, PrivateAttr
+from torch import Tensor
+from torch.nn import Linear, Module
+from transformers import Cache
+
+from cat_modifier.calibration.attention import ValueHeads
+from cat_modifier.calibration.groups import padding_mask
+from cat_modifier.checkpoint.config import TRANSFORM_NAME, CATTransformConfig
+from cat_modifier.mathematics.transform import condition_number
+from cat_modifier.training.fitting import Sample, call_layer, fit
+from cat_modifier.training.layer import LayerInput, TrainableLayer
+from cat_modifier.training.storage import CorrectionStore
+
+__all__ = ["CATTrainingModifier"]
+
+_HELD_OUT = 8
+"""One of so many samples is for early stopping, not for training"""
+
+
+class CATTrainingModifier(Modifier):
+    """
+    Trains the transforms of a CATModifier, the trained variant of CAT (arXiv 2603.04359).
+
+    Layer by layer, corrections of the transforms are fitted by gradient descent, so that the
+    quantized layer, fed by the quantized layers before it, returns what the layer of the
+    original model does. Transforms keep their form: serving costs the same. As before, their
+    inverses go into the weights. Put it between CATModifier and a QuantizationModifier or
+    GPTQModifier, whose scheme is what it trains for.
+
+    Sample yaml:
+    ```yaml
+    quant_stage:
+      quant_modifiers:
+        CATModifier:
+          block_size: 128
+        CATTrainingModifier:
+          steps: 60
+        GPTQModifier:
+          dampening_frac: 0.1
+          config_groups:
+            group_0:
+              targets: [Linear]
+              format: pack-quantized
+              weights: {num_bits: 4, type: int, strategy: channel, observer: memoryless_mse}
+              input_activations:
+                {num_bits: 4, type: int, strategy: token, symmetric: false, dynamic: true}
+    ```
+
+    Lifecycle:
+
+    - on_initialize
+        - refuse a recipe without a CATModifier before
+    - on_calibration_start
+        - refuse what cannot be trained for
+        - hook the decoding layers, to capture what they are called with
+    - on_sequential_epoch_end
+        - train the transforms of each decoding layer of the subgraph, put them in place, and
+          compute what the quantized layer returns
+    - on_calibration_end
+        - remove hooks
+
+    :param steps: of gradient descent for each layer, at most
+    :param batch_size: batches of the calibration data in a step
+    :param learning_rate: of Adam at the start; decays to 0 as a cosine
+    :param patience: evaluations without progress after which a layer is left; the error on
+        held-out samples, an eighth of all, is evaluated ten times in `steps`. The transforms
+        of least error are kept: if no step improves on CATModifier's, those
+    :param checkpoint_dir: folder in which the corrections of each trained layer are kept.
+        If a run is repeated with the same one, layers found there are not trained again
+    """
+
+    requires_calibration_data: bool = True
+
+    steps: int = Field(default=60, ge=1)
+    batch_size: int = Field(default=4, ge=1)
+    learning_rate: float = Field(default=0.003, gt=0, allow_inf_nan=False)
+    patience: int = Field(default=3, ge=1)
+    checkpoint_dir: str | None = None
+
+    _inputs: dict[str, list[LayerInput]] = PrivateAttr(default_factory=dict)
+    _names: dict[Module, str] = PrivateAttr(default_factory=dict)
+    _calls: dict[str, list[tuple[tuple, dict[str, Any]]]] = PrivateAttr(default_factory=dict)
+    _hidden: list[Tensor] | None = PrivateAttr(default=None)
+    _expected: Tensor | None = PrivateAttr(default=None)
+    _store: CorrectionStore | None = PrivateAttr(default=None)
+
+    ## Lifecycle ##
+
+    def on_initialize(self, state: State, **kwargs) -> bool:
+        """
+        :raises ValueError: if there is no data or no CATModifier before
+        """
+        if state.data.calib is None:
+            raise ValueError(
+                "CATTrainingModifier needs calibration data: pass a `dataset` to oneshot"
+            )
+        before = []
+        for modifier in active_session().lifecycle.recipe.modifiers:
+            if modifier is self:
+                break
+            before.append(type(modifier).__name__)
+        if "CATModifier" not in before:
+            raise ValueError(
+                "CATTrainingModifier trains the transforms of a CATModifier: put one before "
+                "it in the recipe"
+            )
+        if is_distributed():
+            raise ValueError("CATTrainingModifier trains in one process: start one rank")
+        return True
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs):
+        """
+        :raises ValueError: if the transforms cannot be trained for the schemes of the recipe,
+            or belong to no decoding layer
+        """
+        config = getattr(state.model, TRANSFORM_CONFIG_NAME, None)
+        if not isinstance(config, CATTransformConfig):
+            raise ValueError(
+                "CATTrainingModifier cannot share a calibration pass with other modifiers. Use "
+                "`oneshot(..., pipeline='independent')`, the default"
+            )
+        if self.checkpoint_dir is not None:
+            settings = self.model_dump(
+                include={"steps", "batch_size", "learning_rate", "patience"}
+            )
+            self._store = CorrectionStore(self.checkpoint_dir, settings)
+        targets = infer_sequential_targets(state.model)
+        targets = [targets] if isinstance(targets, str) else list(targets)
+        inputs = _find_inputs(state.model, config)
+        for name, layer in match_named_modules(state.model, targets):
+            own = [one for one in inputs if one.owner.startswith(f"{name}.")]
+            if own:
+                self._inputs[name], self._names[layer] = own, name
+        if not self._inputs:
+            raise ValueError(
+                f"No transform is in a decoding layer of the classes {targets}, which "
+                "CATTrainingModifier could train: leave it out of the recipe"
+            )
+        for one in sum(self._inputs.values(), []):
+            for name, linear in one.linears.items():
+                _check_scheme(name, linear)
+
+        def capture(layer: Module, args: tuple, kwargs: dict[str, Any]):
+            kwargs = {k: None if isinstance(v, Cache) else v for k, v in kwargs.items()}
+            self._calls.setdefault(self._names[layer], []).append((args, kwargs))
+
+        for layer in self._names:
+            self.register_hook(layer, capture, "forward_pre", with_kwargs=True)
+
+    def on_sequential_epoch_end(
+        self, state: State, event: Event, modules: list[Module], **kwargs
+    ):
+        for layer, name in self._names.items():
+            if layer in modules and name in self._calls:
+                self._train(layer, name, self._calls.pop(name))
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs):
+        self.remove_hooks()
+        self._inputs, self._names, self._calls, self._hidden = {}, {}, {}, None
+
+    ## Training ##
+
+    def _train(self, layer: Module, name: str, calls: list[tuple[tuple, dict[str, Any]]]):
+        if len(calls) < 2:
+            raise ValueError(
+                "CATTrainingModifier needs two batches of calibration data at least, one to "
+                "train on and one to stop by"
+            )
+        samples = self._make_samples(layer, name, calls)
+        layer.requires_grad_(False)
+        trainable = TrainableLayer(layer, name, self._inputs[name])
+        corrections = None if self._store is None else self._store.load(trainable)
+        if corrections is not None:
+            logger.info(f"{name}: trained before, from {self.checkpoint_dir}")
+        else:
+            corrections = self._fit(trainable, samples)
+            if self._store is not None:
+                self._store.save(trainable, corrections)
+        unchanged = trainable.identity()
+        if any(not torch.equal(corrections[name], unchanged[name]) for name in unchanged):
+            trainable = _insert(trainable, corrections)
+        with torch.no_grad():
+            tensors = trainable.correct({})
+            tensors = trainable.quantize(tensors, trainable.range_ratios(tensors))
+            with trainable.computing_with(tensors) as quantized:
+                self._hidden = [
+                    call_layer(quantized, one).to(one.hidden.dtype) for one in samples
+                ]
+        self._expected = samples[0].target
+
+    def _make_samples(
+        self, layer: Module, name: str, calls: list[tuple[tuple, dict[str, Any]]]
+    ) -> list[Sample]:
+        samples = []
+        for index, (args, kwargs) in enumerate(calls):
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if index == 0 and self._expected is not None:
+                difference = (hidden - self._expected).float().norm()
+                if not difference <= 0.1 * self._expected.float().norm():
+                    raise ValueError(
+                        f"The input of {name} is not the output of the layer before it, so "
+                        "that CATTrainingModifier cannot train it: leave it out of the recipe"
+                    )
+            mask = padding_mask(kwargs.get("attention_mask"))
+            sample = Sample(args, kwargs, hidden, hidden, mask)
+            with torch.no_grad():
+                sample.target = call_layer(layer, sample)
+            if self._hidden is not None:
+                sample.hidden = self._hidden[index]
+            samples.append(sample)
+        return samples
+
+    def _fit(self, trainable: TrainableLayer, samples: list[Sample]) -> dict[str, Tensor]:
+        """
+        :raises ValueError: if the error of the layer is not finite
+        """
+        count = max(1, len(samples) // _HELD_OUT)
+        with (
+            tqdm.tqdm(total=self.steps, desc=f"Training {trainable.name}") as progress,
+            torch.enable_grad(),
+        ):
+            training = fit(
+                trainable,
+                samples[:-count],
+                samples[-count:],
+                self.steps,
+                self.batch_size,
+                self.learning_rate,
+                self.patience,
+                progress.update,
+            )
+        condition = max(condition_number(one) for one in training.corrections.values())
+        logger.info(
+            f"{trainable.name}: error on held-out samples {training.before:.5f} -> "
+            f"{training.after:.5f} of the output in {training.steps} steps, condition number "
+            f"of the corrections {condition:.1f}"
+        )
+        return training.corrections
+
+
+def _find_inputs(model: Module, config: CATTransformConfig) -> list[LayerInput]:
+    """All inputs that have a transform, and those of Linears which are quantized alone"""
+    linears = {n: one for n, one in model.named_modules() if isinstance(one, Linear)}
+
+    def heads(name: str) -> ValueHeads | None:
+        if name not in config.folded:
+            return None
+        values = config.folded[name]
+        head_dim = model.get_submodule(name.rpartition(".")[0]).head_dim
+        repeats = linears[name].in_features // linears[values].out_features
+        return ValueHeads(values, head_dim, repeats)
+
+    inputs = [
+        LayerInput(
+            {name: linears[name] for name in args.targets},
+            getattr(linears[args.targets[0]], TRANSFORM_NAME),
+            heads(args.targets[0]),
+        )
+        for _, args in config.groups()
+    ]
+    seen = {name for one in inputs for name in one.linears}
+    rest = [
+        name
+        for name, linear in linears.items()
+        if name not in seen
+        and (name in config.folded or getattr(linear, "quantization_scheme", None) is not None)
+    ]
+    return inputs + [LayerInput({name: linears[name]}, None, heads(name)) for name in rest]
+
+
+def _check_scheme(name: str, linear: Linear):
+    """
+    :raises ValueError: if it is not one that can be trained for
+    """
+    scheme = getattr(linear, "quantization_scheme", None)
+    if scheme is None or scheme.weights is None:
+        raise ValueError(
+            f"{name} has a transform, but is not to be quantized, so that there is nothing to "
+            "train it for: put a QuantizationModifier or GPTQModifier with the same targets "
+            "after CATTrainingModifier"
+        )
+    weights, inputs = scheme.weights, scheme.input_activations
+    groups = (QuantizationStrategy.CHANNEL, QuantizationStrategy.GROUP)
+    is_suited = weights.type == QuantizationType.INT and weights.strategy in groups
+    if inputs is not None:
+        tokens = (QuantizationStrategy.TOKEN, QuantizationStrategy.GROUP)
+        is_suited &= inputs.type == QuantizationType.INT and inputs.strategy in tokens
+        is_suited &= inputs.dynamic is True
+    if not is_suited:
+        raise ValueError(
+            f"CATTrainingModifier cannot train for the scheme of {name}: it can for integer "
+            "weights with a scale for each channel or group, and for dynamic integer "
+            "activations with a scale for each token or group"
+        )
+
+
+def _insert(trainable: TrainableLayer, corrections: dict[str, Tensor]) -> TrainableLayer:
+    """
+    Put the corrected transforms and weights into the modules.
+
+    :return: the layer as it is then
+    """
+    corrections = dict(corrections)
+    for one in trainable.inputs:
+        if one.owner not in corrections:
+            continue
+        correction = corrections[one.owner].double()
+        if one.heads is None:
+            # the correction of what is stored: the product with the weights stays exact
+            before = one.transform.weight.detach().double()
+            after = (correction @ before).to(one.transform.weight.dtype)
+            correction = torch.linalg.solve(before, after.double(), left=False)
+            update_offload_parameter(one.transform, "weight", after)
+        corrections[one.owner] = correction
+    tensors = trainable.correct(corrections)
+    for one in trainable.inputs:
+        for name, linear in one.linears.items():
+            new = {"weight": tensors.weights[name]}
+            if name in tensors.biases:
+                new["bias"] = tensors.biases[name]
+            for key, value in new.items():
+                dtype = getattr(linear, key).dtype
+                update_offload_parameter(linear, key, value.to(dtype))
+    return TrainableLayer(trainable.layer, trainable.name, trainable.inputs)

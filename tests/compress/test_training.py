@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from tiny_models import (
+    int_scheme,
+    logits_of,
+    make_loader,
+    make_model,
+    make_tokens,
+    relative_error,
+)
+from transformers import AutoModelForCausalLM
+
+from cat_modifier import CATModifier, CATTrainingModifier
+from cat_modifier.compress import training as training_module
+
+SCHEME = int_scheme(4, 4)
+FAST = {"steps": 20, "batch_size": 4}
+
+
+def compress(model, *modifiers, tokens=None, mask=None, last=None):
+    tokens = make_tokens(12) if tokens is None else tokens
+    last = last or QuantizationModifier(**SCHEME)
+    oneshot(model=model, recipe=[*modifiers, last], dataset=make_loader(tokens, mask))
+    return model
+
+
+def hidden_error(model, original, tokens) -> float:
+    """Of the last hidden states, relative, mean over tokens"""
+    with torch.no_grad():
+        found, expected = (
+            one.model(tokens, use_cache=False).last_hidden_state.double()
+            for one in (model, original)
+        )
+    return ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).mean().item()
+
+
+@pytest.mark.parametrize("rotation", ["hadamard", "block-hadamard"])
+@pytest.mark.parametrize("family", ["llama-biases", "qwen3", "cohere"])
+def test_error_is_less(tmp_path, family, rotation):
+    original = make_model(tmp_path, family)
+    # on the text of the training: it is what a few random tokens can show
+    tokens = make_tokens(12)
+    models = {}
+    for name, training in (("closed", []), ("trained", [CATTrainingModifier(**FAST)])):
+        models[name] = compress(
+            make_model(tmp_path, family),
+            CATModifier(block_size=32, rotation=rotation, precision=torch.float32),
+            *training,
+        )
+    errors = {name: hidden_error(one, original, tokens) for name, one in models.items()}
+    assert errors["trained"] < errors["closed"]
+
+
+def test_function_is_kept(tmp_path):
+    """Up to the error of 8 bits"""
+    original = make_model(tmp_path, "llama-biases")
+    model = compress(
+        make_model(tmp_path, "llama-biases"),
+        CATModifier(block_size=32),
+        CATTrainingModifier(**FAST),
+        last=QuantizationModifier(**int_scheme(8, 8)),
+    )
+    assert relative_error(logits_of(model), logits_of(original)) < 0.05
+
+
+def test_what_is_trained_is_what_is_quantized(tmp_path, monkeypatch):
+    """The last layer returns in training what it returns in the quantized model"""
+    seen = {}
+    insert = CATTrainingModifier.on_calibration_end
+
+    def remember(self, state, event, **kwargs):
+        seen["hidden"] = torch.cat(self._hidden)
+        insert(self, state, event, **kwargs)
+
+    monkeypatch.setattr(CATTrainingModifier, "on_calibration_end", remember)
+    model = make_model(tmp_path, "llama-biases")
+    tokens = make_tokens(12)
+    scheme = int_scheme(4, 4)
+    # of symmetric ones the largest value is on the edge between two integers
+    scheme["config_groups"]["group_0"]["weights"]["symmetric"] = False
+    compress(
+        model,
+        CATModifier(block_size=32),
+        CATTrainingModifier(**FAST),
+        tokens=tokens,
+        last=QuantizationModifier(**scheme),
+    )
+    found = {}
+    hook = model.model.layers[-1].register_forward_hook(
+        lambda layer, args, output: found.update(output=output)
+    )
+    with torch.no_grad():
+        model(tokens, use_cache=False)
+    hook.remove()
+    output = found["output"]
+    output = output[0] if isinstance(output, tuple) else output
+    error = (output - seen["hidden"]).norm(dim=-1) / output.norm(dim=-1)
+    assert error.median() < 1e-3  # some values are on the edge between two integers
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3-moe"])
+def test_checkpoint_loads(tmp_path, family):
+    overrides = {"num_experts": 4, "num_experts_per_tok": 2} if "moe" in family else {}
+    model = make_model(tmp_path, family, dtype=torch.bfloat16, **overrides)
+    compress(
+        model, CATModifier(block_size=32), CATTrainingModifier(steps=3, checkpoint_dir=None)
+    )
+    expected = logits_of(model)
+    if "moe" in family:
+        assert expected.isfinite().all()
+        return
+    model.save_pretrained(tmp_path / "quantized", save_compressed=True)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized", dtype="auto").eval()
+    assert relative_error(logits_of(loaded), expected) < 0.05
+
+
+def test_gptq_follows(tmp_path):
+    model = make_model(tmp_path)
+    compress(
+        model,
+        CATModifier(block_size=32),
+        CATTrainingModifier(steps=3),
+        last=GPTQModifier(**SCHEME),
+    )
+    assert logits_of(model).isfinite().all()
+
+
+def test_padding_does_not_count(tmp_path):
+    tokens = make_tokens(6)
+    mask = torch.ones_like(tokens)
+    mask[:, 30:] = 0
+    noise = tokens.clone()
+    noise[:, 30:] = make_tokens(6, seed=5)[:, 30:]
+    results = [
+        logits_of(
+            compress(
+                make_model(tmp_path),
+                CATModifier(block_size=32),
+                CATTrainingModifier(**FAST),
+                tokens=one,
+                mask=mask,
+            )
+        )
+        for one in (tokens, noise)
+    ]
+    assert relative_error(*results) < 1e-4
+
+
+class Interruption(Exception):
+    pass
+
+
+def test_goes_on_after_an_interruption(tmp_path, monkeypatch):
+    folder = str(tmp_path / "corrections")
+    make_model(tmp_path)
+    fit, fitted = training_module.fit, []
+
+    def run(**options):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        modifier = CATTrainingModifier(**(FAST | options))
+        return logits_of(compress(model, CATModifier(block_size=32), modifier))
+
+    def stop(layer, *args):
+        if fitted:
+            raise Interruption
+        fitted.append(layer.name)
+        return fit(layer, *args)
+
+    uninterrupted = run()
+    monkeypatch.setattr(training_module, "fit", stop)
+    with pytest.raises(Interruption):
+        run(checkpoint_dir=folder)
+    assert fitted == ["model.layers.0"]
+    fitted.clear()
+    monkeypatch.setattr(
+        training_module,
+        "fit",
+        lambda layer, *args: (fitted.append(layer.name), fit(layer, *args))[1],
+    )
+    resumed = run(checkpoint_dir=folder)
+    assert fitted == ["model.layers.1"]
+    assert relative_error(resumed, uninterrupted) < 1e-4
+    with pytest.raises(ValueError, match="another model, recipe or calibration data"):
+        run(checkpoint_dir=folder, learning_rate=0.001)
+    path = tmp_path / "corrections" / "model.layers.0.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="is damaged: remove it"):
+        run(checkpoint_dir=folder)
+
+
+def test_layers_which_do_not_get_better_are_left(tmp_path):
+    model = make_model(tmp_path)
+    steep = CATTrainingModifier(steps=4, learning_rate=100.0)
+    logits = logits_of(compress(model, CATModifier(block_size=32), steep))
+    closed = logits_of(compress(make_model(tmp_path), CATModifier(block_size=32)))
+    assert torch.equal(logits, closed)
+
+
+@pytest.mark.parametrize(
+    "modifiers, scheme, message",
+    [
+        ([CATTrainingModifier], SCHEME, "put one before it"),
+        ([CATTrainingModifier, CATModifier], SCHEME, "put one before it"),
+        (
+            [CATModifier, CATTrainingModifier],
+            {"targets": ["Linear"], "scheme": "NVFP4A16", "ignore": ["lm_head"]},
+            "cannot train for the scheme",
+        ),
+        (
+            [CATModifier, CATTrainingModifier],
+            SCHEME | {"ignore": ["lm_head", "re:.*down_proj"]},
+            "is not to be quantized",
+        ),
+    ],
+)
+def test_refusals(tmp_path, modifiers, scheme, message):
+    model = make_model(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        compress(model, *(one() for one in modifiers), last=QuantizationModifier(**scheme))
+
+
+def test_one_batch_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="two batches"):
+        compress(
+            make_model(tmp_path), CATModifier(), CATTrainingModifier(), tokens=make_tokens(1)
+        )
