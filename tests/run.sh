@@ -19,8 +19,8 @@ say "Checking the style"
 
 say "Testing the mathematics, calibration, compressing, loading and the analysis"
 command -v chromium > /dev/null || say "(without chromium, a report is not tested in a browser)"
-"$COMPRESS" -m pytest tests/mathematics tests/calibration tests/checkpoint tests/compress tests/load \
-    tests/analysis
+"$COMPRESS" -m pytest tests/mathematics tests/calibration tests/checkpoint tests/compress \
+    tests/training tests/load tests/analysis
 
 export CAT_TEST_CHECKPOINTS="$ROOT/.cache/test-checkpoints"
 rm -rf "$CAT_TEST_CHECKPOINTS"

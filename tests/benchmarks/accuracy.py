@@ -3,13 +3,14 @@
 Accuracy of the embedded model, quantized in many ways: each with llm-compressor from the same
 calibration text (documentation of Python), exported, loaded with Transformers, and compared
 with the bfloat16 model on two held-out texts, more documentation and news (the Lee corpus, in
-the wheel of gensim). Takes 3 to 6 minutes a row on 2 cores; rows which the JSON has are not
-made again. Runs in the compress environment, after examples/quickstart.sh has unpacked the
+the wheel of gensim). Takes 3 to 6 minutes a row on 2 cores, half an hour if transforms are
+trained; rows which the JSON has are not made again. Runs in the compress environment, after examples/quickstart.sh has unpacked the
 model.
 
     python tests/benchmarks/accuracy.py output/smollm2-135m-instruct \
         --json tests/benchmarks/results/accuracy.json \
-        --recipes "W4A4 CAT GPTQ, dampening 0.1=recipes/w4a4_gptq.yaml"
+        --recipes "W4A4 CAT GPTQ, dampening 0.1=recipes/w4a4_gptq.yaml" \
+        "W4A4 CAT, trained GPTQ, dampening 0.1=recipes/w4a4_trained.yaml"
 """
 
 import argparse
@@ -52,6 +53,7 @@ TRANSFORMS = {
     "Hadamard, clipped": {"CATModifier": {"strength": 0.0}},
     "CAT, paper": {"CATModifier": {"fold_attention": False, "clip_activations": False}},
     "CAT": {"CATModifier": {}},
+    "CAT, trained": {"CATModifier": {}, "CATTrainingModifier": {}},
     "CAT, block Hadamard": {"CATModifier": {"rotation": "block-hadamard"}},
 }
 """Modifiers before the one that quantizes"""
