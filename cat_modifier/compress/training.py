@@ -142,11 +142,18 @@ class CATTrainingModifier(Modifier):
         targets = infer_sequential_targets(state.model)
         targets = [targets] if isinstance(targets, str) else list(targets)
         inputs = _find_inputs(state.model, config)
-        for name, layer in match_named_modules(state.model, targets):
-            own = [one for one in inputs if one.owner.startswith(f"{name}.")]
-            if own:
-                self._inputs[name], self._names[layer] = own, name
-        if not self._inputs:
+        layers = dict(match_named_modules(state.model, targets))
+        self._inputs = {
+            name: [one for one in inputs if one.owner.startswith(f"{name}.")] for name in layers
+        }
+        # of a vision tower, there may be others, but layers of one class follow each other
+        classes = {
+            type(layers[name])
+            for name, own in self._inputs.items()
+            if any(one.correction_shape is not None for one in own)
+        }
+        self._names = {layer: name for name, layer in layers.items() if type(layer) in classes}
+        if not self._names:
             raise ValueError(
                 f"No transform is in a decoding layer of the classes {targets}, which "
                 "CATTrainingModifier could train: leave it out of the recipe"
@@ -184,14 +191,8 @@ class CATTrainingModifier(Modifier):
         samples = self._make_samples(layer, name, calls)
         layer.requires_grad_(False)
         trainable = TrainableLayer(layer, name, self._inputs[name])
-        corrections = None if self._store is None else self._store.load(trainable)
-        if corrections is not None:
-            logger.info(f"{name}: trained before, from {self.checkpoint_dir}")
-        else:
-            corrections = self._fit(trainable, samples)
-            if self._store is not None:
-                self._store.save(trainable, corrections)
         unchanged = trainable.identity()
+        corrections = self._load_or_fit(trainable, samples) if unchanged else {}
         if any(not torch.equal(corrections[name], unchanged[name]) for name in unchanged):
             trainable = _insert(trainable, corrections)
         with torch.no_grad():
@@ -203,6 +204,19 @@ class CATTrainingModifier(Modifier):
                 ]
         self._expected = samples[0].target
 
+    def _load_or_fit(
+        self, trainable: TrainableLayer, samples: list[Sample]
+    ) -> dict[str, Tensor]:
+        if self._store is None:
+            return self._fit(trainable, samples)
+        corrections = self._store.load(trainable)
+        if corrections is None:
+            corrections = self._fit(trainable, samples)
+            self._store.save(trainable, corrections)
+        else:
+            logger.info(f"{trainable.name}: trained before, from {self.checkpoint_dir}")
+        return corrections
+
     def _make_samples(
         self, layer: Module, name: str, calls: list[tuple[tuple, dict[str, Any]]]
     ) -> list[Sample]:
@@ -210,8 +224,9 @@ class CATTrainingModifier(Modifier):
         for index, (args, kwargs) in enumerate(calls):
             hidden = args[0] if args else kwargs["hidden_states"]
             if index == 0 and self._expected is not None:
-                difference = (hidden - self._expected).float().norm()
-                if not difference <= 0.1 * self._expected.float().norm():
+                expected = self._expected.float()
+                is_same = hidden.shape == expected.shape
+                if not (is_same and (hidden - expected).norm() <= 0.1 * expected.norm()):
                     raise ValueError(
                         f"The input of {name} is not the output of the layer before it, so "
                         "that CATTrainingModifier cannot train it: leave it out of the recipe"

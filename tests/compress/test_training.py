@@ -118,6 +118,13 @@ def test_checkpoint_loads(tmp_path, family):
     assert relative_error(logits_of(loaded), expected) < 0.05
 
 
+def test_layers_without_transforms_are_passed(tmp_path):
+    model = make_model(tmp_path, num_hidden_layers=3)
+    ignore = ["re:.*lm_head", r"re:.*layers\.1\..*"]
+    compress(model, CATModifier(block_size=32, ignore=ignore), CATTrainingModifier(steps=2))
+    assert logits_of(model).isfinite().all()
+
+
 def test_gptq_follows(tmp_path):
     model = make_model(tmp_path)
     compress(

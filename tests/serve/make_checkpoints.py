@@ -21,7 +21,7 @@ from llmcompressor.modifiers.quantization import QuantizationModifier  # noqa: E
 from tiny_models import int_scheme, make_loader, make_model, make_tokens  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: E402
 
-from cat_modifier import CATModifier  # noqa: E402
+from cat_modifier import CATModifier, CATTrainingModifier  # noqa: E402
 from cat_modifier.calibration.texts import EMBEDDED, load_texts, windows  # noqa: E402
 
 # head sizes that vLLM's attention for CPUs has
