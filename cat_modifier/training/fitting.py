@@ -3,7 +3,6 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -52,20 +51,11 @@ class Training:
 
 
 def call_layer(layer: Callable, sample: Sample) -> Tensor:
-    """
-    Products are in the dtype of the hidden states.
-
-    :return: hidden states after the layer
-    """
-    hidden = sample.hidden
-    context = nullcontext()
-    if hidden.dtype != torch.float32:
-        context = torch.autocast(hidden.device.type, dtype=hidden.dtype)
-    with context:
-        if sample.args:
-            output = layer(hidden, *sample.args[1:], **sample.kwargs)
-        else:
-            output = layer(**(sample.kwargs | {"hidden_states": hidden}))
+    """Hidden states after the layer"""
+    if sample.args:
+        output = layer(sample.hidden, *sample.args[1:], **sample.kwargs)
+    else:
+        output = layer(**(sample.kwargs | {"hidden_states": sample.hidden}))
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -85,7 +75,7 @@ def fit(
     :param steps: at most
     :param batch_size: samples of a step
     :param learning_rate: of Adam; decays to 0 as a cosine
-    :param patience: evaluations without progress, of ten in all, after which to stop
+    :param patience: evaluations without progress, of at most ten, after which to stop
     :param on_step: is called after each step
     :raises ValueError: if the error of the layer is not finite before the first step
     """
@@ -93,7 +83,7 @@ def fit(
     optimizer = torch.optim.Adam(corrections.values(), learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     batches = _batches(samples, batch_size)
-    interval = max(1, steps // _EVALUATIONS)
+    interval = math.ceil(steps / _EVALUATIONS)
 
     ratios = _range_ratios(layer, corrections)
     before = best_error = _held_out_error(layer, corrections, ratios, held_out)
@@ -185,13 +175,16 @@ def _add_gradients(
             for field in fields(tensors)
         )
     )
-    with layer.computing_with(leaves) as module:
-        for sample in batch:
-            (_error(call_layer(module, sample), sample) / len(batch)).backward()
+    # gradients of a mean over tokens, each relative to the energy of d values: in 16 bits they
+    # would vanish
+    scale = batch[0].target.numel()
+    for sample in batch:
+        with layer.computing_with(leaves) as module:
+            (_error(call_layer(module, sample), sample) * scale / len(batch)).backward()
     outputs, gradients = [], []
     for field in fields(tensors):
         for name, leaf in getattr(leaves, field.name).items():
             if leaf.grad is not None:  # as of experts which no token chose
                 outputs.append(getattr(tensors, field.name)[name])
-                gradients.append(leaf.grad)
+                gradients.append(leaf.grad / scale)
     torch.autograd.backward(outputs, gradients)

@@ -247,6 +247,6 @@ class _Exchanged(Module):
         self.args = None if scheme is None else scheme.input_activations
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            quantized = self.step(x, self.args)
-        return multiply(quantized, self.weight, self.bias).to(x.dtype)
+        quantized = self.step(x, self.args).to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return multiply(quantized, self.weight.to(x.dtype), bias)

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -14,11 +15,19 @@ from cat_modifier.training.layer import TrainableLayer
 
 __all__ = ["CorrectionStore"]
 
-_ARGUMENTS = {"num_bits", "symmetric", "strategy", "group_size", "observer"}
+_ARGUMENTS = {
+    "num_bits",
+    "symmetric",
+    "strategy",
+    "group_size",
+    "observer",
+    "observer_kwargs",
+}
 """Those of quantization which training depends on: the same for GPTQ and for rounding"""
 
 _TOLERANCE = 0.01
-"""Relative difference between transforms in closed form of the same data and model"""
+"""Relative difference between transforms in closed form, and between the sizes of tokens, of
+the same data and model"""
 
 
 class CorrectionStore:
@@ -45,11 +54,23 @@ class CorrectionStore:
                     args and args.model_dump(mode="json", include=_ARGUMENTS)
                     for args in (scheme.weights, scheme.input_activations)
                 ]
-        return json.dumps(self.settings | {"schemes": schemes}, sort_keys=True)
+        transforms = {
+            one.owner: one.transform.scheme.model_dump(mode="json", exclude={"apply"})
+            for one in layer.inputs
+            if one.transform is not None
+        }
+        description = {"schemes": schemes, "transforms": transforms}
+        return json.dumps(self.settings | description, sort_keys=True)
 
-    def save(self, layer: TrainableLayer, corrections: dict[str, Tensor]):
+    def save(
+        self, layer: TrainableLayer, targets: list[Tensor], corrections: dict[str, Tensor]
+    ):
+        """
+        :param targets: outputs of the layer of the original model, each (batch, tokens, d)
+        """
         tensors = {f"correction.{name}": one for name, one in corrections.items()}
         tensors |= {f"before.{name}": one for name, one in layer.base.blocks.items()}
+        tensors["tokens"] = _sizes(targets)
         tensors = {name: one.detach().float().cpu() for name, one in tensors.items()}
         part = self._path(layer).with_suffix(".part")
         try:
@@ -58,8 +79,9 @@ class CorrectionStore:
         finally:
             part.unlink(missing_ok=True)
 
-    def load(self, layer: TrainableLayer) -> dict[str, Tensor] | None:
+    def load(self, layer: TrainableLayer, targets: list[Tensor]) -> dict[str, Tensor] | None:
         """
+        :param targets: as in :meth:`save`
         :return: corrections by the owner of the input; None if the layer is not there
         :raises ValueError: if what is there is damaged, or was trained otherwise
         """
@@ -70,7 +92,7 @@ class CorrectionStore:
             with safe_open(path, framework="pt") as file:
                 settings = file.metadata()["settings"]
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except SafetensorError as error:
+        except (SafetensorError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged: remove it ({error})") from error
         before = {
             name.removeprefix("before."): one
@@ -78,8 +100,13 @@ class CorrectionStore:
             if name.startswith("before.")
         }
         blocks = layer.base.blocks
-        is_same = settings == self._describe(layer) and before.keys() == blocks.keys()
-        if not is_same or not all(_is_close(before[name], blocks[name]) for name in blocks):
+        is_same = (
+            settings == self._describe(layer)
+            and before.keys() == blocks.keys()
+            and all(_is_close(before[name], blocks[name]) for name in blocks)
+            and _is_close(tensors.get("tokens"), _sizes(targets))
+        )
+        if not is_same:
             raise ValueError(
                 f"{path} is of another model, recipe or calibration data: choose another "
                 "`checkpoint_dir`, or remove this one"
@@ -92,6 +119,14 @@ class CorrectionStore:
         }
 
 
-def _is_close(a: Tensor, b: Tensor) -> bool:
+def _sizes(targets: list[Tensor]) -> Tensor:
+    """Logarithms of the norms of all tokens, of which single ones can be huge"""
+    norms = [one.float().norm(dim=-1).flatten() for one in targets]
+    return torch.cat(norms).clamp_min(torch.finfo(torch.float32).tiny).log()
+
+
+def _is_close(a: Tensor | None, b: Tensor) -> bool:
+    if a is None or a.shape != b.shape:
+        return False
     b = b.to(a)
-    return a.shape == b.shape and bool((a - b).norm() <= _TOLERANCE * b.norm())
+    return bool((a - b).norm() <= _TOLERANCE * b.norm())
