@@ -9,8 +9,7 @@ examples/quickstart.sh has unpacked the model.
 
     python tests/benchmarks/accuracy.py output/smollm2-135m-instruct \
         --json tests/benchmarks/results/accuracy.json \
-        --recipes "W4A4 CAT GPTQ, dampening 0.1=recipes/w4a4_gptq.yaml" \
-        "W4A4 CAT, trained GPTQ, dampening 0.1=recipes/w4a4_trained.yaml"
+        --recipes "W4A4 CAT GPTQ, dampening 0.1=recipes/w4a4_gptq.yaml"
 """
 
 import argparse
