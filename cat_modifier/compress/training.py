@@ -57,8 +57,8 @@ class CATTrainingModifier(Modifier):
           block_size: 128
         CATTrainingModifier:
           steps: 60
-        GPTQModifier:
-          dampening_frac: 0.1
+        QuantizationModifier:
+          ignore: [lm_head]
           config_groups:
             group_0:
               targets: [Linear]
