@@ -114,7 +114,7 @@ class CATTrainingModifier(Modifier):
 
     def on_initialize(self, state: State, **kwargs) -> bool:
         """
-        :raises ValueError: if there is no data or no CATModifier before
+        :raises ValueError: if there is no data, no CATModifier before, or more than one rank
         """
         if state.data.calib is None:
             raise ValueError(
