@@ -22,6 +22,7 @@ from rich.table import Table
 
 from cat_modifier.analysis.schemes import Scheme
 from cat_modifier.calibration.groups import DEFAULT_IGNORE
+from cat_modifier.mathematics.budget import spend
 
 __all__ = ["allocate", "config_group", "make_recipe", "mean_bits", "run"]
 
@@ -73,23 +74,14 @@ def allocate(frame: pd.DataFrame, bits: float, transform: str = "cat") -> dict[s
     inputs = frame.drop_duplicates("layer").set_index("layer")["input"]
     noise = noise[names].groupby(inputs).sum()
     sizes = _sizes(frame).groupby(inputs).sum()
-    left = (bits - _bits(names[0])) * sizes.sum()
-    chosen = dict.fromkeys(noise.index, names[0])
-    while True:
-        steps = [
-            ((noise.at[unit, now] - noise.at[unit, name]) / cost, unit, name, cost)
-            for unit, now in chosen.items()
-            for name in names
-            if 0 < (cost := (_bits(name) - _bits(now)) * sizes[unit]) <= left
-        ]
-        gain, unit, name, cost = max(steps, default=(0, None, None, 0))
-        if gain <= 0:
-            break
-        chosen[unit] = name
-        left -= cost
+    options = [
+        [(_bits(name) * sizes[unit], noise.at[unit, name]) for name in names]
+        for unit in noise.index
+    ]
+    chosen = dict(zip(noise.index, spend(options, bits * sizes.sum()), strict=True))
     allocation = defaultdict(list)
     for layer, unit in inputs.items():
-        allocation[chosen[unit]].append(layer)
+        allocation[names[chosen[unit]]].append(layer)
     return {name: allocation[name] for name in names if name in allocation}
 
 

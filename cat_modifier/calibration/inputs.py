@@ -81,6 +81,10 @@ class InputCalibration(Generic[StatisticsType]):
         """Groups whose statistics were not taken yet, in the order of the model"""
         return [group for group in self.observer.groups if self._key(group) is not None]
 
+    def statistics(self, group: InputGroup) -> StatisticsType:
+        """Of a pending group"""
+        return self._statistics[self._key(group)]
+
     def take(self, group: InputGroup) -> StatisticsType:
         """Statistics of a group, which are then forgotten here"""
         return self._statistics.pop(self._key(group))

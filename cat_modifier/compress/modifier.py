@@ -3,6 +3,7 @@
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Sized
 from typing import Any, Literal
 
@@ -49,16 +50,19 @@ from cat_modifier.checkpoint.integers import (
 )
 from cat_modifier.checkpoint.saving import save_atomically
 from cat_modifier.checkpoint.transform import CATTransform
+from cat_modifier.compress.budget import Candidate, choose_geometries
+from cat_modifier.compress.layers import find_decoding_layers
 from cat_modifier.compress.passes import is_resident, pass_over_data
-from cat_modifier.compress.report import GroupReport
+from cat_modifier.compress.report import GroupReport, predicted_noise
 from cat_modifier.mathematics.clipping import best_clip_ratio
 from cat_modifier.mathematics.geometry import (
     Geometry,
     choose_geometry,
     choose_head_geometry,
+    smaller_geometries,
 )
 from cat_modifier.mathematics.insertion import Insertion, compute_insertion
-from cat_modifier.mathematics.transform import DEFAULT_DAMPING, Rotation
+from cat_modifier.mathematics.transform import DEFAULT_DAMPING, Rotation, inner_blocks
 
 __all__ = ["CATModifier"]
 
@@ -109,6 +113,7 @@ class CATModifier(Modifier):
           run each layer twice. Otherwise that pipeline moves the model, layer by layer.
           Its statistics of all layers are then held at once
     - on_sequential_epoch_end
+        - with a `budget`: choose block sizes, by the noise that is predicted for each
         - for each complete group: compute T, transform the weights, attach T
     - on_calibration_end
         - the same for groups that are left, and for Linears which saw no tokens
@@ -141,6 +146,10 @@ class CATModifier(Modifier):
         for each input that is least in error on a sample. Of activations which are asymmetric
         integers with a dynamic scale for each token; others are left alone
     :param precision: dtype in which T is stored. The inverse is taken of the stored T
+    :param budget: largest share of the multiply-adds of the Linears in a decoding layer that
+        its transforms may add at run time. Blocks, of at most `block_size`, are then of several
+        sizes: where predicted noise goes down most for what they cost, they are larger. None
+        makes all blocks as large as they can be
     :param tensor_parallel_size: largest tensor parallel size at which the checkpoint can be
         served: blocks and Hadamard products then stay within one of as many shards of those
         inputs that may be sharded (o_proj, down_proj, and all whose Linears are not
@@ -159,6 +168,7 @@ class CATModifier(Modifier):
     fold_attention: bool = True
     clip_activations: bool = True
     precision: TorchDtype = Field(default=torch.bfloat16)
+    budget: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
     tensor_parallel_size: int = Field(default=1, ge=1)
 
     _linears: dict[str, Linear] = PrivateAttr(default_factory=dict)
@@ -370,10 +380,13 @@ class CATModifier(Modifier):
 
     ## Transformation ##
 
+    def _shards(self, group: InputGroup) -> int:
+        is_sharded = self.tensor_parallel_size > 1 and self._may_be_sharded(group)
+        return self.tensor_parallel_size if is_sharded else 1
+
     def _geometry(self, group: InputGroup) -> Geometry:
-        shards = 1
-        if self.tensor_parallel_size > 1 and self._may_be_sharded(group):
-            shards = self.tensor_parallel_size
+        """The largest"""
+        shards = self._shards(group)
         if heads := self._find_value_heads(group):
             return choose_head_geometry(
                 group.owner, group.features, shards, heads.head_dim, Rotation(self.rotation)
@@ -412,16 +425,122 @@ class CATModifier(Modifier):
         # what goes into the Linears of other groups comes first: they are transformed as they
         # will be
         groups = sorted(groups, key=lambda group: self._find_value_heads(group) is None)
+        for group in groups:
+            device = get_execution_device(group.linears[group.owner])
+            self._calibration.statistics(group).moments.reduce(device)
+        geometries = {group.owner: self._geometry(group) for group in groups}
+        if self.budget is not None:
+            geometries |= self._choose_geometries(groups, modules)
         for group in tqdm.tqdm(groups, desc="Transforming", disable=is_quiet):
             statistics = self._calibration.take(group)
-            statistics.moments.reduce(get_execution_device(group.linears[group.owner]))
             # if every token was padding, the group is left to be treated as unseen
             if statistics.moments.count:
-                self._transform_group(group, statistics, modules)
+                self._transform_group(group, geometries[group.owner], statistics, modules)
+
+    def _choose_geometries(
+        self, groups: list[InputGroup], modules: set[Module] | None
+    ) -> dict[str, Geometry]:
+        """
+        :return: by the owner of the input
+        :raises ValueError: if the budget does not suffice for the smallest transforms
+        """
+        found = find_decoding_layers(active_session().state.model)
+        layers: dict[str, list[InputGroup]] = defaultdict(list)
+        for group in groups:
+            if self._calibration.statistics(group).moments.count:
+                inside = (name for name in found if group.owner.startswith(f"{name}."))
+                layers[next(inside, "")].append(group)
+        chosen = {}
+        is_quiet = not is_source_process()
+        for layer, members in tqdm.tqdm(
+            layers.items(), desc="Choosing block sizes", disable=is_quiet
+        ):
+            counts = [self._calibration.statistics(one).moments.count for one in members]
+            candidates = [self._candidates(group, modules) for group in members]
+            geometries = choose_geometries(layer, members, counts, candidates, self.budget)
+            owners = (group.owner for group in members)
+            chosen |= dict(zip(owners, geometries, strict=True))
+        return chosen
+
+    def _candidates(self, group: InputGroup, modules: set[Module] | None) -> list[Candidate]:
+        largest, features = self._geometry(group), group.features
+        if heads := self._find_value_heads(group):
+            is_folded = self._is_folded(heads, modules)
+            return [Candidate(largest, largest.multiply_adds(features, is_folded), 0.0)]
+        geometries = smaller_geometries(
+            group.owner, features, self._shards(group), largest, Rotation(self.rotation)
+        )
+        statistics, noises = self._calibration.statistics(group), None
+        if statistics.sample.tokens is not None:
+            device = get_execution_device(group.linears[group.owner])
+            tokens = statistics.sample.tokens.to(device, torch.float64)
+            token_weights = statistics.sample.weights.to(device)
+            weights = _read_weights(group, device)
+            noises = []
+            for geometry in geometries:
+                insertion = self._compute_insertion(
+                    group, geometry, statistics, weights, self.precision
+                )
+                noises.append(
+                    predicted_noise(
+                        group,
+                        insertion.transform_tokens(tokens),
+                        insertion.transform_weights(weights),
+                        token_weights,
+                    )
+                )
+        # each rank has a sample of its own
+        of_ranks = [one for one in _of_all_ranks(noises) if one is not None]
+        return [
+            Candidate(geometry, geometry.multiply_adds(features), sum(noises) / len(noises))
+            for geometry, noises in zip(geometries, zip(*of_ranks, strict=True), strict=True)
+        ]
+
+    def _smallest_geometry(self, group: InputGroup) -> Geometry:
+        """If a budget asks for it: nothing is known of what larger blocks are worth"""
+        geometry = self._geometry(group)
+        if self.budget is None or self._find_value_heads(group):
+            return geometry
+        return smaller_geometries(
+            group.owner, group.features, self._shards(group), geometry, Rotation(self.rotation)
+        )[0]
+
+    def _compute_insertion(
+        self,
+        group: InputGroup,
+        geometry: Geometry,
+        statistics: InputStatistics | None,
+        weights: dict[str, Tensor],
+        precision: torch.dtype,
+    ) -> Insertion:
+        """
+        :raises ValueError: if moments are not finite, or the stored transform is singular
+        """
+        moments, heads = None, self._find_value_heads(group)
+        if statistics is not None:
+            moments = inner_blocks(statistics.moments.mean, geometry.block_size)
+        try:
+            return compute_insertion(
+                moments,
+                weights,
+                geometry,
+                Rotation(self.rotation),
+                self.strength,
+                self.damping,
+                precision,
+                1 if heads is None else heads.repeats,
+            )
+        except ValueError as error:
+            raise ValueError(f"Cannot transform the input of {group.owner}: {error}") from error
+
+    def _is_folded(self, heads: ValueHeads | None, modules: set[Module] | None) -> bool:
+        # values which were computed already would meet a projection that expects others
+        return heads is not None and (modules is None or self._linears[heads.linear] in modules)
 
     def _transform_group(
         self,
         group: InputGroup,
+        geometry: Geometry,
         statistics: InputStatistics | None = None,
         modules: set[Module] | None = None,
     ):
@@ -429,12 +548,8 @@ class CATModifier(Modifier):
         :param statistics: of the input; None if it was not seen
         :param modules: see :meth:`_transform_groups`
         """
-        geometry = self._geometry(group)
         heads = self._find_value_heads(group)
-        # values which were computed already would meet a projection that expects others
-        is_folded = heads is not None and (
-            modules is None or self._linears[heads.linear] in modules
-        )
+        is_folded = self._is_folded(heads, modules)
         device = get_execution_device(group.linears[group.owner])
         # what stays goes before all that is temporary: gaps which it leaves in between can add
         # up to as much memory as the model takes
@@ -443,26 +558,10 @@ class CATModifier(Modifier):
             size = geometry.stored_size
             shape = (group.features // size, size, size)
             stored = torch.empty(shape, dtype=self.precision, device=device)
-        weights = {}
-        for name, linear in group.linears.items():
-            with align_module_device(linear):
-                weights[name] = linear.weight.detach().to(device, torch.float64)
-        try:
-            insertion = compute_insertion(
-                statistics and statistics.moments.mean,
-                weights,
-                geometry,
-                Rotation(self.rotation),
-                self.strength,
-                self.damping,
-                torch.float64 if is_folded else self.precision,
-                1 if heads is None else heads.repeats,
-            )
-            new_weights = {
-                name: insertion.transform_weight(weight) for name, weight in weights.items()
-            }
-        except ValueError as error:
-            raise ValueError(f"Cannot transform the input of {group.owner}: {error}") from error
+        weights = _read_weights(group, device)
+        precision = torch.float64 if is_folded else self.precision
+        insertion = self._compute_insertion(group, geometry, statistics, weights, precision)
+        new_weights = insertion.transform_weights(weights)
 
         sample = statistics and statistics.sample
         clip_ratio = None
@@ -575,10 +674,11 @@ class CATModifier(Modifier):
             + (", ..." if len(unseen) > 10 else "")
         )
         for group in mapped:
-            self._transform_group(group)
+            self._transform_group(group, self._smallest_geometry(group))
         for name in unseen:
             if name not in self._transformed:
-                self._transform_group(InputGroup({name: self._linears[name]}))
+                group = InputGroup({name: self._linears[name]})
+                self._transform_group(group, self._smallest_geometry(group))
 
     ## Refusals ##
 
@@ -636,6 +736,15 @@ class CATModifier(Modifier):
                 "The ranks observed different groups of Linears, so that their moments "
                 "cannot be summed: give every rank data for all Linears, or set `mappings`"
             )
+
+
+def _read_weights(group: InputGroup, device: torch.device) -> dict[str, Tensor]:
+    """By name, float64"""
+    weights = {}
+    for name, linear in group.linears.items():
+        with align_module_device(linear):
+            weights[name] = linear.weight.detach().to(device, torch.float64)
+    return weights
 
 
 def _of_all_ranks(value: Any) -> list[Any]:

@@ -2,6 +2,7 @@
 """What a transform did to one group of Linears, for the log"""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from compressed_tensors.quantization import QuantizationArgs, QuantizationType
@@ -19,7 +20,7 @@ from cat_modifier.mathematics.sqnr import (
 )
 from cat_modifier.mathematics.transform import condition_number
 
-__all__ = ["GroupReport"]
+__all__ = ["GroupReport", "predicted_noise"]
 
 _ROW = QuantizationArgs(num_bits=4, strategy="channel")
 """One scale a row, where a recipe does not say"""
@@ -73,34 +74,18 @@ class GroupReport:
         :param after: the same, transformed
         """
         weight_args, input_args = _quantization_args(group)
-        bits = tuple(args and args.num_bits for args in (weight_args, input_args))
-        sqnr, alignments = [], []
-        for x, linears in (before, after):
-            energies = [w.square().sum().item() for w in linears.values()]
-            outputs = [energy(x @ w.T, token_weights) for w in linears.values()]
-            alignments.append(alignment(sum(outputs), sum(energies), energy(x, token_weights)))
-            # squared ranges are summed over the Linears, as energies are
-            squared_ranges = sum(
-                one / concentration(w, weight_args or _ROW)
-                for one, w in zip(energies, linears.values(), strict=True)
-                if one
-            )
-            sqnr.append(
-                predicted_sqnr(
-                    *bits,
-                    sum(energies) / squared_ranges if squared_ranges else math.nan,
-                    concentration(x, input_args or _ROW, token_weights),
-                    alignments[-1],
-                ).joint
-            )
+        sqnr, alignments = zip(
+            *(_predict(group, x, linears, token_weights) for x, linears in (before, after)),
+            strict=True,
+        )
         return cls(
             group,
             geometry,
             count,
-            bits,
+            tuple(args and args.num_bits for args in (weight_args, input_args)),
             weight_args is not None and weight_args.type == QuantizationType.FLOAT,
-            tuple(sqnr),
-            tuple(alignments),
+            sqnr,
+            alignments,
             condition_number(blocks),
             clip_ratio,
         )
@@ -126,6 +111,45 @@ class GroupReport:
                 f"blocks of {self.geometry.block_size} channels, which depend on `damping` "
                 "then: use more or longer samples"
             )
+
+
+def predicted_noise(
+    group: InputGroup, tokens: Tensor, weights: Mapping[str, Tensor], token_weights: Tensor
+) -> float:
+    """
+    Noise-to-signal ratio of the outputs of a group, predicted by theorem 2.4.
+
+    :param tokens: sample of the input, shape (tokens, d), float64
+    :param weights: by name, each of shape (out, d), float64
+    :param token_weights: of the sample, shape (tokens,), float64
+    :return: 0 if nothing is quantized, or if there is no signal
+    """
+    sqnr, _ = _predict(group, tokens, weights, token_weights)
+    return 1 / sqnr if sqnr > 0 else 0.0
+
+
+def _predict(
+    group: InputGroup, tokens: Tensor, weights: Mapping[str, Tensor], token_weights: Tensor
+) -> tuple[float, float]:
+    """SQNR and alignment"""
+    weight_args, input_args = _quantization_args(group)
+    energies = [one.square().sum().item() for one in weights.values()]
+    outputs = [energy(tokens @ one.T, token_weights) for one in weights.values()]
+    aligned = alignment(sum(outputs), sum(energies), energy(tokens, token_weights))
+    # squared ranges are summed over the Linears, as energies are
+    squared_ranges = sum(
+        one / concentration(weight, weight_args or _ROW)
+        for one, weight in zip(energies, weights.values(), strict=True)
+        if one
+    )
+    sqnr = predicted_sqnr(
+        weight_args and weight_args.num_bits,
+        input_args and input_args.num_bits,
+        sum(energies) / squared_ranges if squared_ranges else math.nan,
+        concentration(tokens, input_args or _ROW, token_weights),
+        aligned,
+    )
+    return sqnr.joint, aligned
 
 
 def _quantization_args(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import tqdm
-from compressed_tensors import TRANSFORM_CONFIG_NAME, match_named_modules
+from compressed_tensors import TRANSFORM_CONFIG_NAME
 from compressed_tensors.distributed import is_distributed
 from compressed_tensors.quantization import (
     QuantizationStatus,
@@ -18,7 +18,6 @@ from compressed_tensors.utils import update_offload_parameter
 from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.utils.hooks import HooksMixin
-from llmcompressor.utils.pytorch import infer_sequential_targets
 from loguru import logger
 from pydantic import Field, PrivateAttr
 from torch import Tensor
@@ -28,6 +27,7 @@ from transformers import Cache
 from cat_modifier.calibration.attention import ValueHeads
 from cat_modifier.calibration.groups import padding_mask
 from cat_modifier.checkpoint.config import TRANSFORM_NAME, CATTransformConfig
+from cat_modifier.compress.layers import find_decoding_layers
 from cat_modifier.mathematics.transform import condition_number
 from cat_modifier.training.fitting import Sample, call_layer, fit
 from cat_modifier.training.layer import LayerInput, TrainableLayer
@@ -150,10 +150,8 @@ class CATTrainingModifier(Modifier):
                 include={"steps", "batch_size", "learning_rate", "patience"}
             )
             self._store = CorrectionStore(self.checkpoint_dir, settings)
-        targets = infer_sequential_targets(state.model)
-        targets = [targets] if isinstance(targets, str) else list(targets)
         inputs = _find_inputs(state.model, config)
-        layers = dict(match_named_modules(state.model, targets))
+        layers = find_decoding_layers(state.model)
         self._inputs = {
             name: [one for one in inputs if one.owner.startswith(f"{name}.")] for name in layers
         }
@@ -165,8 +163,9 @@ class CATTrainingModifier(Modifier):
         }
         self._names = {layer: name for name, layer in layers.items() if type(layer) in classes}
         if not self._names:
+            found = sorted({type(layer).__name__ for layer in layers.values()})
             raise ValueError(
-                f"No transform is in a decoding layer of the classes {targets}, which "
+                f"No transform is in a decoding layer of the classes {found}, which "
                 "CATTrainingModifier could train: leave it out of the recipe"
             )
         for one in (one for name in self._names.values() for one in self._inputs[name]):

@@ -11,7 +11,7 @@ from cat_modifier.mathematics.hadamard import (
 )
 from cat_modifier.mathematics.transform import Rotation
 
-__all__ = ["Geometry", "choose_geometry", "choose_head_geometry"]
+__all__ = ["Geometry", "choose_geometry", "choose_head_geometry", "smaller_geometries"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,16 @@ class Geometry:
     def hadamard_size(self) -> int:
         """Channels that the Hadamard product mixes"""
         return self.inner * self.outer
+
+    def multiply_adds(self, features: int, are_blocks_folded: bool = False) -> int:
+        """
+        At run time, for a token
+
+        :param features: d, size of the input
+        :param are_blocks_folded: whether the blocks are in the rows of another Linear
+        """
+        blocks = 0 if are_blocks_folded else self.stored_size
+        return features * (blocks + (self.outer if self.outer > 1 else 0))
 
 
 def choose_geometry(
@@ -83,6 +93,28 @@ def choose_geometry(
     if shards > 1:
         remarks.append(f"in {shards} shards")
     return Geometry(size, inner, outer, ", ".join(remarks))
+
+
+def smaller_geometries(
+    name: str, features: int, shards: int, largest: Geometry, rotation: Rotation
+) -> list[Geometry]:
+    """
+    What a transform can be which is to cost less: with blocks that divide the largest. Those
+    which cost as much as larger ones are left out: a smaller block leaves more of the
+    Hadamard product to be done after it.
+
+    :param largest: of :func:`choose_geometry`
+    :return: by rising cost; the last is `largest`
+    """
+    found = [largest]
+    for size in range(largest.block_size - 1, 0, -1):
+        if largest.block_size % size:
+            continue
+        geometry = choose_geometry(name, features, shards, size, rotation)
+        is_cheaper = geometry.multiply_adds(features) < found[-1].multiply_adds(features)
+        if geometry.block_size == size and is_cheaper:
+            found.append(geometry)
+    return found[::-1]
 
 
 def choose_head_geometry(

@@ -56,6 +56,9 @@ class Insertion:
         """
         return self._rotate(apply_blocks(weight, self.inverse.mT.to(weight.dtype)))
 
+    def transform_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self.transform_weight(weight) for name, weight in weights.items()}
+
     def _rotate(self, rows: Tensor) -> Tensor:
         if self.geometry.outer == 1:
             return rows

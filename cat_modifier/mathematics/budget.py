@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a limited cost lowers noise most"""
+
+from collections.abc import Sequence
+
+__all__ = ["spend"]
+
+
+def spend(options: Sequence[Sequence[tuple[float, float]]], budget: float) -> list[int]:
+    """
+    Choose an option for each of several units, so that their noise adds up to little: from
+    the cheapest of each, go to what lowers noise most for the cost it adds, until nothing
+    more can be paid.
+
+    :param options: of each unit, pairs of cost and noise
+    :param budget: for the sum of costs
+    :return: index of the option of each unit
+    :raises ValueError: if the cheapest options cost more than the budget
+    """
+    chosen = [min(range(len(one)), key=lambda i: one[i]) for one in options]
+    left = budget - sum(one[index][0] for one, index in zip(options, chosen, strict=True))
+    if left < 0:
+        raise ValueError(f"The least costs are {budget - left}, of a budget of {budget}")
+    while True:
+        best_gain, best_unit, best_index = 0.0, None, None
+        for unit, (one, index) in enumerate(zip(options, chosen, strict=True)):
+            cost, noise = one[index]
+            for other, (other_cost, other_noise) in enumerate(one):
+                if not 0 < other_cost - cost <= left:
+                    continue
+                gain = (noise - other_noise) / (other_cost - cost)
+                if gain > best_gain:
+                    best_gain, best_unit, best_index = gain, unit, other
+        if best_unit is None:
+            return chosen
+        one = options[best_unit]
+        left -= one[best_index][0] - one[chosen[best_unit]][0]
+        chosen[best_unit] = best_index

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+from itertools import product
+from random import Random
+
+import pytest
+
+from cat_modifier.mathematics.budget import spend
+from cat_modifier.mathematics.geometry import choose_geometry, smaller_geometries
+from cat_modifier.mathematics.hadamard import is_hadamard_order
+from cat_modifier.mathematics.transform import Rotation
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_spend_is_near_the_best_of_all_choices(seed):
+    """Where single options are small parts of the budget, and gains fall with the cost"""
+    random = Random(seed)
+    options = [
+        [(cost, random.uniform(0.5, 2) / cost**0.5) for cost in (1, 2, 3, 4)] for _ in range(6)
+    ]
+
+    def total(indices, what: int) -> float:
+        return sum(one[index][what] for one, index in zip(options, indices, strict=True))
+
+    budget = 14
+    chosen = spend(options, budget)
+    assert total(chosen, 0) <= budget
+    choices = product(range(4), repeat=6)
+    best = min(total(one, 1) for one in choices if total(one, 0) <= budget)
+    assert best <= total(chosen, 1) < 1.05 * best
+
+
+def test_spend_takes_nothing_that_does_not_help():
+    options = [[(1.0, 0.5), (2.0, 0.5), (3.0, 0.6)], [(2.0, 1.0), (1.0, 1.0)]]
+    assert spend(options, 100) == [0, 1]
+
+
+def test_spend_refuses_what_cannot_be_paid():
+    with pytest.raises(ValueError, match="of a budget of 2.5"):
+        spend([[(1.0, 0.5)], [(2.0, 0.5), (3.0, 0.1)]], 2.5)
+
+
+@pytest.mark.parametrize(
+    "features, bound", [(576, 128), (1536, 512), (4096, 256), (14336, 128)]
+)
+@pytest.mark.parametrize("rotation", list(Rotation))
+def test_smaller_geometries(features, bound, rotation):
+    largest = choose_geometry("x", features, 1, bound, rotation)
+    found = smaller_geometries("x", features, 1, largest, rotation)
+    assert found[-1] == largest
+    # 112 channels are left to the Hadamard product after blocks of 128, and 224 after 64
+    assert len(found) > 1 or (features == 14336 and rotation is Rotation.HADAMARD)
+    costs = [one.multiply_adds(features) for one in found]
+    sizes = [one.block_size for one in found]
+    assert costs == sorted(set(costs)) and sizes == sorted(set(sizes))
+    for one in found:
+        assert largest.block_size % one.block_size == 0
+        assert one.hadamard_size == largest.hadamard_size or rotation.is_folded
+        assert is_hadamard_order(one.inner) and is_hadamard_order(one.outer)
+
+
+def test_multiply_adds_are_those_of_the_kernels():
+    """A product with each block, and one of order 12 between channels that are 128 apart"""
+    geometry = choose_geometry("x", 1536, 1, 128, Rotation.HADAMARD)
+    assert geometry.multiply_adds(1536) == 1536 * (128 + 12)
+    assert geometry.multiply_adds(1536, are_blocks_folded=True) == 1536 * 12
+    block = choose_geometry("x", 1536, 1, 128, Rotation.BLOCK_HADAMARD)
+    assert block.multiply_adds(1536) == 1536 * 128
