@@ -67,8 +67,6 @@ def allocate(frame: pd.DataFrame, bits: float, transform: str = "cat") -> dict[s
         raise ValueError(
             f"The report needs the transform {transform!r}, and two schemes of W4A4, W4A8, W8A8"
         )
-    if _bits(names[0]) > bits:
-        raise ValueError(f"{names[0]}, the least of the report, takes more than {bits} bits")
 
     noise = 10 ** (-frame.pivot(index="layer", columns="scheme", values="measured_db") / 10)
     inputs = frame.drop_duplicates("layer").set_index("layer")["input"]
@@ -78,7 +76,10 @@ def allocate(frame: pd.DataFrame, bits: float, transform: str = "cat") -> dict[s
         [(_bits(name) * sizes[unit], noise.at[unit, name]) for name in names]
         for unit in noise.index
     ]
-    chosen = dict(zip(noise.index, spend(options, bits * sizes.sum()), strict=True))
+    indices = spend(options, bits * sizes.sum())
+    if indices is None:
+        raise ValueError(f"{names[0]}, the least of the report, takes more than {bits} bits")
+    chosen = dict(zip(noise.index, indices, strict=True))
     allocation = defaultdict(list)
     for layer, unit in inputs.items():
         allocation[names[chosen[unit]]].append(layer)

@@ -3,64 +3,74 @@
 
 from dataclasses import dataclass
 
+from compressed_tensors.distributed import is_source_process
 from loguru import logger
 
 from cat_modifier.calibration.groups import InputGroup
 from cat_modifier.mathematics.budget import spend
 from cat_modifier.mathematics.geometry import Geometry
 
-__all__ = ["Candidate", "choose_geometries"]
+__all__ = ["Candidates", "choose_geometries"]
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Candidates:
     """
-    :param geometry: which a transform can have
-    :param multiply_adds: at run time, for a token
-    :param noise: noise-to-signal ratio of the outputs, predicted
+    What the transform of an input can be.
+
+    :param group: the Linears which read it
+    :param count: tokens of the input: an expert sees a part of all
+    :param geometries: to choose from
+    :param costs: multiply-adds of each at run time, for a token
+    :param noises: noise-to-signal ratio of the outputs with each, predicted
     """
 
-    geometry: Geometry
-    multiply_adds: int
-    noise: float
+    group: InputGroup
+    count: int
+    geometries: list[Geometry]
+    costs: list[int]
+    noises: list[float]
 
 
 def choose_geometries(
-    layer: str,
-    groups: list[InputGroup],
-    counts: list[int],
-    candidates: list[list[Candidate]],
-    budget: float,
-) -> list[Geometry]:
+    layer: str, inputs: list[Candidates], budget: float
+) -> dict[str, Geometry]:
     """
     :param layer: name, for messages
-    :param groups: the Linears of each input of the layer
-    :param counts: tokens of each input, as experts see a part of all
-    :param candidates: for each input
+    :param inputs: of the layer, which saw tokens
     :param budget: for the multiply-adds of transforms, relative to those of all Linears
-    :return: for each input
+    :return: by the owner of the input
     :raises ValueError: if the budget does not suffice for the cheapest candidates
     """
     products = sum(
-        count * linear.in_features * linear.out_features
-        for count, group in zip(counts, groups, strict=True)
-        for linear in group.linears.values()
+        one.count * linear.in_features * linear.out_features
+        for one in inputs
+        for linear in one.group.linears.values()
     )
+    most = max(one.count for one in inputs)
     options = [
-        [(count * one.multiply_adds / products, one.noise) for one in found]
-        for count, found in zip(counts, candidates, strict=True)
+        [
+            # an input of few tokens adds as little to the noise of the layer as to its cost
+            (one.count * cost / products, one.count * noise / most)
+            for cost, noise in zip(one.costs, one.noises, strict=True)
+        ]
+        for one in inputs
     ]
-    least = sum(min(cost for cost, _ in found) for found in options)
-    if least > budget:
-        raise ValueError(
-            f"The smallest transforms add {least:.2%} to the multiply-adds of "
-            f"{layer or 'the Linears'}, more than the `budget` of {budget:.2%}: raise it, or "
-            "choose a `rotation` which is folded into the blocks"
-        )
     chosen = spend(options, budget)
-    spent = sum(found[index][0] for found, index in zip(options, chosen, strict=True))
-    logger.info(
-        f"{layer or 'Linears'}: transforms add {spent:.2%} to the multiply-adds, of a budget "
-        f"of {budget:.2%}"
-    )
-    return [found[index].geometry for found, index in zip(candidates, chosen, strict=True)]
+    if chosen is None:
+        least = sum(min(cost for cost, _ in found) for found in options)
+        raise ValueError(
+            f"The cheapest transforms add {least:.2%} to the multiply-adds of {layer}, more "
+            f"than the `budget` of {budget:.2%}: raise it"
+        )
+    if is_source_process():
+        spent = sum(found[index][0] for found, index in zip(options, chosen, strict=True))
+        largest = sum(max(cost for cost, _ in found) for found in options)
+        logger.info(
+            f"{layer}: transforms add {spent:.2%} to the multiply-adds, of a budget of "
+            f"{budget:.2%}; the largest would add {largest:.2%}"
+        )
+    return {
+        one.group.owner: one.geometries[index]
+        for one, index in zip(inputs, chosen, strict=True)
+    }

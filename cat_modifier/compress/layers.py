@@ -9,7 +9,17 @@ __all__ = ["find_decoding_layers"]
 
 
 def find_decoding_layers(model: Module) -> dict[str, Module]:
-    """By name, in the order of the model"""
-    targets = infer_sequential_targets(model)
-    targets = [targets] if isinstance(targets, str) else list(targets)
-    return dict(match_named_modules(model, targets))
+    """
+    :return: by name, in the order of the model
+    :raises ValueError: if the model does not say which they are
+    """
+    layers = {}
+    if getattr(model, "_no_split_modules", None):
+        targets = infer_sequential_targets(model)
+        layers = dict(match_named_modules(model, targets))
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} does not name its decoding layers: set its "
+            "`_no_split_modules` to their classes"
+        )
+    return layers

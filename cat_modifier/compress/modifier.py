@@ -50,16 +50,16 @@ from cat_modifier.checkpoint.integers import (
 )
 from cat_modifier.checkpoint.saving import save_atomically
 from cat_modifier.checkpoint.transform import CATTransform
-from cat_modifier.compress.budget import Candidate, choose_geometries
+from cat_modifier.compress.budget import Candidates, choose_geometries
 from cat_modifier.compress.layers import find_decoding_layers
 from cat_modifier.compress.passes import is_resident, pass_over_data
 from cat_modifier.compress.report import GroupReport, predicted_noise
 from cat_modifier.mathematics.clipping import best_clip_ratio
 from cat_modifier.mathematics.geometry import (
     Geometry,
+    cheaper_geometries,
     choose_geometry,
     choose_head_geometry,
-    smaller_geometries,
 )
 from cat_modifier.mathematics.insertion import Insertion, compute_insertion
 from cat_modifier.mathematics.transform import DEFAULT_DAMPING, Rotation, inner_blocks
@@ -67,7 +67,7 @@ from cat_modifier.mathematics.transform import DEFAULT_DAMPING, Rotation, inner_
 __all__ = ["CATModifier"]
 
 _SAMPLE_SIZE = 64
-"""Tokens of each input that are kept, to clip ranges by and for the report"""
+"""Tokens of each input that are kept, to clip ranges and predict noise by"""
 
 
 class CATModifier(Modifier):
@@ -146,10 +146,12 @@ class CATModifier(Modifier):
         for each input that is least in error on a sample. Of activations which are asymmetric
         integers with a dynamic scale for each token; others are left alone
     :param precision: dtype in which T is stored. The inverse is taken of the stored T
-    :param budget: largest share of the multiply-adds of the Linears in a decoding layer that
-        its transforms may add at run time. Blocks, of at most `block_size`, are then of several
-        sizes: where predicted noise goes down most for what they cost, they are larger. None
-        makes all blocks as large as they can be
+    :param budget: share of multiply-adds which the transforms of a decoding layer may add at
+        run time to those of its Linears that they transform, for the tokens of the
+        calibration (of experts, pass `moe_calibrate_all_experts=False` to oneshot). Blocks, of
+        at most `block_size`, and Hadamard products are then of several sizes: larger where
+        predicted noise goes down most for what they cost. None makes them as large as they
+        can be, as they are outside of decoding layers
     :param tensor_parallel_size: largest tensor parallel size at which the checkpoint can be
         served: blocks and Hadamard products then stay within one of as many shards of those
         inputs that may be sharded (o_proj, down_proj, and all whose Linears are not
@@ -176,6 +178,9 @@ class CATModifier(Modifier):
     _calibration: InputCalibration | None = PrivateAttr(default=None)
     _finished: set[Module] = PrivateAttr(default_factory=set)
     _transformed: set[str] = PrivateAttr(default_factory=set)
+    _layers: dict[str, Module] = PrivateAttr(default_factory=dict)
+    _counts: dict[str, int] = PrivateAttr(default_factory=dict)
+    _budgeted: set[str] = PrivateAttr(default_factory=set)
     _config: CATTransformConfig | None = PrivateAttr(default=None)
 
     @field_validator("targets", "ignore", mode="before")
@@ -202,7 +207,8 @@ class CATModifier(Modifier):
     def on_initialize(self, state: State, **kwargs) -> bool:
         """
         :raises ValueError: if there is nothing to transform or to calibrate on, if a target
-            cannot be transformed, or if a later modifier would undo it
+            cannot be transformed, if a later modifier would undo it, or if there is a budget
+            for decoding layers, and none of them
         """
         data = state.data.calib
         if data is None:
@@ -230,6 +236,8 @@ class CATModifier(Modifier):
                     "transforms of their own: add both to `ignore`"
                 )
         self._refuse_later_transforms()
+        if self.budget is not None:
+            self._layers = find_decoding_layers(state.model)
         self.requires_calibration_data = not self._can_calibrate_at_once(state.model, matched)
         self._linears = matched
         self._config = CATTransformConfig(config_groups={})
@@ -424,86 +432,138 @@ class CATModifier(Modifier):
         is_quiet = not groups or not is_source_process()
         # what goes into the Linears of other groups comes first: they are transformed as they
         # will be
-        groups = sorted(groups, key=lambda group: self._find_value_heads(group) is None)
-        for group in groups:
-            device = get_execution_device(group.linears[group.owner])
-            self._calibration.statistics(group).moments.reduce(device)
+        heads = [group for group in groups if self._find_value_heads(group)]
+        others = [group for group in groups if group not in heads]
+        progress = tqdm.tqdm(total=len(groups), desc="Transforming", disable=is_quiet)
         geometries = {group.owner: self._geometry(group) for group in groups}
+        for group in heads:
+            self._reduce(group)
+            self._transform_pending_group(group, geometries[group.owner], modules)
+            progress.update()
         if self.budget is not None:
-            geometries |= self._choose_geometries(groups, modules)
-        for group in tqdm.tqdm(groups, desc="Transforming", disable=is_quiet):
-            statistics = self._calibration.take(group)
-            # if every token was padding, the group is left to be treated as unseen
-            if statistics.moments.count:
-                self._transform_group(group, geometries[group.owner], statistics, modules)
+            for group in others:
+                self._reduce(group)
+            geometries |= self._choose_geometries(heads, others, modules)
+        for group in others:
+            if self.budget is None:
+                self._reduce(group)
+            self._transform_pending_group(group, geometries[group.owner], modules)
+            progress.update()
+        progress.close()
+
+    def _reduce(self, group: InputGroup):
+        device = get_execution_device(group.linears[group.owner])
+        self._calibration.statistics(group).moments.reduce(device)
+
+    def _transform_pending_group(
+        self, group: InputGroup, geometry: Geometry, modules: set[Module] | None
+    ):
+        statistics = self._calibration.take(group)
+        self._counts[group.owner] = statistics.moments.count
+        # if every token was padding, the group is left to be treated as unseen
+        if statistics.moments.count:
+            self._transform_group(group, geometry, statistics, modules)
+
+    ## Budget ##
 
     def _choose_geometries(
-        self, groups: list[InputGroup], modules: set[Module] | None
+        self, heads: list[InputGroup], others: list[InputGroup], modules: set[Module] | None
     ) -> dict[str, Geometry]:
         """
-        :return: by the owner of the input
-        :raises ValueError: if the budget does not suffice for the smallest transforms
+        :param heads: groups which are transformed already
+        :param others: which are left
+        :return: for those which are in a decoding layer, by the owner
+        :raises ValueError: if a part of a layer was transformed before, or if the budget does
+            not suffice
         """
-        found = find_decoding_layers(active_session().state.model)
         layers: dict[str, list[InputGroup]] = defaultdict(list)
-        for group in groups:
-            if self._calibration.statistics(group).moments.count:
-                inside = (name for name in found if group.owner.startswith(f"{name}."))
-                layers[next(inside, "")].append(group)
+        for group in [*heads, *others]:
+            inside = (name for name in self._layers if group.owner.startswith(f"{name}."))
+            if (layer := next(inside, None)) is not None:
+                layers[layer].append(group)
         chosen = {}
-        is_quiet = not is_source_process()
+        is_quiet = not layers or not is_source_process()
         for layer, members in tqdm.tqdm(
             layers.items(), desc="Choosing block sizes", disable=is_quiet
         ):
-            counts = [self._calibration.statistics(one).moments.count for one in members]
-            candidates = [self._candidates(group, modules) for group in members]
-            geometries = choose_geometries(layer, members, counts, candidates, self.budget)
-            owners = (group.owner for group in members)
-            chosen |= dict(zip(owners, geometries, strict=True))
+            if layer in self._budgeted:
+                raise ValueError(
+                    f"{layer} is calibrated in parts, which cannot share a `budget`: leave "
+                    "`sequential_targets` of oneshot at its default"
+                )
+            self._budgeted.add(layer)
+            candidates = [
+                found
+                for group in members
+                if (found := self._candidates(group, group in heads, modules)) is not None
+            ]
+            if candidates:
+                chosen |= choose_geometries(layer, candidates, self.budget)
         return chosen
 
-    def _candidates(self, group: InputGroup, modules: set[Module] | None) -> list[Candidate]:
+    def _candidates(
+        self, group: InputGroup, is_done: bool, modules: set[Module] | None
+    ) -> Candidates | None:
+        """
+        :param is_done: whether the group is transformed, so that its cost is given
+        :return: None if it saw no tokens
+        """
         largest, features = self._geometry(group), group.features
-        if heads := self._find_value_heads(group):
-            is_folded = self._is_folded(heads, modules)
-            return [Candidate(largest, largest.multiply_adds(features, is_folded), 0.0)]
-        geometries = smaller_geometries(
-            group.owner, features, self._shards(group), largest, Rotation(self.rotation)
-        )
-        statistics, noises = self._calibration.statistics(group), None
-        if statistics.sample.tokens is not None:
-            device = get_execution_device(group.linears[group.owner])
-            tokens = statistics.sample.tokens.to(device, torch.float64)
-            token_weights = statistics.sample.weights.to(device)
-            weights = _read_weights(group, device)
-            noises = []
-            for geometry in geometries:
-                insertion = self._compute_insertion(
-                    group, geometry, statistics, weights, self.precision
+        if is_done:
+            count = self._counts[group.owner]
+            is_folded = self._is_folded(self._find_value_heads(group), modules)
+            geometries, costs = [largest], [largest.multiply_adds(features, is_folded)]
+        else:
+            count = self._calibration.statistics(group).moments.count
+            geometries = cheaper_geometries(
+                group.owner, features, self._shards(group), largest, Rotation(self.rotation)
+            )
+            # what few tokens say of large blocks is true of them alone
+            geometries = [one for one in geometries if one.block_size <= count] or geometries
+            costs = [one.multiply_adds(features) for one in geometries]
+        if not count:
+            return None
+        noises = [0.0] * len(costs)
+        if len(costs) > 1 and self._is_quantized(group):
+            noises = self._predict_noises(group, geometries)
+        return Candidates(group, count, geometries, costs, noises)
+
+    def _is_quantized(self, group: InputGroup) -> bool:
+        """Or may be: a recipe of CATModifier alone says nothing"""
+
+        def has_scheme(linears: dict[str, Linear]) -> bool:
+            return any(getattr(one, "quantization_scheme", None) for one in linears.values())
+
+        return has_scheme(group.linears) or not has_scheme(self._linears)
+
+    def _predict_noises(self, group: InputGroup, geometries: list[Geometry]) -> list[float]:
+        """Noise-to-signal ratio of the outputs for each, predicted. A collective call"""
+        statistics = self._calibration.statistics(group)
+        sample = statistics.sample
+        device = get_execution_device(group.linears[group.owner])
+        weights = _read_weights(group, device)
+        noises = []
+        for geometry in geometries:
+            insertion = self._compute_insertion(
+                group, geometry, statistics, weights, self.precision
+            )
+            if sample.tokens is not None:
+                noise = predicted_noise(
+                    group,
+                    insertion.transform_tokens(sample.tokens.to(device, torch.float64)),
+                    insertion.transform_weights(weights),
+                    sample.weights.to(device),
                 )
-                noises.append(
-                    predicted_noise(
-                        group,
-                        insertion.transform_tokens(tokens),
-                        insertion.transform_weights(weights),
-                        token_weights,
-                    )
-                )
+                noises.append(noise)
         # each rank has a sample of its own
-        of_ranks = [one for one in _of_all_ranks(noises) if one is not None]
+        of_ranks = [rank for rank in _of_all_ranks((sample.count, noises)) if rank[1]]
+        total = sum(count for count, _ in of_ranks)
         return [
-            Candidate(geometry, geometry.multiply_adds(features), sum(noises) / len(noises))
-            for geometry, noises in zip(geometries, zip(*of_ranks, strict=True), strict=True)
+            sum(count * found[index] for count, found in of_ranks) / total
+            for index in range(len(geometries))
         ]
 
-    def _smallest_geometry(self, group: InputGroup) -> Geometry:
-        """If a budget asks for it: nothing is known of what larger blocks are worth"""
-        geometry = self._geometry(group)
-        if self.budget is None or self._find_value_heads(group):
-            return geometry
-        return smaller_geometries(
-            group.owner, group.features, self._shards(group), geometry, Rotation(self.rotation)
-        )[0]
+    ## Transformation of a group ##
 
     def _compute_insertion(
         self,
@@ -674,11 +734,11 @@ class CATModifier(Modifier):
             + (", ..." if len(unseen) > 10 else "")
         )
         for group in mapped:
-            self._transform_group(group, self._smallest_geometry(group))
+            self._transform_group(group, self._geometry(group))
         for name in unseen:
             if name not in self._transformed:
                 group = InputGroup({name: self._linears[name]})
-                self._transform_group(group, self._smallest_geometry(group))
+                self._transform_group(group, self._geometry(group))
 
     ## Refusals ##
 

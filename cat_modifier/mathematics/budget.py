@@ -6,7 +6,7 @@ from collections.abc import Sequence
 __all__ = ["spend"]
 
 
-def spend(options: Sequence[Sequence[tuple[float, float]]], budget: float) -> list[int]:
+def spend(options: Sequence[Sequence[tuple[float, float]]], budget: float) -> list[int] | None:
     """
     Choose an option for each of several units, so that their noise adds up to little: from
     the cheapest of each, go to what lowers noise most for the cost it adds, until nothing
@@ -14,13 +14,12 @@ def spend(options: Sequence[Sequence[tuple[float, float]]], budget: float) -> li
 
     :param options: of each unit, pairs of cost and noise
     :param budget: for the sum of costs
-    :return: index of the option of each unit
-    :raises ValueError: if the cheapest options cost more than the budget
+    :return: index of the option of each unit; None if even the cheapest cost more
     """
     chosen = [min(range(len(one)), key=lambda i: one[i]) for one in options]
     left = budget - sum(one[index][0] for one, index in zip(options, chosen, strict=True))
     if left < 0:
-        raise ValueError(f"The least costs are {budget - left}, of a budget of {budget}")
+        return None
     while True:
         best_gain, best_unit, best_index = 0.0, None, None
         for unit, (one, index) in enumerate(zip(options, chosen, strict=True)):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How large the blocks and the Hadamard product of a transform can be for a given input"""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +12,10 @@ from cat_modifier.mathematics.hadamard import (
 )
 from cat_modifier.mathematics.transform import Rotation
 
-__all__ = ["Geometry", "choose_geometry", "choose_head_geometry", "smaller_geometries"]
+__all__ = ["Geometry", "cheaper_geometries", "choose_geometry", "choose_head_geometry"]
+
+_SMALLEST = 16
+"""Channels of a block, or of a Hadamard product, below which GPUs gain nothing"""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Geometry:
 
     def multiply_adds(self, features: int, are_blocks_folded: bool = False) -> int:
         """
-        At run time, for a token
+        At run time, for a token. GPUs fill what they multiply up to powers of two.
 
         :param features: d, size of the input
         :param are_blocks_folded: whether the blocks are in the rows of another Linear
@@ -95,26 +99,54 @@ def choose_geometry(
     return Geometry(size, inner, outer, ", ".join(remarks))
 
 
-def smaller_geometries(
+def cheaper_geometries(
     name: str, features: int, shards: int, largest: Geometry, rotation: Rotation
 ) -> list[Geometry]:
     """
-    What a transform can be which is to cost less: with blocks that divide the largest. Those
-    which cost as much as larger ones are left out: a smaller block leaves more of the
-    Hadamard product to be done after it.
+    What a transform can be which is to cost less: with smaller blocks, that divide the
+    largest, and with Hadamard products over fewer channels, each about a quarter of the one
+    before.
 
     :param largest: of :func:`choose_geometry`
-    :return: by rising cost; the last is `largest`
+    :return: by falling cost, from `largest` on
     """
-    found = [largest]
-    for size in range(largest.block_size - 1, 0, -1):
-        if largest.block_size % size:
-            continue
-        geometry = choose_geometry(name, features, shards, size, rotation)
-        is_cheaper = geometry.multiply_adds(features) < found[-1].multiply_adds(features)
-        if geometry.block_size == size and is_cheaper:
-            found.append(geometry)
-    return found[::-1]
+    sizes = [
+        size
+        for size in range(_SMALLEST, largest.block_size)
+        if largest.block_size % size == 0
+        if not rotation.is_folded or is_hadamard_order(size)
+    ]
+    found = [choose_geometry(name, features, shards, size, rotation) for size in sizes]
+    found.append(largest)
+    if rotation is Rotation.HADAMARD:
+        for whole in list(found):
+            found += _smaller_spans(features // shards, whole)
+
+    def is_better(one: Geometry, other: Geometry) -> bool:
+        return one != other and (
+            one.multiply_adds(features) <= other.multiply_adds(features)
+            and one.block_size >= other.block_size
+            and one.hadamard_size >= other.hadamard_size
+        )
+
+    useful = [one for one in found if not any(is_better(other, one) for other in found)]
+    return sorted(useful, key=lambda one: -one.multiply_adds(features))
+
+
+def _smaller_spans(shard: int, whole: Geometry) -> Iterator[Geometry]:
+    """With the block size of `whole`"""
+    size, outer = whole.block_size, whole.outer
+    while outer > 1:
+        # a product of a few channels takes as long on GPUs as one of 16
+        bound = outer // 4 if outer >= 4 * _SMALLEST else 1
+        outer, inner = max(
+            (p, q)
+            for p in range(1, bound + 1)
+            for q in range(1, size + 1)
+            if size % q == 0 and shard % (p * q) == 0
+            if is_hadamard_order(p) and is_hadamard_order(q)
+        )
+        yield Geometry(size, inner, outer, f"of {shard} channels")
 
 
 def choose_head_geometry(
