@@ -141,12 +141,15 @@ def _smaller_spans(shard: int, whole: Geometry) -> Iterator[Geometry]:
         bound = outer // 4 if outer >= 4 * _SMALLEST else 1
         outer, inner = max(
             (p, q)
-            for p in range(1, bound + 1)
-            for q in range(1, size + 1)
-            if size % q == 0 and shard % (p * q) == 0
-            if is_hadamard_order(p) and is_hadamard_order(q)
+            for p in _hadamard_divisors(shard, bound)
+            for q in _hadamard_divisors(size, size)
+            if shard % (p * q) == 0
         )
         yield Geometry(size, inner, outer, f"of {shard} channels")
+
+
+def _hadamard_divisors(n: int, bound: int) -> list[int]:
+    return [m for m in range(1, bound + 1) if n % m == 0 and is_hadamard_order(m)]
 
 
 def choose_head_geometry(
