@@ -39,7 +39,7 @@ MIXED = W4A4 | {
 
 TINY_CASES = {
     # name: (model, quantization, CAT)
-    "qwen2-w4a4": ({"family": "qwen2"}, W4A4, {}),
+    "qwen2-w4a4": ({"family": "qwen2"}, W4A4, {"budget": 0.15}),
     "qwen2-w4a8-tp2": ({"family": "qwen2"}, int_scheme(4, 8), {"tensor_parallel_size": 2}),
     "llama-w4a4-biases": (
         {"family": "llama-biases", "tied": True},
