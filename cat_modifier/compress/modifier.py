@@ -149,9 +149,9 @@ class CATModifier(Modifier):
     :param budget: share of multiply-adds which the transforms of a decoding layer may add at
         run time to those of its Linears that they transform, for the tokens of the
         calibration (of experts, pass `moe_calibrate_all_experts=False` to oneshot). Blocks, of
-        at most `block_size`, and Hadamard products are then of several sizes: larger where
-        predicted noise goes down most for what they cost. None makes them as large as they
-        can be, as they are outside of decoding layers
+        at most `block_size`, are then of several sizes: larger where predicted noise goes down
+        most for what they cost. None makes them as large as they can be, as they are outside
+        of decoding layers
     :param tensor_parallel_size: largest tensor parallel size at which the checkpoint can be
         served: blocks and Hadamard products then stay within one of as many shards of those
         inputs that may be sharded (o_proj, down_proj, and all whose Linears are not

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How large the blocks and the Hadamard product of a transform can be for a given input"""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +14,7 @@ from cat_modifier.mathematics.transform import Rotation
 __all__ = ["Geometry", "cheaper_geometries", "choose_geometry", "choose_head_geometry"]
 
 _SMALLEST = 16
-"""Channels of a block, or of a Hadamard product, below which GPUs gain nothing"""
+"""Channels of a block, below which GPUs gain nothing"""
 
 
 @dataclass(frozen=True)
@@ -104,52 +103,21 @@ def cheaper_geometries(
 ) -> list[Geometry]:
     """
     What a transform can be which is to cost less: with smaller blocks, that divide the
-    largest, and with Hadamard products over fewer channels, each about a quarter of the one
-    before.
+    largest. Hadamard products stay as they are, as what they are worth is not in the noise
+    that theory predicts. A smaller block leaves more of them to be done after it: if it costs
+    as much as a larger one, it is left out.
 
     :param largest: of :func:`choose_geometry`
     :return: by falling cost, from `largest` on
     """
-    sizes = [
-        size
-        for size in range(_SMALLEST, largest.block_size)
-        if largest.block_size % size == 0
-        if not rotation.is_folded or is_hadamard_order(size)
-    ]
-    found = [choose_geometry(name, features, shards, size, rotation) for size in sizes]
-    found.append(largest)
-    if rotation is Rotation.HADAMARD:
-        for whole in list(found):
-            found += _smaller_spans(features // shards, whole)
-
-    def is_better(one: Geometry, other: Geometry) -> bool:
-        return one != other and (
-            one.multiply_adds(features) <= other.multiply_adds(features)
-            and one.block_size >= other.block_size
-            and one.hadamard_size >= other.hadamard_size
-        )
-
-    useful = [one for one in found if not any(is_better(other, one) for other in found)]
-    return sorted(useful, key=lambda one: -one.multiply_adds(features))
-
-
-def _smaller_spans(shard: int, whole: Geometry) -> Iterator[Geometry]:
-    """With the block size of `whole`"""
-    size, outer = whole.block_size, whole.outer
-    while outer > 1:
-        # a product of a few channels takes as long on GPUs as one of 16
-        bound = outer // 4 if outer >= 4 * _SMALLEST else 1
-        outer, inner = max(
-            (p, q)
-            for p in _hadamard_divisors(shard, bound)
-            for q in _hadamard_divisors(size, size)
-            if shard % (p * q) == 0
-        )
-        yield Geometry(size, inner, outer, f"of {shard} channels")
-
-
-def _hadamard_divisors(n: int, bound: int) -> list[int]:
-    return [m for m in range(1, bound + 1) if n % m == 0 and is_hadamard_order(m)]
+    found = [largest]
+    for size in range(largest.block_size - 1, _SMALLEST - 1, -1):
+        if largest.block_size % size or (rotation.is_folded and not is_hadamard_order(size)):
+            continue
+        geometry = choose_geometry(name, features, shards, size, rotation)
+        if geometry.multiply_adds(features) < found[-1].multiply_adds(features):
+            found.append(geometry)
+    return found
 
 
 def choose_head_geometry(
