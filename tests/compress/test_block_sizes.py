@@ -18,7 +18,10 @@ from tiny_models import (
 )
 
 from cat_modifier import CATModifier
+from cat_modifier.calibration.groups import InputGroup
 from cat_modifier.compress import modifier as modifier_module
+from cat_modifier.compress.budget import Candidates, choose_geometries
+from cat_modifier.mathematics.geometry import Geometry
 
 WIDE = {"hidden_size": 192, "intermediate_size": 384, "head_dim": 48}
 
@@ -98,20 +101,30 @@ def test_more_is_spent_of_a_larger_budget(tmp_path):
     assert block_sizes(ample) == largest
 
 
-def test_larger_blocks_go_where_they_help(tmp_path):
-    """Weights which look at few directions, that go through all channels, need large blocks"""
-    model = make_model(tmp_path, **WIDE)
-    generator = torch.Generator().manual_seed(0)
-    directions = torch.linalg.qr(torch.randn(192, 192, generator=generator))[0]
-    few = directions * torch.logspace(0, -3, 192) @ directions.T
-    for name in "qkv":
-        weight = model.get_submodule(f"model.layers.0.self_attn.{name}_proj").weight
-        weight.data = weight.data @ few
-    modifier = CATModifier(block_size=96, budget=0.18)
-    oneshot(model=model, recipe=modifier, dataset=make_loader(make_tokens()))
-    sizes = block_sizes(model)
-    names = [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
-    assert sizes[names[0]] > sizes[names[1]]
+def candidates(name: str, noise: float, count: int = 100) -> Candidates:
+    """Of an input whose noise falls with the cost"""
+    group = InputGroup({name: torch.nn.Linear(64, 64)})
+    geometries = [Geometry(size, 1, 1, "") for size in (64, 32, 16)]
+    costs = [one.multiply_adds(64) for one in geometries]
+    return Candidates(group, count, geometries, costs, [noise, 1.2 * noise, 1.5 * noise])
+
+
+def choose(*inputs: Candidates, budget: float) -> list[int]:
+    chosen = choose_geometries("a layer", list(inputs), budget)
+    assert list(chosen) == [one.group.owner for one in inputs]
+    return [one.block_size for one in chosen.values()]
+
+
+def test_larger_blocks_go_where_there_is_more_noise():
+    # blocks of 64 cost as much as the Linear
+    assert choose(candidates("a", 0.1), candidates("b", 0.2), budget=0.4) == [16, 32]
+    assert choose(candidates("a", 0.2), candidates("b", 0.1), budget=0.75) == [64, 32]
+    assert choose(candidates("a", 0.1), candidates("b", 0.2), budget=1) == [64, 64]
+
+
+def test_an_input_of_few_tokens_is_no_cheap_gain():
+    rare, common = candidates("a", 0.1, count=10), candidates("b", 0.11, count=990)
+    assert choose(rare, common, budget=0.4985) == [16, 32]
 
 
 def test_layers_in_turn_choose_as_one_pass(tmp_path, monkeypatch):
