@@ -56,7 +56,7 @@ class CATTrainingModifier(Modifier):
         CATModifier:
           block_size: 128
         CATTrainingModifier:
-          steps: 60
+          steps: 120
         QuantizationModifier:
           ignore: [lm_head]
           config_groups:
@@ -96,7 +96,7 @@ class CATTrainingModifier(Modifier):
 
     requires_calibration_data: bool = True
 
-    steps: int = Field(default=60, ge=1)
+    steps: int = Field(default=120, ge=1)
     batch_size: int = Field(default=4, ge=1)
     learning_rate: float = Field(default=0.003, gt=0, allow_inf_nan=False)
     patience: int = Field(default=3, ge=1)

@@ -3,9 +3,9 @@
 Accuracy of the embedded model, quantized in many ways: each with llm-compressor from the same
 calibration text (documentation of Python), exported, loaded with Transformers, and compared
 with the bfloat16 model on two held-out texts, more documentation and news (the Lee corpus, in
-the wheel of gensim). Takes 3 to 6 minutes a row on 2 cores, half an hour if transforms are
-trained; rows which the JSON has are not made again. Runs in the compress environment, after
-examples/quickstart.sh has unpacked the model.
+the wheel of gensim). Takes 3 to 6 minutes a row on 2 cores, three quarters of an hour if
+transforms are trained; rows which the JSON has are not made again. Runs in the compress
+environment, after examples/quickstart.sh has unpacked the model.
 
     python tests/benchmarks/accuracy.py output/smollm2-135m-instruct \
         --json tests/benchmarks/results/accuracy.json \
