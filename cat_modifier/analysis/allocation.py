@@ -168,4 +168,5 @@ def run(args: Namespace):
         table.add_row(name, str(len(layers)), f"{share:.0%}")
     console = Console()
     console.print(table)
-    console.print(f"The recipe is in {args.output}", markup=False, highlight=False)
+    message = f"The recipe, of {bits:.2f} bits, is in {args.output}"
+    console.print(message, markup=False, highlight=False)

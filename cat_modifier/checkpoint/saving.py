@@ -20,6 +20,7 @@ from typing import Any
 import torch.distributed as dist
 from compressed_tensors.distributed import is_distributed, is_source_process
 from compressed_tensors.quantization.utils import is_module_quantized
+from loguru import logger
 from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
@@ -79,6 +80,7 @@ def _atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
         yield staging
         if is_source_process():
             _replace(folder, staging)
+            logger.info(f"The checkpoint is in {folder}")
         if is_distributed():
             dist.barrier()  # no rank may look for the checkpoint before it is there
     finally:
@@ -95,6 +97,10 @@ def _replace(folder: Path, staging: Path):
     # weights of an older checkpoint with other shards would be dead weight
     for path in [*folder.glob("model*.safetensors"), folder / SAFE_WEIGHTS_INDEX_NAME]:
         path.unlink(missing_ok=True)
+    # safetensors makes files which their owner alone can read
+    mode = (staging / CONFIG_NAME).stat().st_mode
+    for path in staging.glob("*.safetensors"):
+        path.chmod(mode)
     paths = [path for path in staging.iterdir() if path.name != CONFIG_NAME]
     for path in [*paths, staging / CONFIG_NAME]:
         target = folder / path.name

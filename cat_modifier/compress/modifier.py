@@ -267,8 +267,10 @@ class CATModifier(Modifier):
             untie_word_embeddings(state.model)
 
         if self.fold_attention and self.block_size != "full":
+            # one and the same: by default, oneshot shuffles the data anew for each pass
+            batches = [next(iter(state.data.calib))]
             found = find_value_heads(
-                state.model, self._linears, lambda: pass_over_data(state, batches=1)
+                state.model, self._linears, lambda: pass_over_data(state, batches)
             )
             everywhere = _of_all_ranks(found)
             self._value_heads = {

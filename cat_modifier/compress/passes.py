@@ -2,6 +2,7 @@
 """A calibration pass which runs each layer once"""
 
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 import tqdm
@@ -41,12 +42,12 @@ def is_resident(model: Module) -> bool:
     )
 
 
-def pass_over_data(state: State, batches: int | None = None):
+def pass_over_data(state: State, batches: list[Any] | None = None):
     """
     Pass the calibration data through the model, for its hooks to see. As llm-compressor's
     pipelines do it, but that attention is the model's own, which is faster.
 
-    :param batches: the first ones alone, without progress; None for all
+    :param batches: to pass in place of all the data, without progress
     """
     device = get_execution_device(state.model)
     with ExitStack() as stack:
@@ -60,9 +61,8 @@ def pass_over_data(state: State, batches: int | None = None):
         ):
             stack.enter_context(context(state.model))
         is_quiet = batches is not None or not is_source_process()
-        progress = tqdm.tqdm(state.data.calib, desc="Calibrating", disable=is_quiet)
+        data = state.data.calib if batches is None else batches
+        progress = tqdm.tqdm(data, desc="Calibrating", disable=is_quiet)
         for index, batch in enumerate(progress):
             state.current_batch_idx = index
             state.model(**tensors_to_device(batch, device))
-            if index + 1 == batches:
-                break

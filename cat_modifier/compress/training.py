@@ -91,7 +91,8 @@ class CATTrainingModifier(Modifier):
         held-out samples, an eighth of all, is evaluated ten times at most. The transforms
         of least error are kept: if no step improves on CATModifier's, those
     :param checkpoint_dir: folder in which the corrections of each trained layer are kept.
-        If a run is repeated with the same one, layers found there are not trained again
+        If a run is repeated with the same one, layers found there are not trained again. The
+        data must come in the same order: pass `shuffle_calibration_samples=False` to oneshot
     """
 
     requires_calibration_data: bool = True

@@ -109,7 +109,8 @@ class CorrectionStore:
         if not is_same:
             raise ValueError(
                 f"{path} is of another model, recipe or calibration data: choose another "
-                "`checkpoint_dir`, or remove this one"
+                "`checkpoint_dir`, or remove this one. (oneshot shuffles the data anew in each "
+                "run: pass `shuffle_calibration_samples=False`)"
             )
         device = layer.base.weights[layer.inputs[0].owner].device
         return {

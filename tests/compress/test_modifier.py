@@ -9,6 +9,7 @@ import pytest
 import torch
 from compressed_tensors.offload import offload_module
 from compressed_tensors.offload.cache import CPUCache
+from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
@@ -25,6 +26,7 @@ from tiny_models import (
     make_tokens,
     relative_error,
 )
+from transformers import AutoTokenizer
 
 from cat_modifier import CATModifier
 from cat_modifier.calibration.moments import BlockMoments
@@ -516,6 +518,22 @@ def test_nothing_but_padding_is_an_error(tmp_path):
             recipe=CATModifier(),
             dataset=make_loader(tokens, torch.zeros_like(tokens)),
         )
+
+
+def test_data_which_is_shuffled_anew_for_each_pass(tmp_path):
+    """As oneshot does it by default, with samples of several lengths"""
+    model = make_model(tmp_path)
+    before = logits_of(model)
+    samples = [tokens[: 20 + 4 * index].tolist() for index, tokens in enumerate(make_tokens(8))]
+    oneshot(
+        model=model,
+        tokenizer=AutoTokenizer.from_pretrained(tmp_path),
+        recipe=CATModifier(),
+        dataset=Dataset.from_dict({"input_ids": samples}),
+        num_calibration_samples=8,
+    )
+    assert len(model.transform_config.folded) == 2
+    assert relative_error(logits_of(model), before) < 1e-4
 
 
 def test_layers_in_turn_give_the_transforms_of_one_pass(tmp_path, monkeypatch, logs):
