@@ -57,6 +57,9 @@ TRANSFORMS = {
     "CAT, block Hadamard, strength 0.75": {
         "CATModifier": {"rotation": "block-hadamard", "strength": 0.75}
     },
+    "CAT, block Hadamard, blocks of 64": {
+        "CATModifier": {"block_size": 64, "rotation": "block-hadamard"}
+    },
     "CAT, budget 0.075": {"CATModifier": {"budget": 0.075}},
     "CAT, blocks to 512, budget 0.1": {"CATModifier": {"block_size": 512, "budget": 0.102}},
     "CAT, scaling alone": {"CATModifier": {"block_size": 1, "rotation": "none"}},
