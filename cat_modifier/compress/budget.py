@@ -61,8 +61,8 @@ def choose_geometries(
         least = sum(min(cost for cost, _ in found) for found in options)
         raise ValueError(
             f"The cheapest transforms add {least:.2%} to the multiply-adds of {layer}, more "
-            f"than the `budget` of {budget:.2%}: raise it, or choose `rotation: "
-            "block-hadamard`, which costs nothing beside the blocks"
+            f"than the `budget` of {budget:.2%}: raise it, or, if the `rotation` is "
+            "`hadamard`, choose `block-hadamard`, which costs nothing beside the blocks"
         )
     if is_source_process():
         spent = sum(found[index][0] for found, index in zip(options, chosen, strict=True))

@@ -5,6 +5,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Sized
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -268,7 +269,7 @@ class CATModifier(Modifier):
 
         if self.fold_attention and self.block_size != "full":
             # one and the same: by default, oneshot shuffles the data anew for each pass
-            batches = [next(iter(state.data.calib))]
+            batches = list(islice(state.data.calib, 1))
             found = find_value_heads(
                 state.model, self._linears, lambda: pass_over_data(state, batches)
             )

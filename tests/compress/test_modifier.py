@@ -520,17 +520,19 @@ def test_nothing_but_padding_is_an_error(tmp_path):
         )
 
 
-def test_data_which_is_shuffled_anew_for_each_pass(tmp_path):
+@pytest.mark.parametrize("seed", range(3))
+def test_data_which_is_shuffled_anew_for_each_pass(tmp_path, seed):
     """As oneshot does it by default, with samples of several lengths"""
     model = make_model(tmp_path)
     before = logits_of(model)
-    samples = [tokens[: 20 + 4 * index].tolist() for index, tokens in enumerate(make_tokens(8))]
+    samples = [tokens[: 16 + index].tolist() for index, tokens in enumerate(make_tokens(32))]
+    torch.manual_seed(seed)  # of the order
     oneshot(
         model=model,
         tokenizer=AutoTokenizer.from_pretrained(tmp_path),
         recipe=CATModifier(),
         dataset=Dataset.from_dict({"input_ids": samples}),
-        num_calibration_samples=8,
+        num_calibration_samples=32,
     )
     assert len(model.transform_config.folded) == 2
     assert relative_error(logits_of(model), before) < 1e-4
