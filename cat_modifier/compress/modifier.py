@@ -2,32 +2,21 @@
 """CATModifier, which inserts concentration-alignment transforms into a model"""
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Sized
 from itertools import islice
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import torch.distributed as dist
 import tqdm
 from compressed_tensors import (
     TRANSFORM_CONFIG_NAME,
     CompressionFormat,
-    match_modules_set,
-    match_named_modules,
 )
-from compressed_tensors.distributed import is_distributed, is_source_process
+from compressed_tensors.distributed import is_source_process
 from compressed_tensors.offload import OffloadCache
-from compressed_tensors.quantization import (
-    QuantizationStatus,
-    QuantizationStrategy,
-    QuantizationType,
-)
-from compressed_tensors.transform.factory.base import TransformBase
 from compressed_tensors.utils import (
     TorchDtype,
-    align_module_device,
     get_execution_device,
     update_offload_parameter,
 )
@@ -44,18 +33,25 @@ from cat_modifier.calibration.groups import DEFAULT_IGNORE, InputGroup
 from cat_modifier.calibration.inputs import InputCalibration
 from cat_modifier.calibration.moments import InputStatistics
 from cat_modifier.checkpoint.config import CATTransformConfig
-from cat_modifier.checkpoint.integers import (
-    INT8_PRODUCT_RULE,
-    is_integer,
-    suits_int8_product,
-)
+from cat_modifier.checkpoint.integers import suits_int8_product
 from cat_modifier.checkpoint.saving import save_atomically
 from cat_modifier.checkpoint.transform import CATTransform
 from cat_modifier.compress.budget import Candidates, choose_geometries
+from cat_modifier.compress.clipping import choose_clip_ratio
 from cat_modifier.compress.layers import find_decoding_layers
+from cat_modifier.compress.matching import match_linears, match_mappings
 from cat_modifier.compress.passes import is_resident, pass_over_data
+from cat_modifier.compress.ranks import barrier, of_all_ranks
+from cat_modifier.compress.refusals import (
+    refuse_different_groups,
+    refuse_later_transforms,
+    refuse_shared_pass,
+    refuse_transformed,
+    warn_of_what_cannot_be_served,
+)
 from cat_modifier.compress.report import GroupReport, predicted_noise
-from cat_modifier.mathematics.clipping import best_clip_ratio
+from cat_modifier.compress.sharding import may_be_sharded
+from cat_modifier.compress.weights import fold_into_values, read_weights
 from cat_modifier.mathematics.geometry import (
     Geometry,
     cheaper_geometries,
@@ -216,27 +212,8 @@ class CATModifier(Modifier):
             raise ValueError("CATModifier needs calibration data: pass a `dataset` to oneshot")
         if isinstance(data, Sized) and len(data) == 0:
             raise ValueError("The calibration dataset is empty")
-        matched = dict(match_named_modules(state.model, self.targets, self.ignore))
-        if not matched:
-            raise ValueError(
-                f"CATModifier found no modules for targets {self.targets} and ignore "
-                f"{self.ignore}: check the names with `model.named_modules()`"
-            )
-        owners: dict[int, str] = {}
-        for name, module in matched.items():
-            if not isinstance(module, Linear):
-                raise ValueError(
-                    f"CATModifier can transform the inputs of torch.nn.Linear, but {name} "
-                    f"is a {type(module).__name__}: add it to `ignore`"
-                )
-            with OffloadCache.disable_onloading():  # onloading would make a copy
-                owner = owners.setdefault(id(module.weight), name)
-            if owner != name:
-                raise ValueError(
-                    f"{name} and {owner} share their weight, so that their inputs cannot have "
-                    "transforms of their own: add both to `ignore`"
-                )
-        self._refuse_later_transforms()
+        matched = match_linears(state.model, self.targets, self.ignore)
+        refuse_later_transforms(self)
         if self.budget is not None:
             self._layers = find_decoding_layers(state.model)
         self.requires_calibration_data = not self._can_calibrate_at_once(state.model, matched)
@@ -249,20 +226,9 @@ class CATModifier(Modifier):
         :raises ValueError: if another modifier shares the calibration pass, if an input has
             a transform, or if weights are quantized already
         """
-        self._refuse_shared_pass()
-        for name, linear in self._linears.items():
-            if any(isinstance(child, TransformBase) for child in linear.children()):
-                raise ValueError(
-                    f"The input of {name} has an online transform already, and a second one "
-                    "cannot be applied: leave one of the two modifiers out"
-                )
-            status = getattr(linear, "quantization_status", None)
-            if status is not None and status > QuantizationStatus.CALIBRATION:
-                raise ValueError(
-                    f"{name} is quantized already: put CATModifier before the quantization "
-                    "modifier in the recipe"
-                )
-        self._warn_of_what_cannot_be_served()
+        refuse_shared_pass(self)
+        refuse_transformed(self._linears)
+        warn_of_what_cannot_be_served(self._linears)
         # the weight of a head which is tied to the embedding cannot change alone
         if state.model.get_output_embeddings() in self._linears.values():
             untie_word_embeddings(state.model)
@@ -273,7 +239,7 @@ class CATModifier(Modifier):
             found = find_value_heads(
                 state.model, self._linears, lambda: pass_over_data(state, batches)
             )
-            everywhere = _of_all_ranks(found)
+            everywhere = of_all_ranks(found)
             self._value_heads = {
                 name: heads
                 for name, heads in found.items()
@@ -286,7 +252,9 @@ class CATModifier(Modifier):
             ),
         )
         if self.mappings is not None:
-            self._calibration.observer.set_groups(self._match_mappings(state.model))
+            self._calibration.observer.set_groups(
+                match_mappings(state.model, self.mappings, self.ignore, self._linears)
+            )
 
         names = {linear: name for name, linear in self._linears.items()}
 
@@ -365,34 +333,14 @@ class CATModifier(Modifier):
         with OffloadCache.disable_onloading():  # onloading would make copies
             size = sum(p.numel() * p.element_size() for p in model.parameters())
             answer = is_resident(model) and moments < size
-        return all(_of_all_ranks(answer))  # they take the same way
-
-    def _match_mappings(self, model: Module) -> list[list[str]]:
-        names = {linear: name for name, linear in self._linears.items()}
-        groups = []
-        for mapping in self.mappings:
-            matches = list(match_modules_set(model, mapping, self.ignore))
-            if not matches:
-                raise ValueError(f"No modules match the mapping {mapping} of CATModifier")
-            for match in matches:
-                members = [module for modules in match for module in modules]
-                if unknown := [module for module in members if module not in names]:
-                    raise ValueError(
-                        f"The mapping {mapping} of CATModifier matches {unknown[0]}, which "
-                        "is not among its `targets`"
-                    )
-                if len({linear.in_features for linear in members}) > 1:
-                    raise ValueError(
-                        f"The mapping {mapping} of CATModifier matches Linears of different "
-                        "input sizes, which cannot read the same input"
-                    )
-                groups.append([names[module] for module in members])
-        return groups
+        return all(of_all_ranks(answer))  # they take the same way
 
     ## Transformation ##
 
     def _shards(self, group: InputGroup) -> int:
-        is_sharded = self.tensor_parallel_size > 1 and self._may_be_sharded(group)
+        is_sharded = self.tensor_parallel_size > 1 and may_be_sharded(
+            active_session().state.model, group.linears
+        )
         return self.tensor_parallel_size if is_sharded else 1
 
     def _geometry(self, group: InputGroup) -> Geometry:
@@ -414,24 +362,11 @@ class CATModifier(Modifier):
         found = (self._value_heads.get(name) for name in group.linears)
         return next((heads for heads in found if heads is not None), None)
 
-    def _may_be_sharded(self, group: InputGroup) -> bool:
-        """Whether a tensor parallel rank may get a part of the input, not all of it"""
-        plan = getattr(active_session().state.model, "tp_plan", None) or {}
-        # the plan is Transformers', and vLLM's can differ: trust nothing but a clear yes
-        column_parallel = [
-            re.compile(r"(^|\.)" + re.escape(pattern).replace(r"\*", r"\d+") + "$")
-            for pattern, style in plan.items()
-            if style == "colwise"
-        ]
-        return not all(
-            any(pattern.search(name) for pattern in column_parallel) for name in group.linears
-        )
-
     def _transform_groups(self, groups: list[InputGroup], modules: set[Module] | None = None):
         """
         :param modules: whose outputs are computed anew; None for all
         """
-        self._refuse_different_groups(groups)
+        refuse_different_groups(groups)
         is_quiet = not groups or not is_source_process()
         # what goes into the Linears of other groups comes first: they are transformed as they
         # will be
@@ -544,7 +479,7 @@ class CATModifier(Modifier):
         statistics = self._calibration.statistics(group)
         sample = statistics.sample
         device = get_execution_device(group.linears[group.owner])
-        weights = _read_weights(group, device)
+        weights = read_weights(group, device)
         noises = []
         for geometry in geometries:
             insertion = self._compute_insertion(
@@ -559,7 +494,7 @@ class CATModifier(Modifier):
                 )
                 noises.append(noise)
         # each rank has a sample of its own
-        of_ranks = [rank for rank in _of_all_ranks((sample.count, noises)) if rank[1]]
+        of_ranks = [rank for rank in of_all_ranks((sample.count, noises)) if rank[1]]
         total = sum(count for count, _ in of_ranks)
         return [
             sum(count * found[index] for count, found in of_ranks) / total
@@ -621,7 +556,7 @@ class CATModifier(Modifier):
             size = geometry.stored_size
             shape = (group.features // size, size, size)
             stored = torch.empty(shape, dtype=self.precision, device=device)
-        weights = _read_weights(group, device)
+        weights = read_weights(group, device)
         precision = torch.float64 if is_folded else self.precision
         insertion = self._compute_insertion(group, geometry, statistics, weights, precision)
         new_weights = insertion.transform_weights(weights)
@@ -632,9 +567,10 @@ class CATModifier(Modifier):
             tokens = sample.tokens.to(device, torch.float64)
             token_weights = sample.weights.to(device)
             transformed = insertion.transform_tokens(tokens)
-            clip_ratio = self._clip_ratio(group, transformed, token_weights)
+            if self.clip_activations:
+                clip_ratio = choose_clip_ratio(group, transformed, token_weights)
         # each rank has a sample of its own
-        ratios = _of_all_ranks(clip_ratio)
+        ratios = of_all_ranks(clip_ratio)
         clip_ratio = max((ratio for ratio in ratios if ratio is not None), default=1.0)
         if sample is not None and sample.tokens is not None and is_source_process():
             report = GroupReport.measure(
@@ -649,57 +585,25 @@ class CATModifier(Modifier):
             )
             report.log()
 
-        new_values = self._fold(heads, insertion) if is_folded else {}
+        new_values = {}
+        if is_folded:
+            value_linear = self._linears[heads.linear]
+            new_values = fold_into_values(value_linear, heads, insertion.blocks)
 
         # offloaded weights can be shared between ranks: all read before any writes
-        _barrier()
+        barrier()
         for name, linear in group.linears.items():
             update_offload_parameter(
                 linear, "weight", new_weights[name].to(linear.weight.dtype)
             )
         for name, value in new_values.items():
-            update_offload_parameter(self._linears[heads.linear], name, value)
-        _barrier()
+            update_offload_parameter(value_linear, name, value)
+        barrier()
         if stored is not None:
             stored.copy_(insertion.blocks)
         self._attach(group, geometry, stored, clip_ratio)
         if is_folded:
             self._config.folded |= dict.fromkeys(group.linears, heads.linear)
-
-    def _clip_ratio(self, group: InputGroup, tokens: Tensor, token_weights: Tensor) -> float:
-        """
-        :param tokens: sample of the transformed input, shape (tokens, d)
-        """
-        schemes = [getattr(one, "quantization_scheme", None) for one in group.linears.values()]
-        inputs = [scheme.input_activations if scheme else None for scheme in schemes]
-        is_clipped = self.clip_activations and all(
-            args is not None
-            and args == inputs[0]
-            and args.type == QuantizationType.INT
-            and args.strategy == QuantizationStrategy.TOKEN
-            and args.dynamic is True
-            and not args.symmetric
-            for args in inputs
-        )
-        return best_clip_ratio(tokens, inputs[0], token_weights) if is_clipped else 1.0
-
-    def _fold(self, heads: ValueHeads, insertion: Insertion) -> dict[str, Tensor]:
-        """
-        :param insertion: whose blocks are those of heads
-        :return: weight, and bias if there is one, of the Linear which makes the values, with
-            the transform in its rows
-        """
-        linear, folded = self._linears[heads.linear], {}
-        blocks = insertion.blocks[:: heads.repeats]
-        with align_module_device(linear):
-            for name in ("weight", "bias"):
-                parameter = getattr(linear, name)
-                if parameter is None:
-                    continue
-                rows = parameter.detach().to(blocks).unflatten(0, (-1, heads.head_dim))
-                transformed = torch.einsum("hij,hj...->hi...", blocks, rows).flatten(0, 1)
-                folded[name] = transformed.to(parameter.dtype)
-        return folded
 
     def _attach(
         self, group: InputGroup, geometry: Geometry, blocks: Tensor | None, clip_ratio: float
@@ -742,83 +646,3 @@ class CATModifier(Modifier):
             if name not in self._transformed:
                 group = InputGroup({name: self._linears[name]})
                 self._transform_group(group, self._geometry(group))
-
-    ## Refusals ##
-
-    def _warn_of_what_cannot_be_served(self):
-        for name, linear in self._linears.items():
-            scheme = getattr(linear, "quantization_scheme", None)
-            args = getattr(scheme, "weights", None), getattr(scheme, "input_activations", None)
-            if (
-                is_integer(*args)
-                and min(quantization.num_bits for quantization in args) < 8
-                and not suits_int8_product(*args)
-            ):
-                logger.warning(
-                    f"{name} and others will load in Transformers, but vLLM may not serve "
-                    f"them: {INT8_PRODUCT_RULE}"
-                )
-                return
-
-    def _refuse_shared_pass(self):
-        sharing = [
-            type(modifier).__name__
-            for modifier in active_session().lifecycle.recipe.modifiers
-            if modifier is not self
-        ]
-        if sharing:
-            raise ValueError(
-                f"CATModifier cannot share a calibration pass with {', '.join(sharing)}, "
-                "which would be calibrated on inputs that are not transformed yet. Use "
-                "`oneshot(..., pipeline='independent')`, the default"
-            )
-
-    def _refuse_later_transforms(self):
-        modifiers = active_session().lifecycle.recipe.modifiers
-        position = next((i for i, other in enumerate(modifiers) if other is self), 0)
-        later = [
-            type(modifier).__name__
-            for modifier in modifiers[position + 1 :]
-            if any(
-                base.__module__.startswith("llmcompressor.modifiers.transform.")
-                for base in type(modifier).__mro__
-            )
-        ]
-        if later:
-            raise ValueError(
-                f"{', '.join(later)} would change inputs or weights between which CATModifier "
-                "has put a transform: put it before CATModifier in the recipe"
-            )
-
-    def _refuse_different_groups(self, groups: list[InputGroup]):
-        if not is_distributed():
-            return
-        names = [list(group.linears) for group in groups]
-        if any(other != names for other in _of_all_ranks(names)):
-            raise ValueError(
-                "The ranks observed different groups of Linears, so that their moments "
-                "cannot be summed: give every rank data for all Linears, or set `mappings`"
-            )
-
-
-def _read_weights(group: InputGroup, device: torch.device) -> dict[str, Tensor]:
-    """By name, float64"""
-    weights = {}
-    for name, linear in group.linears.items():
-        with align_module_device(linear):
-            weights[name] = linear.weight.detach().to(device, torch.float64)
-    return weights
-
-
-def _of_all_ranks(value: Any) -> list[Any]:
-    """The value of each rank. A collective call"""
-    if not is_distributed():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def _barrier():
-    if is_distributed():
-        dist.barrier()
