@@ -10,9 +10,9 @@ import tqdm
 from compressed_tensors import TRANSFORM_CONFIG_NAME
 from compressed_tensors.distributed import is_distributed
 from compressed_tensors.quantization import (
+    DynamicType,
     QuantizationStatus,
     QuantizationStrategy,
-    QuantizationType,
 )
 from compressed_tensors.utils import update_offload_parameter
 from llmcompressor.core import Event, State, active_session
@@ -359,17 +359,16 @@ def _check_scheme(name: str, linear: Linear):
             "after CATTrainingModifier"
         )
     weights, inputs = scheme.weights, scheme.input_activations
-    groups = (QuantizationStrategy.CHANNEL, QuantizationStrategy.GROUP)
-    is_suited = weights.type == QuantizationType.INT and weights.strategy in groups
+    groups = (QuantizationStrategy.GROUP, QuantizationStrategy.TENSOR_GROUP)
+    is_suited = weights.strategy in (QuantizationStrategy.CHANNEL, *groups)
     if inputs is not None:
-        tokens = (QuantizationStrategy.TOKEN, QuantizationStrategy.GROUP)
-        is_suited &= inputs.type == QuantizationType.INT and inputs.strategy in tokens
-        is_suited &= inputs.dynamic is True
+        is_suited &= inputs.strategy in (QuantizationStrategy.TOKEN, *groups)
+        is_suited &= inputs.dynamic in (True, DynamicType.LOCAL)
     if not is_suited:
         raise ValueError(
-            f"CATTrainingModifier cannot train for the scheme of {name}: it can for integer "
-            "weights with a scale for each channel or group, and for dynamic integer "
-            "activations with a scale for each token or group"
+            f"CATTrainingModifier cannot train for the scheme of {name}: it can for weights "
+            "with a scale for each channel or group, and for dynamic activations with a scale "
+            "for each token or group"
         )
 
 

@@ -18,10 +18,9 @@ import torch
 from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationStrategy,
-    QuantizationType,
     fake_quantize,
 )
-from compressed_tensors.quantization.utils import calculate_qparams
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from torch import Tensor
 
 __all__ = [
@@ -128,26 +127,30 @@ def _extremes(x: Tensor, args: QuantizationArgs) -> tuple[Tensor, Tensor]:
 
 def quantize_by_range(x: Tensor, args: QuantizationArgs) -> Tensor:
     """
-    Round to integers as compressed-tensors does, with the least and greatest value of each
-    range as its ends, and scale back. This is how dynamic activations and weights of
-    observer `minmax` are quantized.
+    Round as compressed-tensors does, with the least and greatest value of each range as its
+    ends, and scale back. This is how dynamic activations and weights of observer `minmax` are
+    quantized.
 
     :param x: shape (rows, d)
-    :param args: of integers; see :func:`quantization_range`
+    :param args: of integers, or of floats of 4 or 8 bits; see :func:`quantization_range`. With
+        `tensor_group`, x is the tensor of which the global scale is taken
     :return: shape (rows, d), dtype of x
-    :raises ValueError: if they are not integers
     """
-    if args.type != QuantizationType.INT:
-        raise ValueError(f"Ranges of type {args.type} are not divided into equal intervals")
     low, high = _extremes(x, args)
-    scale, zero_point = calculate_qparams(low, high, args)
+    global_scale = None
+    if args.strategy == QuantizationStrategy.TENSOR_GROUP:
+        global_scale = generate_gparam(low.min(), high.max())
+    scale, zero_point = calculate_qparams(low, high, args, global_scale)
     # every range is a row of its own here: one scale a row is all that is asked of
     # compressed-tensors, whose strategies want scales of different shapes
-    row = QuantizationArgs(num_bits=args.num_bits, symmetric=args.symmetric, strategy="channel")
+    row = QuantizationArgs(
+        num_bits=args.num_bits, type=args.type, symmetric=args.symmetric, strategy="channel"
+    )
     _, width = _tile(x.shape, args)
     padded = _padded(x, 1, width)
     scale, zero_point = scale.reshape(-1, 1), zero_point.reshape(-1, 1)
-    quantized = fake_quantize(padded.reshape(-1, width), scale, zero_point, row)
+    rows = padded.reshape(-1, width)
+    quantized = fake_quantize(rows, scale, zero_point, row, global_scale).to(x.dtype)
     return quantized.view(padded.shape)[:, : x.shape[-1]]
 
 

@@ -120,6 +120,24 @@ def test_sixteen_bits_are_trained(tmp_path, dtype, monkeypatch):
     assert trainings[0].after < 0.95 * trainings[0].before
 
 
+@pytest.mark.parametrize("scheme", ["NVFP4", "MXFP4", "NVFP4A16"])
+def test_floats_are_trained(tmp_path, scheme, monkeypatch):
+    trainings = spy_on_fit(monkeypatch)
+    original, tokens, models = make_model(tmp_path), make_tokens(32), {}
+    slow = CATTrainingModifier(**FAST, learning_rate=0.001)
+    for name, training in (("closed", []), ("trained", [slow])):
+        models[name] = compress(
+            make_model(tmp_path),
+            CATModifier(block_size=32, rotation="block-hadamard"),
+            *training,
+            tokens=tokens,
+            last=QuantizationModifier(targets=["Linear"], scheme=scheme, ignore=["lm_head"]),
+        )
+    assert trainings[0].after < 0.95 * trainings[0].before
+    errors = {name: hidden_error(one, original, tokens) for name, one in models.items()}
+    assert errors["trained"] < errors["closed"]
+
+
 def test_experts_are_trained(tmp_path, monkeypatch):
     trainings = spy_on_fit(monkeypatch)
     model = make_model(tmp_path, "qwen3-moe", num_experts=4, num_experts_per_tok=2)
@@ -261,7 +279,7 @@ def test_layers_which_do_not_get_better_are_left(tmp_path):
         ([CATTrainingModifier, CATModifier], SCHEME, "put one before it"),
         (
             [CATModifier, CATTrainingModifier],
-            {"targets": ["Linear"], "scheme": "NVFP4A16", "ignore": ["lm_head"]},
+            {"targets": ["Linear"], "scheme": "FP8", "ignore": ["lm_head"]},
             "cannot train for the scheme",
         ),
         (

@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from compressed_tensors.quantization import QuantizationArgs, fake_quantize
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    fake_quantize,
+    preset_name_to_scheme,
+)
 from compressed_tensors.quantization.utils import (
     calculate_qparams,
     compute_dynamic_scales_and_zp,
+    generate_gparam,
 )
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -176,10 +181,15 @@ def test_the_last_group_may_be_incomplete():
     assert torch.equal(quantize_by_range(x, args)[:, 8:], last)
 
 
-def test_floats_have_no_equal_intervals():
-    args = QuantizationArgs(num_bits=4, type="float", strategy="group", group_size=16)
-    with pytest.raises(ValueError, match="equal intervals"):
-        quantize_by_range(torch.ones(2, 32), args)
+@pytest.mark.parametrize("scheme", ["NVFP4", "MXFP4", "FP8_DYNAMIC"])
+def test_quantizes_floats_as_compressed_tensors_does(scheme):
+    torch.manual_seed(0)
+    x = torch.randn(1, 40, 96).exp()
+    args = preset_name_to_scheme(scheme, ["Linear"]).input_activations
+    global_scale = generate_gparam(x.min(), x.max()) if scheme == "NVFP4" else None
+    qparams = compute_dynamic_scales_and_zp(x, args, None, global_scale)
+    expected = fake_quantize(x, *qparams, args, global_scale)[0]
+    assert torch.equal(quantize_by_range(x[0], args), expected)
 
 
 def test_weights_of_tokens_are_repetitions():

@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from compressed_tensors.quantization import QuantizationArgs, fake_quantize
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    fake_quantize,
+    preset_name_to_scheme,
+)
 from llmcompressor.observers import Observer
 
 from cat_modifier.mathematics.clipping import clip_tokens
@@ -11,6 +15,9 @@ from cat_modifier.training.rounding import quantize_activations, quantize_weight
 TOKEN = QuantizationArgs(num_bits=4, strategy="token", symmetric=False, dynamic=True)
 CHANNEL = QuantizationArgs(num_bits=4, strategy="channel", observer="memoryless_mse")
 GROUP = QuantizationArgs(num_bits=4, strategy="group", group_size=16, symmetric=False)
+FLOATS = {
+    name: preset_name_to_scheme(name, ["Linear"]) for name in ("NVFP4", "MXFP4", "FP8_DYNAMIC")
+}
 
 
 @pytest.fixture
@@ -24,7 +31,11 @@ def test_activations_are_clipped_and_quantized(x):
     torch.testing.assert_close(quantize_activations(x, TOKEN, 0.8), expected)
 
 
-@pytest.mark.parametrize("args", [CHANNEL, GROUP], ids=["channel", "group"])
+@pytest.mark.parametrize(
+    "args",
+    [CHANNEL, GROUP, *(scheme.weights for scheme in FLOATS.values())],
+    ids=["channel", "group", *FLOATS],
+)
 def test_weights_are_quantized_as_by_llm_compressor(x, args):
     weight = x.flatten(0, 1)
     observer = Observer.load_from_registry(
@@ -32,17 +43,23 @@ def test_weights_are_quantized_as_by_llm_compressor(x, args):
     )
     observer(weight)
     found = observer.get_qparams()
-    expected = fake_quantize(weight, found["scale"], found["zero_point"], args)
+    expected = fake_quantize(
+        weight, found["scale"], found["zero_point"], args, found["global_scale"]
+    )
     result = quantize_weight(weight, args, range_ratio(weight, args))
     # a value on the edge between two integers can go either way
     assert ((result - expected).abs() > 1e-4).float().mean() < 0.01
 
 
-@pytest.mark.parametrize("ratio", [1.0, 0.7])
-def test_gradient_is_that_of_ranges_too(x, ratio):
+@pytest.mark.parametrize(
+    "args, ratio",
+    [(TOKEN, 1.0), (TOKEN, 0.7), *((one.input_activations, 1.0) for one in FLOATS.values())],
+    ids=["token", "clipped", *FLOATS],
+)
+def test_gradient_is_that_of_ranges_too(x, args, ratio):
     """What scales with its input has a derivative along it which is the output itself"""
     x.requires_grad_()
-    result = quantize_activations(x, TOKEN, ratio)
+    result = quantize_activations(x, args, ratio)
     cotangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     (gradient,) = torch.autograd.grad(result, x, cotangent)
     torch.testing.assert_close((gradient * x).sum(-1), (cotangent * result).sum(-1))
