@@ -9,10 +9,7 @@ from typing import Literal
 
 import torch
 import tqdm
-from compressed_tensors import (
-    TRANSFORM_CONFIG_NAME,
-    CompressionFormat,
-)
+from compressed_tensors import TRANSFORM_CONFIG_NAME, CompressionFormat
 from compressed_tensors.distributed import is_source_process
 from compressed_tensors.offload import OffloadCache
 from compressed_tensors.utils import (
@@ -45,6 +42,7 @@ from cat_modifier.compress.ranks import barrier, of_all_ranks
 from cat_modifier.compress.refusals import (
     refuse_different_groups,
     refuse_later_transforms,
+    refuse_quantized,
     refuse_shared_pass,
     refuse_transformed,
     warn_of_what_cannot_be_served,
@@ -228,6 +226,7 @@ class CATModifier(Modifier):
         """
         refuse_shared_pass(self)
         refuse_transformed(self._linears)
+        refuse_quantized(self._linears, self)
         warn_of_what_cannot_be_served(self._linears)
         # the weight of a head which is tied to the embedding cannot change alone
         if state.model.get_output_embeddings() in self._linears.values():
@@ -587,8 +586,7 @@ class CATModifier(Modifier):
 
         new_values = {}
         if is_folded:
-            value_linear = self._linears[heads.linear]
-            new_values = fold_into_values(value_linear, heads, insertion.blocks)
+            new_values = fold_into_values(self._linears[heads.linear], heads, insertion.blocks)
 
         # offloaded weights can be shared between ranks: all read before any writes
         barrier()
@@ -597,7 +595,7 @@ class CATModifier(Modifier):
                 linear, "weight", new_weights[name].to(linear.weight.dtype)
             )
         for name, value in new_values.items():
-            update_offload_parameter(value_linear, name, value)
+            update_offload_parameter(self._linears[heads.linear], name, value)
         barrier()
         if stored is not None:
             stored.copy_(insertion.blocks)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recipes, models and data with which CATModifier would do harm"""
+"""Recipes, models and data with which our modifiers would do harm, or of which they warn"""
 
 from collections.abc import Mapping
 
@@ -22,6 +22,7 @@ from cat_modifier.compress.ranks import of_all_ranks
 __all__ = [
     "refuse_different_groups",
     "refuse_later_transforms",
+    "refuse_quantized",
     "refuse_shared_pass",
     "refuse_transformed",
     "warn_of_what_cannot_be_served",
@@ -68,7 +69,7 @@ def refuse_shared_pass(modifier: Modifier):
 
 def refuse_transformed(linears: Mapping[str, Linear]):
     """
-    :raises ValueError: if the input of a Linear has a transform, or if it is quantized
+    :raises ValueError: if the input of a Linear has a transform
     """
     for name, linear in linears.items():
         if any(isinstance(child, TransformBase) for child in linear.children()):
@@ -76,16 +77,25 @@ def refuse_transformed(linears: Mapping[str, Linear]):
                 f"The input of {name} has an online transform already, and a second one "
                 "cannot be applied: leave one of the two modifiers out"
             )
+
+
+def refuse_quantized(linears: Mapping[str, Linear], modifier: Modifier):
+    """
+    :raises ValueError: if a Linear is quantized, so that the modifier comes too late
+    """
+    for name, linear in linears.items():
         status = getattr(linear, "quantization_status", None)
         if status is not None and status > QuantizationStatus.CALIBRATION:
             raise ValueError(
-                f"{name} is quantized already: put CATModifier before the quantization "
-                "modifier in the recipe"
+                f"{name} is quantized already: put {type(modifier).__name__} before the "
+                "quantization modifier in the recipe"
             )
 
 
 def refuse_different_groups(groups: list[InputGroup]):
     """
+    A collective call
+
     :raises ValueError: if the ranks saw different Linears read the same input
     """
     if not is_distributed():

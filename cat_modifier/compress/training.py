@@ -11,8 +11,8 @@ from compressed_tensors import TRANSFORM_CONFIG_NAME
 from compressed_tensors.distributed import is_distributed
 from compressed_tensors.quantization import (
     DynamicType,
-    QuantizationStatus,
     QuantizationStrategy,
+    QuantizationType,
 )
 from compressed_tensors.utils import update_offload_parameter
 from llmcompressor.core import Event, State, active_session
@@ -28,6 +28,7 @@ from cat_modifier.calibration.attention import ValueHeads
 from cat_modifier.calibration.groups import padding_mask
 from cat_modifier.checkpoint.config import TRANSFORM_NAME, CATTransformConfig
 from cat_modifier.compress.layers import find_decoding_layers
+from cat_modifier.compress.refusals import refuse_quantized
 from cat_modifier.mathematics.transform import condition_number
 from cat_modifier.training.fitting import Sample, call_layer, fit
 from cat_modifier.training.layer import LayerInput, TrainableLayer
@@ -170,6 +171,7 @@ class CATTrainingModifier(Modifier):
                 "CATTrainingModifier could train: leave it out of the recipe"
             )
         for one in (one for name in self._names.values() for one in self._inputs[name]):
+            refuse_quantized(one.linears, self)
             for name, linear in one.linears.items():
                 _check_scheme(name, linear)
 
@@ -345,12 +347,6 @@ def _check_scheme(name: str, linear: Linear):
     """
     :raises ValueError: if it is not one that can be trained for
     """
-    status = getattr(linear, "quantization_status", None)
-    if status is not None and status > QuantizationStatus.CALIBRATION:
-        raise ValueError(
-            f"{name} is quantized already: put CATTrainingModifier before the quantization "
-            "modifier in the recipe"
-        )
     scheme = getattr(linear, "quantization_scheme", None)
     if scheme is None or scheme.weights is None:
         raise ValueError(
@@ -364,11 +360,13 @@ def _check_scheme(name: str, linear: Linear):
     if inputs is not None:
         is_suited &= inputs.strategy in (QuantizationStrategy.TOKEN, *groups)
         is_suited &= inputs.dynamic in (True, DynamicType.LOCAL)
+    for args in (weights, inputs):
+        is_suited &= args is None or args.type == QuantizationType.INT or args.symmetric
     if not is_suited:
         raise ValueError(
             f"CATTrainingModifier cannot train for the scheme of {name}: it can for weights "
-            "with a scale for each channel or group, and for dynamic activations with a scale "
-            "for each token or group"
+            "with a scale for each channel or group, and for activations with a dynamic scale "
+            "for each token or group, integers or symmetric floats"
         )
 
 

@@ -24,8 +24,9 @@ def read_weights(group: InputGroup, device: torch.device) -> dict[str, Tensor]:
 def fold_into_values(linear: Linear, heads: ValueHeads, blocks: Tensor) -> dict[str, Tensor]:
     """
     :param linear: which makes the values
-    :param blocks: of the input of the output projection, one for each of its heads, shape
-        (d/k, k, k), float64
+    :param heads: which it makes
+    :param blocks: of the transform, one for each head of attention, shape (d/k, k, k),
+        float64; those of heads that share a head of values are the same
     :return: weight, and bias if there is one, with the transform in its rows
     """
     blocks, folded = blocks[:: heads.repeats], {}

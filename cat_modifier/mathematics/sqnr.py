@@ -34,6 +34,7 @@ __all__ = [
     "predicted_sqnr",
     "quantization_range",
     "quantize_by_range",
+    "range_ends",
     "to_db",
 ]
 
@@ -74,22 +75,39 @@ def energy(x: Tensor, token_weights: Tensor | None = None) -> float:
     return (energies @ token_weights / token_weights.sum()).item()
 
 
-def quantization_range(x: Tensor, args: QuantizationArgs) -> Tensor:
+def range_ends(x: Tensor, args: QuantizationArgs) -> tuple[Tensor, Tensor]:
     """
-    Width of the range which a quantizer spans: ``2 max|x_i|`` if symmetric, else
-    ``max(x, 0) - min(x, 0)``, over all values which share a scale. Zero is always in it.
+    Ends of the range which a quantizer spans: ``-max|x_i|`` and ``max|x_i|`` if symmetric,
+    else ``min(x, 0)`` and ``max(x, 0)``, over all values which share a scale.
 
     :param x: shape (rows, d); tokens, or rows of a weight
     :param args: `strategy` says what shares a scale: `token` and `channel` a row, `group`
         and `tensor_group` each `group_size` channels of a row, `block` a rectangle of a
         weight, `tensor` all; the last groups and blocks may be incomplete
-    :return: shape (rows, d/g): one range for each g channels of each row; g is d if they
-        share one
+    :return: each of shape (rows, d/g): one range for each g channels of each row; g is d if
+        they share one
     :raises ValueError: if the strategy is of another kind
     """
-    low, high = _extremes(x, args)
+    height, width = _tile(x.shape, args)
+    tiles = _padded(x, height, width).unflatten(0, (-1, height)).unflatten(-1, (-1, width))
+    rows = x.shape[0]
+    low = tiles.amin((1, 3)).clamp_max(0).repeat_interleave(height, 0)[:rows]
+    high = tiles.amax((1, 3)).clamp_min(0).repeat_interleave(height, 0)[:rows]
     if args.symmetric:
-        return 2 * torch.maximum(high, -low)
+        high = torch.maximum(high, -low)
+        low = -high
+    return low, high
+
+
+def quantization_range(x: Tensor, args: QuantizationArgs) -> Tensor:
+    """
+    Width of the range which a quantizer spans. Zero is always in it.
+
+    :param x: shape (rows, d)
+    :param args: see :func:`range_ends`
+    :return: shape (rows, d/g)
+    """
+    low, high = range_ends(x, args)
     return high - low
 
 
@@ -114,31 +132,24 @@ def _padded(x: Tensor, height: int, width: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, -channels % width, 0, -rows % height))
 
 
-def _extremes(x: Tensor, args: QuantizationArgs) -> tuple[Tensor, Tensor]:
-    """Least and greatest value, and zero, as (rows, d/g) tensors: see quantization_range"""
-    height, width = _tile(x.shape, args)
-    tiles = _padded(x, height, width).unflatten(0, (-1, height)).unflatten(-1, (-1, width))
-    rows = x.shape[0]
-    return (
-        tiles.amin((1, 3)).clamp_max(0).repeat_interleave(height, 0)[:rows],
-        tiles.amax((1, 3)).clamp_min(0).repeat_interleave(height, 0)[:rows],
-    )
-
-
-def quantize_by_range(x: Tensor, args: QuantizationArgs) -> Tensor:
+def quantize_by_range(x: Tensor, args: QuantizationArgs, ratio: float | Tensor = 1.0) -> Tensor:
     """
     Round as compressed-tensors does, with the least and greatest value of each range as its
     ends, and scale back. This is how dynamic activations and weights of observer `minmax` are
-    quantized.
+    quantized; others have a part of these ranges, or more.
 
     :param x: shape (rows, d)
-    :param args: of integers, or of floats of 4 or 8 bits; see :func:`quantization_range`. With
-        `tensor_group`, x is the tensor of which the global scale is taken
+    :param args: of integers, or of floats of 4 or 8 bits; see :func:`range_ends`. The global
+        scale of a `tensor_group` that has one is taken of x
+    :param ratio: of the range to that of the values; broadcasts to (rows, d/g)
     :return: shape (rows, d), dtype of x
     """
-    low, high = _extremes(x, args)
+    if x.numel() == 0:
+        return x
+    low, high = (end * ratio for end in range_ends(x, args))
     global_scale = None
-    if args.strategy == QuantizationStrategy.TENSOR_GROUP:
+    # compressed-tensors has none for scales which are found at run time alone
+    if args.strategy == QuantizationStrategy.TENSOR_GROUP and args.dynamic is not True:
         global_scale = generate_gparam(low.min(), high.max())
     scale, zero_point = calculate_qparams(low, high, args, global_scale)
     # every range is a row of its own here: one scale a row is all that is asked of
@@ -150,6 +161,7 @@ def quantize_by_range(x: Tensor, args: QuantizationArgs) -> Tensor:
     padded = _padded(x, 1, width)
     scale, zero_point = scale.reshape(-1, 1), zero_point.reshape(-1, 1)
     rows = padded.reshape(-1, width)
+    # of 16-bit values and a global scale in float32, it would be float32
     quantized = fake_quantize(rows, scale, zero_point, row, global_scale).to(x.dtype)
     return quantized.view(padded.shape)[:, : x.shape[-1]]
 
@@ -169,7 +181,7 @@ def concentration(
     :func:`predicted_sqnr` holds as it does for one range a row.
 
     :param x: tokens or rows of a weight, shape (rows, d), floating point
-    :param args: see :func:`quantization_range`
+    :param args: see :func:`range_ends`
     :param row_weights: shape (rows,), for activations; None counts all rows the same
     :param noise_shares: share of the other factor's energy which each range of channels
         holds, shape (d/g,): of ``||W_g||^2`` for activations, of ``E||x_g||^2`` for

@@ -17,9 +17,12 @@ __all__ = ["CorrectionStore"]
 
 _ARGUMENTS = {
     "num_bits",
+    "type",
     "symmetric",
     "strategy",
     "group_size",
+    "dynamic",
+    "scale_dtype",
     "observer",
     "observer_kwargs",
 }

@@ -21,6 +21,15 @@ SCHEME = int_scheme(4, 4)
 FAST = {"steps": 20, "batch_size": 4}
 
 
+def float_scheme(name: str) -> dict:
+    return {"targets": ["Linear"], "scheme": name, "ignore": ["lm_head"]}
+
+
+def group_of(weights: dict, inputs: dict) -> dict:
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    return {"config_groups": {"group_0": group}, "ignore": ["lm_head"]}
+
+
 def compress(model, *modifiers, tokens=None, mask=None, last=None):
     tokens = make_tokens(12) if tokens is None else tokens
     last = last or QuantizationModifier(**SCHEME)
@@ -67,7 +76,13 @@ def test_function_is_kept(tmp_path):
     assert relative_error(logits_of(model), logits_of(original)) < 0.05
 
 
-def test_what_is_trained_is_what_is_quantized(tmp_path, monkeypatch):
+# of symmetric integers the largest value is on the edge between two
+ASYMMETRIC = int_scheme(4, 4)
+ASYMMETRIC["config_groups"]["group_0"]["weights"]["symmetric"] = False
+
+
+@pytest.mark.parametrize("scheme", [ASYMMETRIC, float_scheme("MXFP4")], ids=["W4A4", "MXFP4"])
+def test_what_is_trained_is_what_is_quantized(tmp_path, scheme, monkeypatch):
     """The last layer returns in training what it returns in the quantized model"""
     seen = {}
     insert = CATTrainingModifier.on_calibration_end
@@ -79,9 +94,6 @@ def test_what_is_trained_is_what_is_quantized(tmp_path, monkeypatch):
     monkeypatch.setattr(CATTrainingModifier, "on_calibration_end", remember)
     model = make_model(tmp_path, "llama-biases")
     tokens = make_tokens(12)
-    scheme = int_scheme(4, 4)
-    # of symmetric ones the largest value is on the edge between two integers
-    scheme["config_groups"]["group_0"]["weights"]["symmetric"] = False
     compress(
         model,
         CATModifier(block_size=32),
@@ -131,17 +143,19 @@ def test_floats_are_trained(tmp_path, scheme, monkeypatch):
             CATModifier(block_size=32, rotation="block-hadamard"),
             *training,
             tokens=tokens,
-            last=QuantizationModifier(targets=["Linear"], scheme=scheme, ignore=["lm_head"]),
+            last=QuantizationModifier(**float_scheme(scheme)),
         )
     assert trainings[0].after < 0.95 * trainings[0].before
     errors = {name: hidden_error(one, original, tokens) for name, one in models.items()}
     assert errors["trained"] < errors["closed"]
 
 
-def test_experts_are_trained(tmp_path, monkeypatch):
+@pytest.mark.parametrize("scheme", [SCHEME, float_scheme("NVFP4")], ids=["W4A4", "NVFP4"])
+def test_experts_are_trained(tmp_path, scheme, monkeypatch):
     trainings = spy_on_fit(monkeypatch)
     model = make_model(tmp_path, "qwen3-moe", num_experts=4, num_experts_per_tok=2)
-    compress(model, CATModifier(block_size=32), CATTrainingModifier(**FAST))
+    last = QuantizationModifier(**scheme)
+    compress(model, CATModifier(block_size=32), CATTrainingModifier(**FAST), last=last)
     assert any("experts" in name for name in trainings[0].corrections)
     assert all(one.after < one.before for one in trainings)
 
@@ -279,11 +293,6 @@ def test_layers_which_do_not_get_better_are_left(tmp_path):
         ([CATTrainingModifier, CATModifier], SCHEME, "put one before it"),
         (
             [CATModifier, CATTrainingModifier],
-            {"targets": ["Linear"], "scheme": "FP8", "ignore": ["lm_head"]},
-            "cannot train for the scheme",
-        ),
-        (
-            [CATModifier, CATTrainingModifier],
             SCHEME | {"ignore": ["lm_head", "re:.*down_proj"]},
             "is not to be quantized",
         ),
@@ -293,6 +302,41 @@ def test_refusals(tmp_path, modifiers, scheme, message):
     model = make_model(tmp_path)
     with pytest.raises(ValueError, match=message):
         compress(model, *(one() for one in modifiers), last=QuantizationModifier(**scheme))
+
+
+ROWS = {"num_bits": 8, "type": "float", "strategy": "channel"}
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        float_scheme("FP8"),
+        float_scheme("FP8_BLOCK"),
+        group_of(ROWS, ROWS | {"strategy": "tensor"}),
+        group_of(ROWS, ROWS | {"strategy": "tensor", "dynamic": True}),
+        group_of(ROWS, ROWS | {"strategy": "token", "dynamic": True, "symmetric": False}),
+    ],
+    ids=["weights of one scale", "blocks", "static", "tensor", "asymmetric floats"],
+)
+def test_schemes_which_are_refused(tmp_path, scheme):
+    recipe = [CATModifier(), CATTrainingModifier()]
+    with pytest.raises(ValueError, match="cannot train for the scheme"):
+        compress(make_model(tmp_path), *recipe, last=QuantizationModifier(**scheme))
+
+
+def test_corrections_for_integers_are_not_for_floats(tmp_path):
+    args = {"num_bits": 4, "strategy": "group", "group_size": 32}
+    folder = str(tmp_path / "corrections")
+    schemes = [group_of(args, args | {"dynamic": True}), float_scheme("MXFP4")]
+
+    def run(scheme):
+        training = CATTrainingModifier(steps=1, checkpoint_dir=folder)
+        last = QuantizationModifier(**scheme)
+        compress(make_model(tmp_path), CATModifier(), training, last=last)
+
+    run(schemes[0])
+    with pytest.raises(ValueError, match="another model, recipe or calibration data"):
+        run(schemes[1])
 
 
 def test_layers_in_parts_are_refused(tmp_path):

@@ -31,15 +31,25 @@ def test_activations_are_clipped_and_quantized(x):
     torch.testing.assert_close(quantize_activations(x, TOKEN, 0.8), expected)
 
 
+@pytest.mark.parametrize("observer", ["memoryless_minmax", "memoryless_mse"])
 @pytest.mark.parametrize(
     "args",
     [CHANNEL, GROUP, *(scheme.weights for scheme in FLOATS.values())],
     ids=["channel", "group", *FLOATS],
 )
-def test_weights_are_quantized_as_by_llm_compressor(x, args):
-    weight = x.flatten(0, 1)
+def test_weights_are_quantized_as_by_llm_compressor(x, args, observer):
+    check_weight(x.flatten(0, 1), args.model_copy(update={"observer": observer}))
+
+
+def test_ranges_may_be_wider_than_values(x):
+    args = FLOATS["NVFP4"].weights.model_copy(update={"observer": "nvfp4_expanded_mse"})
+    check_weight(x.flatten(0, 1), args)
+    assert range_ratio(x.flatten(0, 1), args).max() > 1
+
+
+def check_weight(weight, args):
     observer = Observer.load_from_registry(
-        args.observer or "memoryless_minmax", base_name="weight", args=args.model_copy()
+        args.observer, base_name="weight", args=args.model_copy()
     )
     observer(weight)
     found = observer.get_qparams()
@@ -47,8 +57,7 @@ def test_weights_are_quantized_as_by_llm_compressor(x, args):
         weight, found["scale"], found["zero_point"], args, found["global_scale"]
     )
     result = quantize_weight(weight, args, range_ratio(weight, args))
-    # a value on the edge between two integers can go either way
-    assert ((result - expected).abs() > 1e-4).float().mean() < 0.01
+    torch.testing.assert_close(result, expected)
 
 
 @pytest.mark.parametrize(
@@ -65,10 +74,43 @@ def test_gradient_is_that_of_ranges_too(x, args, ratio):
     torch.testing.assert_close((gradient * x).sum(-1), (cotangent * result).sum(-1))
 
 
-def test_zeros_have_finite_gradients():
+def test_noise_of_floats_near_zero_is_that_of_the_range():
+    """And that of others goes with themselves: 2.6 is twice the size at which intervals grow"""
+    args = FLOATS["MXFP4"].input_activations
+    x = torch.zeros(1, 32)
+    x[0, :4] = torch.tensor([5.9, 0.6, 1.9, 2.6])
+    x.requires_grad_()
+    result = quantize_activations(x, args)
+    assert result[0, :4].tolist() == [6.0, 0.5, 2.0, 3.0]
+    derivatives = torch.stack(
+        [torch.autograd.grad(one, x, retain_graph=True)[0][0, :4] for one in result[0, :4]]
+    )
+    expected = torch.tensor(
+        [
+            [6 / 5.9, 0, 0, 0],
+            [-0.1 / 5.9, 1, 0, 0],
+            [0.1 / 5.9, 0, 1, 0],
+            [0, 0, 0, 3 / 2.6],
+        ]
+    )
+    torch.testing.assert_close(derivatives, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "weights, inputs",
+    [(CHANNEL, TOKEN), *((one.weights, one.input_activations) for one in FLOATS.values())],
+    ids=["integers", *FLOATS],
+)
+def test_zeros_have_finite_gradients(weights, inputs):
     x = torch.zeros(2, 64, requires_grad=True)
-    quantize_activations(x, TOKEN, 0.8).sum().backward()
+    quantize_activations(x, inputs, 0.8).sum().backward()
     assert x.grad.isfinite().all()
     weight = torch.zeros(2, 64, requires_grad=True)
-    quantize_weight(weight, CHANNEL, range_ratio(weight.detach(), CHANNEL)).sum().backward()
+    quantize_weight(weight, weights, range_ratio(weight.detach(), weights)).sum().backward()
     assert weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("args", [TOKEN, *(one.input_activations for one in FLOATS.values())])
+def test_no_tokens(args):
+    """As of experts which none has chosen"""
+    assert quantize_activations(torch.zeros(0, 64), args, 0.8).shape == (0, 64)
