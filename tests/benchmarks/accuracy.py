@@ -57,6 +57,10 @@ TRANSFORMS = {
     "CAT, block Hadamard, strength 0.75": {
         "CATModifier": {"rotation": "block-hadamard", "strength": 0.75}
     },
+    "CAT, block Hadamard, strength 0.75, trained": {
+        "CATModifier": {"rotation": "block-hadamard", "strength": 0.75},
+        "CATTrainingModifier": {"steps": 40, "learning_rate": 0.001},
+    },
     "CAT, block Hadamard, blocks of 64": {
         "CATModifier": {"block_size": 64, "rotation": "block-hadamard"}
     },
