@@ -9,7 +9,7 @@ environment, after examples/quickstart.sh has unpacked the model.
 
     python tests/benchmarks/accuracy.py output/smollm2-135m-instruct \
         --json tests/benchmarks/results/accuracy.json \
-        --recipes "W4A4 CAT GPTQ, dampening 0.1=recipes/w4a4_gptq.yaml"
+        --recipes "W4A4 CAT, strength 0.75 GPTQ, dampening 0.1=recipes/w4a4_gptq.yaml"
 """
 
 import argparse
