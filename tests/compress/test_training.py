@@ -312,7 +312,7 @@ ROWS = {"num_bits": 8, "type": "float", "strategy": "channel"}
     [
         float_scheme("FP8"),
         float_scheme("FP8_BLOCK"),
-        group_of(ROWS, ROWS | {"strategy": "tensor"}),
+        group_of(ROWS, ROWS | {"strategy": "tensor_group", "group_size": 32}),
         group_of(ROWS, ROWS | {"strategy": "tensor", "dynamic": True}),
         group_of(ROWS, ROWS | {"strategy": "token", "dynamic": True, "symmetric": False}),
     ],
