@@ -9,7 +9,7 @@ it is installed, find ``CATModifier`` in recipes. vLLM finds the package by itse
 
 from importlib.util import find_spec
 
-from cat_modifier.load.quantizer import register as _register_transformers
+from cat_modifier.integrations.transformers.quantizer import register as _register_transformers
 from cat_modifier.version import __version__
 
 __all__ = ["CATModifier", "CATTrainingModifier", "__version__"]
@@ -19,8 +19,8 @@ _register_transformers()
 if find_spec("llmcompressor") is not None:
     from llmcompressor.modifiers.factory import ModifierFactory
 
-    from cat_modifier.compress.modifier import CATModifier
-    from cat_modifier.compress.training import CATTrainingModifier
+    from cat_modifier.modifiers.cat.base import CATModifier
+    from cat_modifier.modifiers.cat_training.base import CATTrainingModifier
 
     for _modifier in (CATModifier, CATTrainingModifier):
         ModifierFactory.register(_modifier.__name__, _modifier)

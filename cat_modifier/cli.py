@@ -11,7 +11,7 @@ _INTERRUPTED = 130
 def _parser() -> argparse.ArgumentParser:
     from cat_modifier.analysis.layers import DEFAULT_SCHEMES, DEFAULT_TRANSFORMS
     from cat_modifier.analysis.transforms import TRANSFORMS
-    from cat_modifier.calibration.groups import DEFAULT_IGNORE
+    from cat_modifier.calibration.shared_inputs import DEFAULT_IGNORE
     from cat_modifier.calibration.texts import EMBEDDED
 
     parser = argparse.ArgumentParser(

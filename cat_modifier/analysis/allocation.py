@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cat_modifier.analysis.schemes import Scheme
-from cat_modifier.calibration.groups import DEFAULT_IGNORE
-from cat_modifier.mathematics.budget import spend
+from cat_modifier.calibration.shared_inputs import DEFAULT_IGNORE
+from cat_modifier.functional.knapsack import spend
 
 __all__ = ["allocate", "config_group", "make_recipe", "mean_bits", "run"]
 

@@ -21,7 +21,7 @@ from transformers import (
 
 from cat_modifier.analysis.comparison import compare
 from cat_modifier.analysis.experts import make_experts_linears
-from cat_modifier.analysis.layers import UnseenLinears, analyze
+from cat_modifier.analysis.layers import UnseenLinearsError, analyze
 from cat_modifier.analysis.passes import without_predictions
 from cat_modifier.analysis.report import (
     comparison_tables,
@@ -45,7 +45,7 @@ def run(args: Namespace):
     """
     :raises ValueError: if the arguments do not fit each other, the model or the data
     :raises OSError: if a file cannot be read or written
-    :raises UnseenLinears: if some Linears saw no tokens, after the report is written
+    :raises UnseenLinearsError: if some Linears saw no tokens, after the report is written
     """
     # all that can be refused at once, before anything is loaded
     schemes = [Scheme.parse(name) for name in args.schemes]
@@ -125,17 +125,17 @@ def _compare(args: Namespace, batches: Sequence[Tensor], settings: dict[str, Any
     _tell(args, comparison_tables(comparison), unseen)
 
 
-def _despite_unseen(compute: Callable[[], Result]) -> tuple[Result, UnseenLinears | None]:
+def _despite_unseen(compute: Callable[[], Result]) -> tuple[Result, UnseenLinearsError | None]:
     """Results of what saw tokens, and an error to raise when they are written"""
     try:
         return compute(), None
-    except UnseenLinears as error:
+    except UnseenLinearsError as error:
         if error.results is None:
             raise
         return error.results, error
 
 
-def _tell(args: Namespace, tables: object, unseen: UnseenLinears | None):
+def _tell(args: Namespace, tables: object, unseen: UnseenLinearsError | None):
     console = Console()
     console.print(tables)
     path = Path(args.output) / "report.html"

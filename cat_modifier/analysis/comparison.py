@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.nn import Linear, Module
 
 from cat_modifier.analysis.experts import fused_experts
-from cat_modifier.analysis.layers import UnseenLinears
+from cat_modifier.analysis.layers import UnseenLinearsError
 from cat_modifier.analysis.passes import hooked, resumable
 from cat_modifier.analysis.workspace import Workspace
-from cat_modifier.mathematics.sqnr import to_db
+from cat_modifier.functional.sqnr import to_db
 
 __all__ = ["Comparison", "compare"]
 
@@ -72,7 +72,7 @@ def compare(
     :param workspace: keeps the sums, so that the comparison can be resumed
     :raises ValueError: if nothing is quantized, or if the models do not have the same
         Linears
-    :raises UnseenLinears: if some of them saw no tokens
+    :raises UnseenLinearsError: if some of them saw no tokens
     """
     if fused := fused_experts(original):
         logger.warning(
@@ -147,7 +147,7 @@ def compare(
         int(tokens),
     )
     if unseen:
-        raise UnseenLinears(unseen, comparison if rows else None)
+        raise UnseenLinearsError(unseen, comparison if rows else None)
     return comparison
 
 

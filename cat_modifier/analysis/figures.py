@@ -20,8 +20,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cat_modifier.analysis.transforms import TRANSFORMS
-from cat_modifier.mathematics.reference import expected_concentration
-from cat_modifier.mathematics.sqnr import parallel_sum, to_db
+from cat_modifier.functional.distributions import expected_concentration
+from cat_modifier.functional.sqnr import parallel_sum, to_db
 
 __all__ = [
     "CAPTIONS",

@@ -17,14 +17,14 @@ from cat_modifier.analysis.schemes import Scheme
 from cat_modifier.analysis.statistics import AnalysisStatistics
 from cat_modifier.analysis.transforms import TRANSFORMS
 from cat_modifier.analysis.workspace import Workspace
-from cat_modifier.calibration.groups import DEFAULT_IGNORE, InputGroup
-from cat_modifier.mathematics.geometry import choose_geometry
-from cat_modifier.mathematics.transform import Rotation
+from cat_modifier.calibration.shared_inputs import DEFAULT_IGNORE, SharedInput
+from cat_modifier.functional.layout import choose_layout
+from cat_modifier.functional.layout import Rotation
 
 __all__ = [
     "DEFAULT_SCHEMES",
     "DEFAULT_TRANSFORMS",
-    "UnseenLinears",
+    "UnseenLinearsError",
     "analyze",
     "find_linears",
 ]
@@ -38,7 +38,7 @@ _SAMPLE_SIZE = 128
 """Tokens of each input on which SQNR is measured"""
 
 
-class UnseenLinears(ValueError):
+class UnseenLinearsError(ValueError):
     """
     Some Linears saw no tokens.
 
@@ -102,7 +102,7 @@ def analyze(
     :return: one row for each :class:`cat_modifier.analysis.measure.LayerResult`
     :raises ValueError: for unknown names, if there are no Linears or no data, if experts are
         not Linears, or if activations are not finite
-    :raises UnseenLinears: if some of the Linears saw no tokens; it holds the results
+    :raises UnseenLinearsError: if some of the Linears saw no tokens; it holds the results
     """
     schemes = [Scheme.parse(name) for name in schemes]
     if unknown := [name for name in transforms if name not in TRANSFORMS]:
@@ -124,29 +124,29 @@ def analyze(
 
     needs_whole_moments = any(TRANSFORMS[name].needs_whole_moments for name in transforms)
 
-    def block_size_of(group: InputGroup) -> int:
-        geometry = choose_geometry(group.owner, group.features, 1, block_size, Rotation.NONE)
-        return geometry.block_size
+    def block_size_of(group: SharedInput) -> int:
+        layout = choose_layout(group.first, group.in_features, 1, block_size, Rotation.NONE)
+        return layout.block_size
 
-    def new_statistics(group: InputGroup) -> AnalysisStatistics:
-        known = group.features if needs_whole_moments else block_size_of(group)
-        return AnalysisStatistics(group.features, known, _SAMPLE_SIZE)
+    def new_statistics(group: SharedInput) -> AnalysisStatistics:
+        known = group.in_features if needs_whole_moments else block_size_of(group)
+        return AnalysisStatistics(group.in_features, known, _SAMPLE_SIZE)
 
     calibration = calibrate(model, linears, batches, new_statistics, workspace)
     rows = workspace.load_rows() if workspace is not None else {}
     for group in tqdm.tqdm(calibration.pending_groups(), desc="Measuring"):
         statistics = calibration.take(group)
-        if group.owner in rows or not statistics.sample.count:
+        if group.first in rows or not statistics.sample.count:
             continue
         results = measure_group(group, statistics, block_size_of(group), schemes, transforms)
-        rows[group.owner] = results = [asdict(result) for result in results]
+        rows[group.first] = results = [asdict(result) for result in results]
         if workspace is not None:
-            workspace.add_rows(group.owner, results)
+            workspace.add_rows(group.first, results)
 
     frame = pd.DataFrame([row for results in rows.values() for row in results])
     seen = set(frame["layer"]) if len(frame) else set()
     if unseen := [name for name in linears if name not in seen]:
-        raise UnseenLinears(unseen, frame if len(frame) else None)
+        raise UnseenLinearsError(unseen, frame if len(frame) else None)
     position = {name: index for index, name in enumerate(linears)}
     return frame.sort_values("layer", key=lambda names: names.map(position), kind="stable")
 

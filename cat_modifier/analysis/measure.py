@@ -13,8 +13,8 @@ from torch import Tensor
 from cat_modifier.analysis.schemes import Scheme
 from cat_modifier.analysis.statistics import AnalysisStatistics
 from cat_modifier.analysis.transforms import TRANSFORMS, GroupData
-from cat_modifier.calibration.groups import InputGroup
-from cat_modifier.mathematics.sqnr import (
+from cat_modifier.calibration.shared_inputs import SharedInput
+from cat_modifier.functional.sqnr import (
     achievable_alignment,
     alignment,
     concentration,
@@ -23,7 +23,7 @@ from cat_modifier.mathematics.sqnr import (
     predicted_sqnr,
     to_db,
 )
-from cat_modifier.mathematics.transform import matrix_power, transformed_energy
+from cat_modifier.functional.alignment import matrix_power, transformed_energy
 
 __all__ = ["LayerResult", "measure_group"]
 
@@ -33,7 +33,7 @@ class LayerResult:
     """
     One Linear under one transform and one scheme. Ratios of energies are in dB, as
     ``10 log10``: all names that end in `_db`. They are defined in
-    :mod:`cat_modifier.mathematics.sqnr`.
+    :mod:`cat_modifier.functional.sqnr`.
 
     :param layer: full name of the Linear
     :param input: name of the first Linear which reads the same input
@@ -85,7 +85,7 @@ class LayerResult:
 
 @torch.no_grad()
 def measure_group(
-    group: InputGroup,
+    group: SharedInput,
     statistics: AnalysisStatistics,
     block_size: int,
     schemes: Sequence[Scheme],
@@ -99,7 +99,7 @@ def measure_group(
     :param transforms: names in ``TRANSFORMS``
     :raises ValueError: if a weight or the input is not finite
     """
-    device = get_execution_device(group.linears[group.owner])
+    device = get_execution_device(group.linears[group.first])
     weights, dtypes = {}, set()
     for name, linear in group.linears.items():
         with align_module_device(linear):
@@ -107,16 +107,16 @@ def measure_group(
             dtypes.add(linear.weight.dtype)
     x = statistics.sample.tokens.to(device)
     token_weights = statistics.sample.weights.to(device)
-    for what, tensor in {f"The input of {group.owner}": x, **weights}.items():
+    for what, tensor in {f"The input of {group.first}": x, **weights}.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{what} has values that are not finite")
 
-    data = GroupData(group.owner, statistics, block_size, weights)
+    data = GroupData(group.first, statistics, block_size, weights)
     largest = torch.linalg.vector_norm(x, dim=-1).max().item() ** 2
     mean = data.input_moments(1).sum().item()
     common = {
-        "input": group.owner,
-        "in_features": group.features,
+        "input": group.first,
+        "in_features": group.in_features,
         "tokens": statistics.sample.count,
         "largest_token": largest / mean if mean else float("nan"),
     }
@@ -130,7 +130,7 @@ def measure_group(
     product_dtype = torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float32
     for transform in transforms:
         insertion = TRANSFORMS[transform].compute(data)
-        moments = data.input_moments(insertion.geometry.block_size)
+        moments = data.input_moments(insertion.layout.block_size)
         input_energy = transformed_energy(insertion.blocks, moments)
         tokens = insertion.transform_tokens(x)
         token_channels = token_weights.float() @ tokens.square() / token_weights.sum().float()
@@ -164,7 +164,7 @@ def measure_group(
                     out_features=original.shape[0],
                     transform=transform,
                     scheme=scheme.name,
-                    block_size=insertion.geometry.block_size,
+                    block_size=insertion.layout.block_size,
                     weight_concentration_db=to_db(concentrations[0]),
                     activation_concentration_db=to_db(concentrations[1]),
                     alignment_db=to_db(aligned),

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import Linear, Module
 
 from cat_modifier.analysis.workspace import Workspace
-from cat_modifier.calibration.groups import InputGroup
-from cat_modifier.calibration.inputs import InputCalibration, StatisticsType
+from cat_modifier.calibration.shared_inputs import SharedInput
+from cat_modifier.calibration.collector import InputCollector, StatisticsType
 
 __all__ = ["Batch", "calibrate", "call", "hooked", "resumable", "without_predictions"]
 
@@ -126,16 +126,16 @@ def calibrate(
     model: Module,
     linears: Mapping[str, Linear],
     batches: Sequence[Batch],
-    new_statistics: Callable[[InputGroup], StatisticsType],
+    new_statistics: Callable[[SharedInput], StatisticsType],
     workspace: Workspace | None = None,
-) -> InputCalibration[StatisticsType]:
+) -> InputCollector[StatisticsType]:
     """
     Pass batches through a model, and take statistics of the inputs of Linears.
 
     :param linears: by full name
     :param new_statistics: makes what accumulates the statistics of an input
     """
-    calibration = InputCalibration(linears, new_statistics)
+    calibration = InputCollector(linears, new_statistics)
     current = 0
 
     def observe(name: str) -> Callable:

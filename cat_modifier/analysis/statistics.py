@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cat_modifier.calibration.moments import InputStatistics
+from cat_modifier.calibration.second_moments import InputStatistics
 
 __all__ = ["AnalysisStatistics"]
 

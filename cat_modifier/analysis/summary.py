@@ -9,8 +9,8 @@ from cat_modifier.analysis.comparison import Comparison
 from cat_modifier.analysis.measure import LayerResult
 from cat_modifier.analysis.schemes import Scheme
 from cat_modifier.analysis.transforms import TRANSFORMS
-from cat_modifier.mathematics.reference import expected_concentration
-from cat_modifier.mathematics.sqnr import parallel_sum, to_db
+from cat_modifier.functional.distributions import expected_concentration
+from cat_modifier.functional.sqnr import parallel_sum, to_db
 
 __all__ = [
     "best_transform",

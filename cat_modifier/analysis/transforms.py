@@ -12,16 +12,11 @@ import torch
 from torch import Tensor
 
 from cat_modifier.analysis.statistics import AnalysisStatistics
-from cat_modifier.mathematics.geometry import choose_geometry
-from cat_modifier.mathematics.insertion import Insertion
-from cat_modifier.mathematics.transform import (
-    DEFAULT_DAMPING,
-    Rotation,
-    alignment_transform,
-    diagonal_blocks,
-    inner_blocks,
-    rotate_blocks,
-)
+from cat_modifier.functional.layout import choose_layout
+from cat_modifier.functional.transform import FusedTransform
+from cat_modifier.functional.alignment import DEFAULT_DAMPENING_FRAC, alignment_transform, diagonal_blocks, inner_blocks
+from cat_modifier.functional.layout import Rotation
+from cat_modifier.functional.transform import rotate_blocks
 
 __all__ = ["TRANSFORMS", "GroupData", "Transform"]
 
@@ -86,8 +81,8 @@ class GroupData:
             self._alignments[block_size] = alignment_transform(
                 self.input_moments(block_size),
                 sum(self.weight_moments(block_size).values()),
-                strength=1.0,
-                damping=DEFAULT_DAMPING,
+                alignment_strength=1.0,
+                dampening_frac=DEFAULT_DAMPENING_FRAC,
             )
         return self._alignments[block_size]
 
@@ -99,7 +94,7 @@ class Transform(NamedTuple):
     :param label: for figures
     """
 
-    compute: Callable[[GroupData], Insertion]
+    compute: Callable[[GroupData], FusedTransform]
     needs_whole_moments: bool
     label: str
 
@@ -110,27 +105,27 @@ def _cat(rotation: Rotation, block_size: int | None = None, aligned: bool = True
     :param aligned: whether the rotation is put after the alignment transform
     """
 
-    def compute(data: GroupData) -> Insertion:
+    def compute(data: GroupData) -> FusedTransform:
         size = {None: data.block_size, 0: data.features}.get(block_size, block_size)
-        geometry = choose_geometry(data.name, data.features, 1, size, rotation)
-        if data.known_size % geometry.block_size:
+        layout = choose_layout(data.name, data.features, 1, size, rotation)
+        if data.known_size % layout.block_size:
             # moments of blocks that are cut otherwise are not known
-            size = choose_geometry(data.name, data.known_size, 1, size, rotation).block_size
-            geometry = choose_geometry(data.name, data.features, 1, size, rotation)
-        size = geometry.block_size
+            size = choose_layout(data.name, data.known_size, 1, size, rotation).block_size
+            layout = choose_layout(data.name, data.features, 1, size, rotation)
+        size = layout.block_size
         if aligned:
             blocks = data.alignment_transform(size)
         else:
             blocks = torch.eye(size, dtype=torch.float64, device=data.device)
             blocks = blocks.expand(data.features // size, size, size)
         moments = data.input_moments(size) if rotation is Rotation.EIGEN_HADAMARD else blocks
-        blocks = rotate_blocks(blocks, moments, rotation, geometry.inner)
-        return Insertion.from_blocks(blocks.to(_PRECISION), geometry)
+        blocks = rotate_blocks(blocks, moments, rotation, layout.fused_hadamard_size)
+        return FusedTransform.from_blocks(blocks.to(_PRECISION), layout)
 
     return compute
 
 
-def _smooth_scaling(data: GroupData) -> Insertion:
+def _smooth_scaling(data: GroupData) -> FusedTransform:
     """
     ``x_i / s_i`` with ``s_i = sqrt(max|x_i| / max|w_i|)`` (SmoothQuant, arXiv 2211.10438,
     equation 4 with its default strength 0.5)
@@ -141,8 +136,8 @@ def _smooth_scaling(data: GroupData) -> Insertion:
     floor = torch.finfo(torch.float32).tiny
     alive = (inputs > floor) & (weights > floor)
     scales = torch.where(alive, (inputs / weights.clamp_min(floor)).sqrt(), 1.0)
-    geometry = choose_geometry(data.name, data.features, 1, 1, Rotation.NONE)
-    return Insertion.from_blocks((1 / scales)[:, None, None].to(_PRECISION), geometry)
+    layout = choose_layout(data.name, data.features, 1, 1, Rotation.NONE)
+    return FusedTransform.from_blocks((1 / scales)[:, None, None].to(_PRECISION), layout)
 
 
 TRANSFORMS: dict[str, Transform] = {

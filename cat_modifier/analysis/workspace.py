@@ -64,7 +64,7 @@ class Workspace:
     def __enter__(self) -> "Workspace":
         if self.folder.exists() and not self.folder.is_dir():
             raise FileExistsError(f"{self.folder} is a file: choose another --output")
-        self._refuse_other_files()
+        self._check_other_files()
         self._unfinished.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self._unfinished / "lock")
         try:
@@ -91,7 +91,7 @@ class Workspace:
                 self.folder.rmdir()
         self._lock.release()
 
-    def _refuse_other_files(self):
+    def _check_other_files(self):
         if self.overwrite or not self.folder.exists():
             return
         if (self.folder / _LAST).exists():

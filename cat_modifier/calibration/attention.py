@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.nn import Linear, Module
 from transformers import Cache
 
-from cat_modifier.mathematics.transform import apply_blocks
+from cat_modifier.functional.transform import apply_blocks
 
-__all__ = ["ValueHeads", "find_value_heads"]
+__all__ = ["ValueProjection", "find_value_projections"]
 
 _TOLERANCE = 0.02
 """Relative error, mean over tokens: above what 16 bits lose"""
@@ -38,7 +38,7 @@ _TOKENS = 1024
 
 
 @dataclass(frozen=True)
-class ValueHeads:
+class ValueProjection:
     """
     Where the input of an output projection comes from.
 
@@ -52,9 +52,9 @@ class ValueHeads:
     repeats: int
 
 
-def find_value_heads(
+def find_value_projections(
     model: Module, linears: Mapping[str, Linear], run: Callable[[], None]
-) -> dict[str, ValueHeads]:
+) -> dict[str, ValueProjection]:
     """
     :param linears: which may be changed, by full name
     :param run: passes some data through the model. Modules that have a `head_dim`, as those
@@ -64,7 +64,7 @@ def find_value_heads(
     siblings: dict[str, dict[str, Linear]] = {}
     for name, linear in linears.items():
         siblings.setdefault(name.rpartition(".")[0], {})[name] = linear
-    found: dict[str, ValueHeads] = {}
+    found: dict[str, ValueProjection] = {}
     hooks = {}
     for name, members in siblings.items():
         module = model.get_submodule(name)
@@ -85,7 +85,7 @@ def find_value_heads(
 
 
 def _is_all_there_is(
-    linears: Mapping[str, Linear], found: Mapping[str, ValueHeads], run: Callable[[], None]
+    linears: Mapping[str, Linear], found: Mapping[str, ValueProjection], run: Callable[[], None]
 ) -> bool:
     """Whether the model computes the same if all values are multiplied, and divided again"""
     if len({heads.linear for heads in found.values()}) < len(found):
@@ -173,7 +173,7 @@ class _Probe:
                     continue
                 expected = apply_blocks(before[name], matrices.repeat_interleave(repeats, 0))
                 if _error(after[name], expected) < _TOLERANCE:
-                    self.found[name] = ValueHeads(value, self.head_dim, repeats)
+                    self.found[name] = ValueProjection(value, self.head_dim, repeats)
 
     def _inputs(
         self,

@@ -12,7 +12,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from cat_modifier.kernels import plain
+from cat_modifier.kernels import reference
 
 __all__ = ["quantize", "transform", "transform_quantize"]
 
@@ -29,7 +29,7 @@ _CHUNK = 2**21
 def transform(x: Tensor, blocks: Tensor | None, hadamard: Tensor | None, stride: int) -> Tensor:
     """
     :param x: shape (tokens, d), dtype of all others
-    :param blocks: see :func:`cat_modifier.kernels.plain.transform`, as for the others
+    :param blocks: see :func:`cat_modifier.kernels.reference.transform`, as for the others
     :return: shape (tokens, d)
     """
     return _transform(x, blocks, hadamard, stride).reshape(x.shape)
@@ -46,7 +46,7 @@ def transform_quantize(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """
     :param x: shape (tokens, d), dtype of all others
-    :return: see :func:`cat_modifier.kernels.plain.quantize_per_token`
+    :return: see :func:`cat_modifier.kernels.reference.quantize_per_token`
     """
     if x.shape[0] == 1:
         work = 0 if blocks is None else blocks.numel()
@@ -73,7 +73,7 @@ def quantize(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """
     :param x: shape (tokens, d), or (tokens, ...) in any layout
-    :return: see :func:`cat_modifier.kernels.plain.quantize_per_token`; codes have shape
+    :return: see :func:`cat_modifier.kernels.reference.quantize_per_token`; codes have shape
         (tokens, d)
     """
     function = _compiled(_quantize, _OPERATIONS * x.numel() > _WORK_OF_ONE_THREAD)
@@ -83,7 +83,7 @@ def quantize(
 def _quantize(
     x: Tensor, num_bits: int, symmetric: bool, clip_ratio: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    codes, scales, zero_points = plain.quantize_per_token(x, num_bits, symmetric, clip_ratio)
+    codes, scales, zero_points = reference.quantize_per_token(x, num_bits, symmetric, clip_ratio)
     return codes.flatten(1), scales, zero_points
 
 
@@ -124,7 +124,7 @@ def _transform_quantize_one(
     if hadamard is not None:
         spans = z.view(-1, 1, hadamard.shape[0], stride)
         z = (hadamard.float()[:, :, None] * spans).sum(2)
-    return plain.quantize_per_token(z.reshape(1, -1), num_bits, symmetric, clip_ratio)
+    return reference.quantize_per_token(z.reshape(1, -1), num_bits, symmetric, clip_ratio)
 
 
 @cache

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 The kernels as operators of PyTorch, which its compiler and CUDA graphs can hold:
-``torch.ops.cat_modifier.transform``, ``.transform_quantize`` and ``.quantize``; and on GPUs
-``.transform_pack``, see gpu_packed.py.
+``torch.ops.cat_modifier.transform``, ``.transform_quantize`` and ``.quantize``.
 """
 
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cat_modifier.kernels import cpu
-from cat_modifier.mathematics.clipping import clip_tokens
+from cat_modifier.functional.clipping import clip_tokens
 
 __all__ = ["PreparedTransform", "quantize", "warm_up"]
 
@@ -106,7 +105,7 @@ class PreparedTransform:
 
 def quantize(x: Tensor, num_bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """
-    See :func:`cat_modifier.kernels.plain.quantize_per_token`, which this computes.
+    See :func:`cat_modifier.kernels.reference.quantize_per_token`, which this computes.
 
     :param x: shape (tokens, d), floating point
     :return: codes, shape (tokens, d), int8; scales, shape (tokens, 1), float32; zero
@@ -163,9 +162,9 @@ def _with_zero_points(
 
 def _on_gpu(function, *args):
     # Triton may not be installed on a machine without GPUs
-    from cat_modifier.kernels import gpu
+    from cat_modifier.kernels import triton
 
-    return function(gpu, *args)
+    return function(triton, *args)
 
 
 def _transform(kernels, x, blocks, hadamard, stride):
@@ -217,28 +216,3 @@ for _name, _schema, _function, _fake in (
     torch.library.register_fake(_name, _fake)
     torch.library.impl(_name, "CPU", partial(_function, cpu))
     torch.library.impl(_name, "CUDA", partial(_on_gpu, _function))
-
-
-def _transform_pack(x, blocks, hadamard, stride, gain, format, global_scale):
-    from cat_modifier.kernels import gpu_packed
-
-    return gpu_packed.transform_pack(x, blocks, hadamard, stride, gain, format, global_scale)
-
-
-def _fake_pack(x, blocks, hadamard, stride, gain, format, global_scale):
-    tokens, features = x.shape
-    codes = x.new_empty((tokens, features // 2), dtype=torch.uint8)
-    if format == "int4":
-        return codes, x.new_empty((tokens, 1), dtype=torch.float32)
-    group, dtype = (16, torch.float8_e4m3fn) if format == "nvfp4" else (32, torch.uint8)
-    # in tiles of 128 x 4: see gpu_packed.py
-    shape = ((tokens + 127) // 128 * 128, (features // group + 3) // 4 * 4)
-    return codes, x.new_empty(shape, dtype=dtype)
-
-
-torch.library.define(
-    "cat_modifier::transform_pack",
-    f"({_TRANSFORM}, float gain, str format, Tensor? global_scale) -> (Tensor, Tensor)",
-)
-torch.library.register_fake("cat_modifier::transform_pack", _fake_pack)
-torch.library.impl("cat_modifier::transform_pack", "CUDA", _transform_pack)

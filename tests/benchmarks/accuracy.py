@@ -48,17 +48,17 @@ TRANSFORMS = {
     "SpinQuant R1 R2": {
         "SpinQuantModifier": {"rotations": ["R1", "R2"], "transform_block_size": 64}
     },
-    "Hadamard": {"CATModifier": {"strength": 0.0, "clip_activations": False}},
-    "Hadamard, clipped": {"CATModifier": {"strength": 0.0}},
-    "CAT, paper": {"CATModifier": {"fold_attention": False, "clip_activations": False}},
+    "Hadamard": {"CATModifier": {"alignment_strength": 0.0, "clip_activations": False}},
+    "Hadamard, clipped": {"CATModifier": {"alignment_strength": 0.0}},
+    "CAT, paper": {"CATModifier": {"fuse_attention": False, "clip_activations": False}},
     "CAT": {"CATModifier": {}},
     "CAT, trained": {"CATModifier": {}, "CATTrainingModifier": {}},
     "CAT, block Hadamard": {"CATModifier": {"rotation": "block-hadamard"}},
     "CAT, block Hadamard, strength 0.75": {
-        "CATModifier": {"rotation": "block-hadamard", "strength": 0.75}
+        "CATModifier": {"rotation": "block-hadamard", "alignment_strength": 0.75}
     },
     "CAT, block Hadamard, strength 0.75, trained": {
-        "CATModifier": {"rotation": "block-hadamard", "strength": 0.75},
+        "CATModifier": {"rotation": "block-hadamard", "alignment_strength": 0.75},
         "CATTrainingModifier": {"steps": 40, "learning_rate": 0.001},
     },
     "CAT, block Hadamard, blocks of 64": {

@@ -42,7 +42,7 @@ RECIPES = {
     "W4A16": lambda: [QuantizationModifier(**int_scheme(4, None))],
     "W4A4": lambda: [QuantizationModifier(**int_scheme(4, 4))],
     "W4A4-Hadamard": lambda: [
-        CATModifier(strength=0.0, block_size=1),
+        CATModifier(alignment_strength=0.0, block_size=1),
         QuantizationModifier(**int_scheme(4, 4)),
     ],
     "W4A4-CAT": lambda: [CATModifier(), QuantizationModifier(**int_scheme(4, 4))],

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 
 from cat_modifier.kernels import cpu, gpu, ops, plain
-from cat_modifier.mathematics.hadamard import hadamard_matrix
+from cat_modifier.functional.hadamard import hadamard_matrix
 
 KERNELS = {"cpu": cpu, "gpu": gpu}
 
@@ -61,12 +61,12 @@ RATIO = torch.tensor(0.8)
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
-@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("layout", GEOMETRIES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 2, 33])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_transform_is_as_exact_as_plain_pytorch(kernels, geometry, tokens, dtype):
-    x, prepared, hadamard = inputs(tokens, *geometry, dtype, outliers=tokens == 33)
-    stride = geometry[3]
+def test_transform_is_as_exact_as_plain_pytorch(kernels, layout, tokens, dtype):
+    x, prepared, hadamard = inputs(tokens, *layout, dtype, outliers=tokens == 33)
+    stride = layout[3]
     expected = plain.transform(
         x.double(), prepared.blocks, None if hadamard is None else hadamard.double(), stride
     )
@@ -77,7 +77,7 @@ def test_transform_is_as_exact_as_plain_pytorch(kernels, geometry, tokens, dtype
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
-@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("layout", GEOMETRIES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 5, 40])
 @pytest.mark.parametrize(
     "bits, symmetric, clip_ratio",
@@ -90,11 +90,11 @@ def test_transform_is_as_exact_as_plain_pytorch(kernels, geometry, tokens, dtype
     ],
 )
 def test_codes_are_those_of_the_transformed_input(
-    kernels, geometry, tokens, bits, symmetric, clip_ratio, monkeypatch
+    kernels, layout, tokens, bits, symmetric, clip_ratio, monkeypatch
 ):
     monkeypatch.setattr(gpu, "_FUSED_FROM", 30)
-    x, prepared, hadamard = inputs(tokens, *geometry, torch.bfloat16, outliers=tokens == 40)
-    stride = geometry[3]
+    x, prepared, hadamard = inputs(tokens, *layout, torch.bfloat16, outliers=tokens == 40)
+    stride = layout[3]
     exact = plain.transform(
         x.double(), prepared.blocks, None if hadamard is None else hadamard.double(), stride
     )
@@ -177,9 +177,9 @@ def test_layers_which_are_alike_are_warmed_up_once(monkeypatch):
     monkeypatch.setattr(
         cpu, "transform_quantize", lambda *args: calls.append(args) or (args[0],) * 3
     )
-    for geometry, bits in (((6, 96, 1, 1), 4), ((6, 96, 12, 48), 4), ((6, 96, 12, 48), 8)):
+    for layout, bits in (((6, 96, 1, 1), 4), ((6, 96, 12, 48), 4), ((6, 96, 12, 48), 8)):
         for seed in range(3):
-            x, prepared, _ = inputs(1, *geometry, torch.bfloat16, False, seed)
+            x, prepared, _ = inputs(1, *layout, torch.bfloat16, False, seed)
             ops.warm_up(x, bits, False, prepared)
     assert len(calls) == 3 * len(ops._WARM_UP_TOKENS["cpu"])
 
@@ -194,8 +194,8 @@ def test_blocks_which_the_dtype_cannot_hold_are_applied_in_float32():
 
 @pytest.mark.parametrize("blocks, hadamard", [(True, True), (False, True), (False, False)])
 def test_what_is_clipped_before_is_quantized_as_what_is_clipped_within(blocks, hadamard):
-    geometry = (6 if blocks else 576, 96 if blocks else None, 12 if hadamard else 1, 48)
-    x, prepared, matrix = inputs(7, *geometry, torch.float32, False)
+    layout = (6 if blocks else 576, 96 if blocks else None, 12 if hadamard else 1, 48)
+    x, prepared, matrix = inputs(7, *layout, torch.float32, False)
     prepared = ops.PreparedTransform.of(prepared.blocks, matrix, 48, torch.float32, RATIO)
     outside = prepared(x)
     assert outside.abs().max() < 0.9 * replace(prepared, clip_ratio=None)(x).abs().max()
