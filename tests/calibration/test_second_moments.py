@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import torch
 
-from cat_modifier.calibration.second_moments import SecondMoments, InputStatistics, TokenSample
+from cat_modifier.calibration.second_moments import InputStatistics, SecondMoments, TokenSample
 
 
 def test_blocks_are_those_of_the_whole_moment():
