@@ -31,6 +31,8 @@ def suits_int8_product(
     Whether a Linear can be computed by one int8 matrix product: the scales of weights and
     of activations are then factors of the result.
     """
+    if weights is None or inputs is None:
+        return False
     return (
         is_integer(weights, inputs)
         and max(weights.num_bits, inputs.num_bits) <= 8

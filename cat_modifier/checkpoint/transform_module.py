@@ -123,7 +123,7 @@ class CATFactory(TransformFactory):
 
     scheme: CATScheme
 
-    def create_transform(self, module: Module, args: TransformArgs) -> CATTransform:
+    def create_transform(self, module: Linear, args: TransformArgs) -> CATTransform:
         """
         :param module: Linear which holds the tensor
         :param args: the group
