@@ -194,7 +194,8 @@ class CATTransformConfig(TransformConfig):
     def _check_version(cls, value: Any) -> int:
         if type(value) is not int or value != _VERSION:
             raise ValueError(
-                f"cat-modifier {__version__} reads version {_VERSION} of the format, not {value!r}"
+                f"cat-modifier {__version__} reads version {_VERSION} of the format, "
+                f"not {value!r}"
             )
         return value
 

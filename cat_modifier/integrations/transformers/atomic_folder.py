@@ -200,7 +200,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _make_readable(folder: Path):
-    """Let all who can read the other files read the weights; safetensors lets the owner alone"""
+    """Give the weights the mode of the config; safetensors lets their owner alone read them"""
     mode = next((path.stat().st_mode for path in folder.glob("*.json")), None)
     if mode is not None:
         for path in folder.glob("*.safetensors"):

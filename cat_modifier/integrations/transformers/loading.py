@@ -89,7 +89,7 @@ class LoadingCheck:
 
 
 def _needed(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """List the tensors of all transforms, and of all Linears that are quantized or transformed"""
+    """List the tensors of all transforms, and of Linears that are quantized or transformed"""
     targets = {
         name
         for module in model.modules()

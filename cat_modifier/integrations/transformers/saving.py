@@ -52,7 +52,7 @@ def save_atomically(model: PreTrainedModel):
             if is_source_process() and options.get("is_main_process", True):
                 with atomic_folder(save_directory) as staging:
                     save(str(staging), **options)
-                    _mark(staging)
+                    _edit_config(self, staging)
                 logger.info(f"The checkpoint is in {save_directory}")
             else:  # helps to gather the weights, and keeps no file
                 with TemporaryDirectory() as scratch:
@@ -103,9 +103,13 @@ def _check(model: PreTrainedModel, options: dict[str, Any]):
         )
 
 
-def _mark(folder: Path):
+def _edit_config(model: PreTrainedModel, folder: Path):
     """
-    Mark the ``quantization_config`` of a checkpoint that was just written.
+    Edit the ``quantization_config`` of a checkpoint that was just written.
+
+    Mark it, and add all Linears that are not quantized to `ignore`, by their names in the
+    model. compressed-tensors lists them by their names in the files, which differ for some
+    models, and leaves out subclasses of Linear: a reader would then take them for quantized.
 
     :param folder: holds the checkpoint, or an adapter, which has no config
     :raises ValueError: if there are no weights, or if the transforms are lost
@@ -121,5 +125,19 @@ def _mark(folder: Path):
             "The model has CAT transforms, but its quantization config was removed, as "
             "`dequantize=True` does: it cannot be saved without losing its transforms"
         )
-    config["quantization_config"] = mark_quantization_config(config["quantization_config"])
+    marked = mark_quantization_config(config["quantization_config"])
+    ignore = marked.get("ignore") or []
+    marked["ignore"] = [*ignore, *(name for name in _unquantized(model) if name not in ignore)]
+    config["quantization_config"] = marked
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _unquantized(model: PreTrainedModel) -> list[str]:
+    """List the modules that are not quantized, although others of their class are"""
+    modules = dict(model.named_modules())
+    quantized = {type(module) for module in modules.values() if is_module_quantized(module)}
+    return [
+        name
+        for name, module in modules.items()
+        if isinstance(module, tuple(quantized)) and not is_module_quantized(module)
+    ]
