@@ -1,123 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The transforms which the analysis compares. To add one, add it to ``TRANSFORMS``: a
-function from what is known of an input and of its readers to what is inserted between them.
+The transforms that the analysis compares.
+
+To add one, add it to ``TRANSFORMS``: a function from an input to the transform before the
+Linears that read it.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from cat_modifier.analysis.statistics import AnalysisStatistics
-from cat_modifier.functional.layout import choose_layout
-from cat_modifier.functional.transform import FusedTransform
-from cat_modifier.functional.alignment import DEFAULT_DAMPENING_FRAC, alignment_transform, diagonal_blocks, inner_blocks
-from cat_modifier.functional.layout import Rotation
-from cat_modifier.functional.transform import rotate_blocks
+from cat_modifier.analysis.inputs import AnalyzedInput
+from cat_modifier.functional.layout import Rotation, choose_layout
+from cat_modifier.functional.transform import FusedTransform, rotate_blocks
 
-__all__ = ["TRANSFORMS", "GroupData", "Transform"]
+__all__ = ["TRANSFORMS", "Transform"]
 
 _PRECISION = torch.bfloat16
-"""Of stored transforms, as CATModifier's default"""
-
-
-@dataclass
-class GroupData:
-    """
-    What is known of Linears which read the same input.
-
-    :param name: of the first of them, for messages
-    :param statistics: of the input
-    :param block_size: k of CAT
-    :param weights: of each Linear, shape (out, d), float32
-    """
-
-    name: str
-    statistics: AnalysisStatistics
-    block_size: int
-    weights: Mapping[str, Tensor]
-    _moments: dict[int, dict[str, Tensor]] = field(default_factory=dict)
-    _alignments: dict[int, Tensor] = field(default_factory=dict)
-
-    @property
-    def features(self) -> int:
-        """d, size of the input"""
-        return next(iter(self.weights.values())).shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        return next(iter(self.weights.values())).device
-
-    @property
-    def known_size(self) -> int:
-        """Size of the largest blocks of Sx that are known: k, or d if all of Sx is"""
-        return self.statistics.moments.mean.shape[-1]
-
-    def input_moments(self, block_size: int) -> Tensor:
-        """
-        :param block_size: a divisor of :attr:`known_size`
-        :return: diagonal blocks of Sx, shape (d/k, k, k), float64
-        """
-        blocks = inner_blocks(self.statistics.moments.mean, block_size)
-        return blocks.to(self.device, torch.float64)
-
-    def weight_moments(self, block_size: int) -> dict[str, Tensor]:
-        """
-        :return: diagonal blocks of ``W^T W`` of each Linear, shape (d/k, k, k), float64
-        """
-        if block_size not in self._moments:
-            self._moments[block_size] = {
-                name: diagonal_blocks(weight, block_size).double()
-                for name, weight in self.weights.items()
-            }
-        return self._moments[block_size]
-
-    def alignment_transform(self, block_size: int) -> Tensor:
-        """M, computed once for all rotations, shape (d/k, k, k), float64"""
-        if block_size not in self._alignments:
-            self._alignments[block_size] = alignment_transform(
-                self.input_moments(block_size),
-                sum(self.weight_moments(block_size).values()),
-                alignment_strength=1.0,
-                dampening_frac=DEFAULT_DAMPENING_FRAC,
-            )
-        return self._alignments[block_size]
+"""Dtype of stored transforms, CATModifier's default"""
 
 
 class Transform(NamedTuple):
     """
-    :param compute: the transform of one input
-    :param needs_whole_moments: whether it needs all of Sx, and not its diagonal blocks
-    :param label: for figures
+    :param label: name in figures and tables
+    :param compute: function that makes the transform of one input
+    :param needs_whole_moments: whether it needs all of Sx, not only diagonal blocks
     """
 
-    compute: Callable[[GroupData], FusedTransform]
-    needs_whole_moments: bool
     label: str
+    compute: Callable[[AnalyzedInput], FusedTransform]
+    needs_whole_moments: bool = False
 
 
 def _cat(rotation: Rotation, block_size: int | None = None, aligned: bool = True):
     """
-    :param block_size: k; None for that of the analysis, 0 for the whole input
-    :param aligned: whether the rotation is put after the alignment transform
+    Make the function of a CAT transform.
+
+    :param block_size: k; None for the analysis' own, 0 for the whole input
+    :param aligned: whether the alignment transform comes before the rotation
     """
 
-    def compute(data: GroupData) -> FusedTransform:
-        size = {None: data.block_size, 0: data.features}.get(block_size, block_size)
-        layout = choose_layout(data.name, data.features, 1, size, rotation)
+    def compute(data: AnalyzedInput) -> FusedTransform:
+        size = {None: data.block_size, 0: data.in_features}.get(block_size, block_size)
+        layout = choose_layout(data.name, data.in_features, 1, size, rotation)
         if data.known_size % layout.block_size:
-            # moments of blocks that are cut otherwise are not known
+            # only blocks that divide the known ones have known moments
             size = choose_layout(data.name, data.known_size, 1, size, rotation).block_size
-            layout = choose_layout(data.name, data.features, 1, size, rotation)
+            layout = choose_layout(data.name, data.in_features, 1, size, rotation)
         size = layout.block_size
         if aligned:
             blocks = data.alignment_transform(size)
         else:
             blocks = torch.eye(size, dtype=torch.float64, device=data.device)
-            blocks = blocks.expand(data.features // size, size, size)
+            blocks = blocks.expand(data.in_features // size, size, size)
         moments = data.input_moments(size) if rotation is Rotation.EIGEN_HADAMARD else blocks
         blocks = rotate_blocks(blocks, moments, rotation, layout.fused_hadamard_size)
         return FusedTransform.from_blocks(blocks.to(_PRECISION), layout)
@@ -125,35 +61,31 @@ def _cat(rotation: Rotation, block_size: int | None = None, aligned: bool = True
     return compute
 
 
-def _smooth_scaling(data: GroupData) -> FusedTransform:
+def _smooth_scaling(data: AnalyzedInput) -> FusedTransform:
     """
-    ``x_i / s_i`` with ``s_i = sqrt(max|x_i| / max|w_i|)`` (SmoothQuant, arXiv 2211.10438,
-    equation 4 with its default strength 0.5)
+    Scale each channel by ``1 / s_i`` with ``s_i = sqrt(max|x_i| / max|w_i|)`` (SmoothQuant,
+    arXiv 2211.10438, equation 4 with its default strength 0.5).
     """
     inputs = data.statistics.maxima.to(data.device, torch.float64)
     weights = torch.stack([w.abs().amax(0) for w in data.weights.values()]).amax(0).double()
-    # channels which are always zero on either side have nothing to be scaled for
+    # a channel that is always zero on either side needs no scale
     floor = torch.finfo(torch.float32).tiny
     alive = (inputs > floor) & (weights > floor)
     scales = torch.where(alive, (inputs / weights.clamp_min(floor)).sqrt(), 1.0)
-    layout = choose_layout(data.name, data.features, 1, 1, Rotation.NONE)
+    layout = choose_layout(data.name, data.in_features, 1, 1, Rotation.NONE)
     return FusedTransform.from_blocks((1 / scales)[:, None, None].to(_PRECISION), layout)
 
 
 TRANSFORMS: dict[str, Transform] = {
-    "none": Transform(_cat(Rotation.NONE, 1, aligned=False), False, "no transform"),
-    "scaling": Transform(_smooth_scaling, False, "SmoothQuant scaling"),
-    "hadamard": Transform(_cat(Rotation.HADAMARD, 1, aligned=False), False, "Hadamard"),
+    "none": Transform("no transform", _cat(Rotation.NONE, 1, aligned=False)),
+    "scaling": Transform("SmoothQuant scaling", _smooth_scaling),
+    "hadamard": Transform("Hadamard", _cat(Rotation.HADAMARD, 1, aligned=False)),
     "block-hadamard": Transform(
-        _cat(Rotation.BLOCK_HADAMARD, aligned=False), False, "block Hadamard"
+        "block Hadamard", _cat(Rotation.BLOCK_HADAMARD, aligned=False)
     ),
-    "cat-scaling": Transform(_cat(Rotation.HADAMARD, 1), False, "CAT, k = 1"),
-    "cat": Transform(_cat(Rotation.HADAMARD), False, "CAT"),
-    "cat-block-hadamard": Transform(
-        _cat(Rotation.BLOCK_HADAMARD), False, "CAT, block Hadamard"
-    ),
-    "cat-eigen-hadamard": Transform(
-        _cat(Rotation.EIGEN_HADAMARD), False, "CAT, eigen Hadamard"
-    ),
-    "cat-full": Transform(_cat(Rotation.HADAMARD, 0), True, "CAT, full"),
+    "cat-scaling": Transform("CAT, k = 1", _cat(Rotation.HADAMARD, 1)),
+    "cat": Transform("CAT", _cat(Rotation.HADAMARD)),
+    "cat-block-hadamard": Transform("CAT, block Hadamard", _cat(Rotation.BLOCK_HADAMARD)),
+    "cat-eigen-hadamard": Transform("CAT, eigen Hadamard", _cat(Rotation.EIGEN_HADAMARD)),
+    "cat-full": Transform("CAT, full", _cat(Rotation.HADAMARD, 0), needs_whole_moments=True),
 }
