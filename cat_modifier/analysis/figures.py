@@ -2,6 +2,8 @@
 """
 The figures of arXiv 2603.04359 for any model, drawn from the rows of an analysis.
 
+The docstring of a figure's function is its caption in the report.
+
 Colours are those of Okabe and Ito, which people with any colour vision can tell apart. Each
 has its own marker and line style, for print without colour.
 """
@@ -11,7 +13,6 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -24,7 +25,7 @@ from cat_modifier.analysis.transforms import TRANSFORMS
 from cat_modifier.functional.distributions import expected_concentration
 from cat_modifier.functional.sqnr import parallel_sum, to_db
 
-__all__ = ["COMPARISON_FIGURES", "FIGURES", "CaptionedFigure", "write_figures"]
+__all__ = ["COMPARISON_FIGURES", "FIGURES", "caption", "write_figures"]
 
 _STYLES = [
     ("#000000", "o", "-"),
@@ -145,7 +146,10 @@ def _legend_beside(axis: Axes, title: str | None = None):
 
 
 def factors(frame: pd.DataFrame) -> Figure:
-    """Figure 1: SQNR factorised into bit width, concentration and alignment"""
+    """
+    The predicted SQNR of each Linear and its factors. A rotation changes concentration
+    alone; alignment needs a transform that is no rotation.
+    """
     scheme = next(filter(_is_equal, _schemes(frame)), None)
     if scheme is None:
         raise MissingDataError(
@@ -185,7 +189,10 @@ def _joint_concentration(rows: pd.DataFrame) -> list[float]:
 
 
 def predicted_against_measured(frame: pd.DataFrame) -> Figure:
-    """Figure 2: predicted against measured SQNR, one dot per Linear"""
+    """
+    Predicted (theorem 2.4) and measured SQNR, one dot per Linear. Names mark the Linears
+    farthest off the diagonal.
+    """
     schemes = list(frame["scheme"].unique())
     transforms = [t for t in ("none", "hadamard", "cat") if t in set(frame["transform"])]
     transforms = transforms or _main_transforms(frame)
@@ -228,7 +235,10 @@ def _name_outliers(axis: Axes, frame: pd.DataFrame):
 
 
 def activations_against_weights(frame: pd.DataFrame) -> Figure:
-    """Figure 3: SQNR of quantized activations against SQNR of quantized weights"""
+    """
+    Which of the two errors is larger, and what more bits do: small dots are Linears, large
+    ones their mean.
+    """
     schemes = [scheme.name for scheme in _schemes(frame) if None not in scheme.bits]
     if not schemes:
         raise MissingDataError("needs a scheme that quantizes both weights and activations")
@@ -272,7 +282,10 @@ def activations_against_weights(frame: pd.DataFrame) -> Figure:
 
 
 def concentrations(frame: pd.DataFrame) -> Figure:
-    """Figure 4: concentration of weights and of activations, and of known data"""
+    """
+    How well weights and activations fill their range, over all Linears: quartiles, and the
+    levels of known distributions.
+    """
     scheme = next((one for one in _schemes(frame) if None not in one.bits), None)
     if scheme is None:
         raise MissingDataError("needs a scheme that quantizes both weights and activations")
@@ -321,7 +334,10 @@ def _boxes(axis: Axes, frame: pd.DataFrame, column: str):
 
 
 def alignments(frame: pd.DataFrame) -> Figure:
-    """Figure 5: alignment of all Linears, and the best that can be reached"""
+    """
+    Alignment over all Linears, and the region that transforms can reach if each Linear has
+    its input for itself. Rotations leave it as it is: equal lines are drawn once.
+    """
     frame = frame[frame["scheme"] == frame["scheme"].iloc[0]]
     first = frame[frame["transform"] == frame["transform"].iloc[0]]
     share = np.linspace(0, 100, len(first))
@@ -350,7 +366,7 @@ def alignments(frame: pd.DataFrame) -> Figure:
 
 
 def fewer_bits(frame: pd.DataFrame) -> Figure:
-    """Figure 6: fewer bits with CAT against more bits without, for each Linear"""
+    """Few bits with CAT against more bits without a transform."""
     schemes = [s for s in _schemes(frame) if _is_equal(s) and s.bits[0] < 8]
     schemes = [scheme.name for scheme in sorted(schemes, key=lambda scheme: scheme.bits)]
     if len(schemes) < 2 or not {"none", "cat"} <= set(frame["transform"]):
@@ -377,7 +393,10 @@ def fewer_bits(frame: pd.DataFrame) -> Figure:
 
 
 def checkpoint_layers(frame: pd.DataFrame) -> Figure:
-    """SQNR of each quantized Linear of a checkpoint, its own and accumulated"""
+    """
+    SQNR of each Linear of the checkpoint: with the input of its original, and (accumulated)
+    within the quantized model, after the errors of all before it.
+    """
     frame = _with_roles(frame)
     roles = _main_roles(frame)
     figure = Figure(figsize=(1.2 + 1.75 * len(roles), 3.2))
@@ -399,58 +418,26 @@ def checkpoint_layers(frame: pd.DataFrame) -> Figure:
     return figure
 
 
-class CaptionedFigure(NamedTuple):
-    """
-    :param draw: function that draws the figure from the rows of an analysis
-    :param caption: text below the figure
-    """
-
-    draw: Callable[[pd.DataFrame], Figure]
-    caption: str
-
-
-FIGURES = {
-    "1-factors": CaptionedFigure(
-        factors,
-        "The predicted SQNR of each Linear and its factors. A rotation changes concentration "
-        "alone; alignment needs a transform that is no rotation.",
-    ),
-    "2-predicted-and-measured": CaptionedFigure(
-        predicted_against_measured,
-        "Predicted (theorem 2.4) and measured SQNR, one dot per Linear. Names mark the Linears "
-        "farthest off the diagonal.",
-    ),
-    "3-weights-and-activations": CaptionedFigure(
-        activations_against_weights,
-        "Which of the two errors is larger, and what more bits do: small dots are Linears, "
-        "large ones their mean.",
-    ),
-    "4-concentration": CaptionedFigure(
-        concentrations,
-        "How well weights and activations fill their range, over all Linears: quartiles, and "
-        "the levels of known distributions.",
-    ),
-    "5-alignment": CaptionedFigure(
-        alignments,
-        "Alignment over all Linears, and the region that transforms can reach if each Linear "
-        "has its input for itself. Rotations leave it as it is: equal lines are drawn once.",
-    ),
-    "6-fewer-bits": CaptionedFigure(
-        fewer_bits, "Few bits with CAT against more bits without a transform."
-    ),
+FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
+    "1-factors": factors,
+    "2-predicted-and-measured": predicted_against_measured,
+    "3-weights-and-activations": activations_against_weights,
+    "4-concentration": concentrations,
+    "5-alignment": alignments,
+    "6-fewer-bits": fewer_bits,
+}
+COMPARISON_FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
+    "1-checkpoint": checkpoint_layers,
 }
 
-COMPARISON_FIGURES = {
-    "1-checkpoint": CaptionedFigure(
-        checkpoint_layers,
-        "SQNR of each Linear of the checkpoint: with the input of its original, and "
-        "(accumulated) within the quantized model, after the errors of all before it.",
-    ),
-}
+
+def caption(draw: Callable[[pd.DataFrame], Figure]) -> str:
+    """The text below a figure: the docstring of its function"""
+    return " ".join(draw.__doc__.split())
 
 
 def write_figures(
-    figures: dict[str, CaptionedFigure], frame: pd.DataFrame, folder: Path
+    figures: dict[str, Callable[[pd.DataFrame], Figure]], frame: pd.DataFrame, folder: Path
 ) -> dict[str, str]:
     """
     Write each figure as PNG and as SVG.
@@ -458,7 +445,7 @@ def write_figures(
     :return: reasons why figures cannot be drawn from the table, by name
     """
     missing = {}
-    for name, (draw, _) in figures.items():
+    for name, draw in figures.items():
         with mpl.rc_context(_SETTINGS):
             try:
                 figure = draw(frame)

@@ -16,7 +16,7 @@ from cat_modifier.analysis.inputs import AnalysisStatistics
 from cat_modifier.analysis.measure import measure_input
 from cat_modifier.analysis.passes import Batch, call, hooked
 from cat_modifier.analysis.schemes import Scheme
-from cat_modifier.analysis.transforms import TRANSFORMS
+from cat_modifier.analysis.transforms import TRANSFORMS, check_transforms
 from cat_modifier.calibration.collector import InputCollector
 from cat_modifier.calibration.shared_inputs import DEFAULT_IGNORE, SharedInput
 from cat_modifier.functional.layout import Rotation, choose_layout
@@ -77,10 +77,7 @@ def analyze(
     :raises UnseenLinearsError: if some Linears saw no tokens; holds the other results
     """
     parsed = [Scheme.parse(name) for name in schemes]
-    if unknown := [name for name in transforms if name not in TRANSFORMS]:
-        raise ValueError(
-            f"Unknown transform {unknown[0]!r}: it should be one of {', '.join(TRANSFORMS)}"
-        )
+    check_transforms(transforms)
     if not parsed or not transforms or not len(batches):
         raise ValueError("The analysis needs a scheme, a transform and a batch at least")
     if transform_block_size < 1:

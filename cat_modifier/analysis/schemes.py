@@ -41,8 +41,8 @@ class Scheme:
                 f"Unknown scheme {name!r}: it should be like W4A4, W4A8 or W4G64A4G64 (groups "
                 "of 64 channels), with 2 to 8 bits, or 16 for what is left as it is"
             )
-        weights = _integers(bits[0], match[2], "channel", symmetric=True)
-        return cls(name.upper(), weights, _integers(bits[1], match[4], "token", symmetric=False))
+        weights = _integers(bits[0], match[2], "channel")
+        return cls(name.upper(), weights, _integers(bits[1], match[4], "token"))
 
     @property
     def bits(self) -> tuple[int | None, int | None]:
@@ -53,15 +53,16 @@ class Scheme:
         )
 
 
-def _integers(
-    bits: int, group_size: str | None, strategy: str, symmetric: bool
-) -> QuantizationArgs | None:
+def _integers(bits: int, group_size: str | None, strategy: str) -> QuantizationArgs | None:
+    """
+    :param strategy: "channel" for weights, "token" for activations, where there are no groups
+    """
     if bits == 16:
         return None
     return QuantizationArgs(
         num_bits=bits,
-        symmetric=symmetric,
+        symmetric=strategy == "channel",
         strategy="group" if group_size else strategy,
         group_size=group_size and int(group_size),
-        dynamic=not symmetric,
+        dynamic=strategy == "token",
     )

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a person wants to know first: which Linears lose most, to what, and what would help"""
+"""The summary: Linears that lose most, the cause, and what would help."""
 
 import math
+from typing import Any
 
 import pandas as pd
 
 from cat_modifier.analysis.comparison import Comparison
-from cat_modifier.analysis.measure import LayerResult
 from cat_modifier.analysis.schemes import Scheme
 from cat_modifier.analysis.transforms import TRANSFORMS
 from cat_modifier.functional.distributions import expected_concentration
@@ -22,21 +22,21 @@ __all__ = [
 ]
 
 _DOMINANT = 2.0
-"""Ratio of two noises from which on the larger one is named alone"""
+"""Ratio of two noises above which only the larger one is named"""
 
 _UNPREDICTABLE = 3.0
-"""dB between prediction and measurement which are worth a word"""
+"""Difference of prediction and measurement worth a word, dB"""
 
 
 def mean_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """Mean of measured SQNR over all Linears, in dB: a row a transform, a column a scheme"""
+    """Mean measured SQNR over all Linears, dB, per transform (rows) and scheme (columns)"""
     return frame.pivot_table(
         index="transform", columns="scheme", values="measured_db", sort=False, dropna=False
     )
 
 
 def best_transform(frame: pd.DataFrame, scheme: str) -> str:
-    """That of the highest mean"""
+    """The transform of the highest mean"""
     means = mean_table(frame)[scheme]
     return means.index[0] if means.isna().all() else means.idxmax()
 
@@ -45,25 +45,24 @@ def diagnose(frame: pd.DataFrame, scheme: Scheme, transform: str) -> pd.DataFram
     """
     What holds each Linear back under a transform, worst first.
 
-    Of the factors of theorem 2.4, concentration is compared with that of normal data, which
-    is what mixing many channels leads to, and alignment with what is achievable; the factor
-    that is further below is what limits the Linear, and bits if none is 1 dB below.
+    Concentration is compared with normal data, the result of mixing many channels;
+    alignment with the achievable one. The factor that is further below limits the Linear;
+    bits do if none is 1 dB below.
 
-    :param frame: rows of :class:`LayerResult`
+    :param frame: rows of an analysis
     :return: columns `layer`; `noise` (weights, activations or both); `limit`; and in dB
-        `sqnr`, `concentration_loss` (of the larger noise), `alignment_loss`, and what would
-        be gained by 8-bit activations, by 8-bit weights and by a full block
-        (`gain_activations`, `gain_weights`, `gain_full`)
+        `sqnr`, `concentration_loss` (of the larger noise), `alignment_loss`, and the gain by
+        8-bit activations, 8-bit weights and one full block (`gain_activations`,
+        `gain_weights`, `gain_full`)
     """
     rows = frame[(frame["scheme"] == scheme.name) & (frame["transform"] == transform)]
     result = pd.DataFrame([_diagnose(row, scheme) for row in rows.itertuples()])
     return result.sort_values("sqnr").reset_index(drop=True)
 
 
-def _diagnose(row: LayerResult, scheme: Scheme) -> dict[str, str | float]:
-    weights, activations = (
-        10 ** (db / 10) for db in (row.measured_weights_db, row.measured_activations_db)
-    )
+def _diagnose(row: Any, scheme: Scheme) -> dict[str, str | float]:
+    weights = 10 ** (row.measured_weights_db / 10)
+    activations = 10 ** (row.measured_activations_db / 10)
     noise = "both"
     if weights > _DOMINANT * activations:
         noise = "activations"
@@ -76,11 +75,11 @@ def _diagnose(row: LayerResult, scheme: Scheme) -> dict[str, str | float]:
         ("activations", scheme.activations, row.activation_concentration_db),
     ):
         if args is not None and noise in (name, "both"):
-            level = expected_concentration(
-                "normal", row.in_features, args.symmetric, args.group_size
+            sizes = row.in_features, args.symmetric, args.group_size
+            losses[f"concentration of {name}"] = (
+                to_db(expected_concentration("normal", *sizes)) - db
             )
-            losses[f"concentration of {name}"] = to_db(level) - db
-    concentration_loss = max(losses.values(), default=float("nan"))
+    concentration_loss = max(losses.values(), default=math.nan)
     losses["alignment"] = row.achievable_block_db - row.alignment_db
     limit = max(losses, key=losses.get)
     if math.isnan(row.measured_db):
@@ -89,13 +88,12 @@ def _diagnose(row: LayerResult, scheme: Scheme) -> dict[str, str | float]:
         limit = "bits"
 
     def gain(bits: int | None, ratio: float, other: float) -> float:
-        """By 8 bits of what has fewer now"""
+        """Gain by 8 bits instead of fewer"""
         if bits is None or bits >= 8:
             return math.nan
         more = ratio * ((2**8 - 1) / (2**bits - 1)) ** 2
         return to_db(parallel_sum(more, other)) - row.measured_db
 
-    weight_bits, activation_bits = scheme.bits
     return {
         "layer": row.layer,
         "sqnr": row.measured_db,
@@ -103,8 +101,8 @@ def _diagnose(row: LayerResult, scheme: Scheme) -> dict[str, str | float]:
         "limit": limit,
         "concentration_loss": concentration_loss,
         "alignment_loss": losses["alignment"],
-        "gain_activations": gain(activation_bits, activations, weights),
-        "gain_weights": gain(weight_bits, weights, activations),
+        "gain_activations": gain(scheme.bits[1], activations, weights),
+        "gain_weights": gain(scheme.bits[0], weights, activations),
         "gain_full": row.achievable_full_db - row.alignment_db,
     }
 
@@ -128,14 +126,10 @@ def sentences(frame: pd.DataFrame, scheme: Scheme) -> list[str]:
         f"{TRANSFORMS[best].label}: {means[best]:.1f} dB" + (f" ({others})." if others else ".")
     ]
     for name in dict.fromkeys((first, best)):
-        limits = diagnose(frame, scheme, name)["limit"].value_counts()
-        text.append(
-            f"With {TRANSFORMS[name].label}, what limits them is "
-            + ", ".join(f"{limit} ({number})" for limit, number in limits.items())
-            + "."
-        )
-    table = diagnose(frame, scheme, best)
-    worst = table.head(max(1, count // 10))
+        table = diagnose(frame, scheme, name)
+        limits = [f"{limit} ({n})" for limit, n in table["limit"].value_counts().items()]
+        text.append(f"With {TRANSFORMS[name].label}, they are limited by {', '.join(limits)}.")
+    worst = table.head(max(1, count // 10))  # of the best transform
     gains = {
         "8-bit activations": worst["gain_activations"].mean(),
         "8-bit weights": worst["gain_weights"].mean(),
@@ -148,18 +142,14 @@ def sentences(frame: pd.DataFrame, scheme: Scheme) -> list[str]:
     )
     off = unpredictable(frame[frame["scheme"] == scheme.name])
     higher = off["measured_db"] > off["predicted_db"]
-    for rows, relation, reason in (
-        (
-            off[higher],
-            "above",
-            "a few large channels set the range, most values round to zero, and their error, "
-            "as small as they are, is less than uniform noise",
-        ),
-        (
-            off[~higher],
-            "below",
-            "a few tokens hold most of the energy, and their errors do not average out",
-        ),
+    above = (
+        "a few large channels set the range, most values round to zero, and their small error "
+        "is less than uniform noise"
+    )
+    below = "a few tokens hold most of the energy, and their errors do not average out"
+    for relation, rows, reason in (
+        ("above", off[higher], above),
+        ("below", off[~higher], below),
     ):
         if len(rows):
             where = rows.iloc[0]
@@ -176,19 +166,20 @@ def sentences(frame: pd.DataFrame, scheme: Scheme) -> list[str]:
 
 
 def comparison_sentences(comparison: Comparison) -> list[str]:
-    """A checkpoint against its original, in words"""
+    """The summary of a checkpoint against its original, in words"""
     original, quantized = comparison.perplexity
     layers = comparison.layers
-    worst = layers.nsmallest(3, "measured_db")
+    worst = [
+        f"{row.layer} ({row.measured_db:.1f} dB)"
+        for row in layers.nsmallest(3, "measured_db").itertuples()
+    ]
     return [
         f"Perplexity is {quantized:.2f}, of the original {original:.2f} "
         f"({comparison.tokens} tokens).",
-        f"The KL divergence from the original is {comparison.divergence:.3f} nats a token, and "
-        f"the most likely next token is the same for {comparison.agreement:.1%}.",
+        f"The KL divergence from the original is {comparison.divergence:.3f} nats per token, "
+        f"and the most likely next token is the same for {comparison.agreement:.1%}.",
         f"With the same input, the {len(layers)} quantized Linears have a mean SQNR of "
-        f"{layers['measured_db'].mean():.1f} dB; the lowest are "
-        + ", ".join(f"{row.layer} ({row.measured_db:.1f} dB)" for row in worst.itertuples())
-        + ".",
-        f"Errors of the Linears before them lower that of their outputs to "
+        f"{layers['measured_db'].mean():.1f} dB; the lowest are {', '.join(worst)}.",
+        "Errors of the Linears before them lower the SQNR of their outputs to "
         f"{layers['accumulated_db'].mean():.1f} dB on average.",
     ]

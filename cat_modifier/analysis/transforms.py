@@ -6,7 +6,7 @@ To add one, add it to ``TRANSFORMS``: a function from an input to the transform 
 Linears that read it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from cat_modifier.analysis.inputs import AnalyzedInput
 from cat_modifier.functional.layout import Rotation, choose_layout
 from cat_modifier.functional.transform import FusedTransform, rotate_blocks
 
-__all__ = ["TRANSFORMS", "Transform"]
+__all__ = ["TRANSFORMS", "Transform", "check_transforms"]
 
 _PRECISION = torch.bfloat16
 """Dtype of stored transforms, CATModifier's default"""
@@ -80,12 +80,20 @@ TRANSFORMS: dict[str, Transform] = {
     "none": Transform("no transform", _cat(Rotation.NONE, 1, aligned=False)),
     "scaling": Transform("SmoothQuant scaling", _smooth_scaling),
     "hadamard": Transform("Hadamard", _cat(Rotation.HADAMARD, 1, aligned=False)),
-    "block-hadamard": Transform(
-        "block Hadamard", _cat(Rotation.BLOCK_HADAMARD, aligned=False)
-    ),
+    "block-hadamard": Transform("block Hadamard", _cat(Rotation.BLOCK_HADAMARD, aligned=False)),
     "cat-scaling": Transform("CAT, k = 1", _cat(Rotation.HADAMARD, 1)),
     "cat": Transform("CAT", _cat(Rotation.HADAMARD)),
     "cat-block-hadamard": Transform("CAT, block Hadamard", _cat(Rotation.BLOCK_HADAMARD)),
     "cat-eigen-hadamard": Transform("CAT, eigen Hadamard", _cat(Rotation.EIGEN_HADAMARD)),
     "cat-full": Transform("CAT, full", _cat(Rotation.HADAMARD, 0), needs_whole_moments=True),
 }
+
+
+def check_transforms(names: Iterable[str]):
+    """
+    :raises ValueError: if a name is not in ``TRANSFORMS``
+    """
+    if unknown := [name for name in names if name not in TRANSFORMS]:
+        raise ValueError(
+            f"Unknown transform {unknown[0]!r}: it should be one of {', '.join(TRANSFORMS)}"
+        )
