@@ -103,24 +103,16 @@ def config_group(scheme: str, targets: list[str]) -> dict[str, Any]:
     :param targets: Linears
     :return: config group of llm-compressor that vLLM serves
     """
-    weights, inputs = Scheme.parse(scheme).bits
+    parsed = Scheme.parse(scheme)
+    weights, activations = (
+        args.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+        for args in (parsed.weights, parsed.activations)
+    )
     return {
         "targets": targets,
-        "format": "pack-quantized" if weights < 8 else "int-quantized",
-        "weights": {
-            "num_bits": weights,
-            "type": "int",
-            "symmetric": True,
-            "strategy": "channel",
-            "observer": "memoryless_mse",
-        },
-        "input_activations": {
-            "num_bits": inputs,
-            "type": "int",
-            "symmetric": False,
-            "strategy": "token",
-            "dynamic": True,
-        },
+        "format": "pack-quantized" if parsed.weights.num_bits < 8 else "int-quantized",
+        "weights": weights | {"observer": "memoryless_mse"},
+        "input_activations": activations,
     }
 
 

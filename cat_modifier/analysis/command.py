@@ -9,9 +9,8 @@ from loguru import logger
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from cat_modifier.analysis.comparison import compare
-from cat_modifier.analysis.experts import make_experts_linears
 from cat_modifier.analysis.layers import UnseenLinearsError, analyze
-from cat_modifier.analysis.passes import without_predictions
+from cat_modifier.analysis.model import make_experts_linears, without_predictions
 from cat_modifier.analysis.report import comparison_report, layer_report
 from cat_modifier.analysis.report_folder import new_report
 from cat_modifier.analysis.schemes import Scheme
@@ -47,15 +46,11 @@ def run(
     # refuse all that can be refused before anything is loaded
     options["schemes"] = [Scheme.parse(name).name for name in options["schemes"]]
     check_transforms(options["transforms"])
-    for name in filter(None, (model, original)):
-        if name.startswith(("/", ".", "~")) and not Path(name).expanduser().is_dir():
-            raise ValueError(f"There is no folder {name}")
     config = AutoConfig.from_pretrained(model)
     is_quantized = getattr(config, "quantization_config", None) is not None
     if is_quantized and original is None:
         raise ValueError(
-            f"{model} is quantized: name the model it was made from with --original, to "
-            "compare the two"
+            f"{model} is quantized: name the model it was made from with --original"
         )
     if original is not None and not is_quantized:
         raise ValueError(f"{model} is not quantized: leave out --original")

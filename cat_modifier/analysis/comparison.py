@@ -21,9 +21,8 @@ from torch import Tensor
 from torch.nn import Linear, Module
 from tqdm import tqdm
 
-from cat_modifier.analysis.experts import fused_experts
 from cat_modifier.analysis.layers import UnseenLinearsError
-from cat_modifier.analysis.passes import hooked
+from cat_modifier.analysis.model import fused_experts, hooked
 from cat_modifier.functional.sqnr import to_db
 
 __all__ = ["Comparison", "compare"]
@@ -33,17 +32,17 @@ __all__ = ["Comparison", "compare"]
 class Comparison:
     """
     :param layers: one row per quantized Linear, see :func:`compare`
-    :param perplexity: perplexity of the original and of the checkpoint
-    :param divergence: KL divergence of the checkpoint's next-token distribution from the
+    :param perplexity: perplexity of the `original` and of the `checkpoint`
+    :param kl_divergence: KL divergence of the checkpoint's next-token distribution from the
         original's, mean over tokens, in nats
-    :param agreement: share of tokens for which both have the same most likely successor
+    :param top1_agreement: share of tokens with the same most likely successor in both
     :param tokens: number of tokens predicted
     """
 
     layers: pd.DataFrame
-    perplexity: tuple[float, float]
-    divergence: float
-    agreement: float
+    perplexity: dict[str, float]
+    kl_divergence: float
+    top1_agreement: float
     tokens: int
 
 
@@ -53,10 +52,8 @@ def compare(original: Module, quantized: Module, batches: Sequence[Tensor]) -> C
     Pass the same tokens through both models.
 
     Each quantized Linear also gets the input of its original, which tells its own error
-    from the errors of all Linears before it.
-
-    The columns of ``layers``: `layer`; `scheme`, as `W4A4`; `in_features`, `out_features`;
-    and in dB
+    from the errors of all Linears before it. The columns of ``layers``: `layer`; `scheme`,
+    as `W4A4`; `in_features`, `out_features`; and in dB
 
     - `measured_weights_db`: SQNR with the same input, activations not quantized
     - `measured_activations_db`: ratio of the signal to what quantizing activations adds
@@ -69,19 +66,7 @@ def compare(original: Module, quantized: Module, batches: Sequence[Tensor]) -> C
     :raises ValueError: if nothing is quantized, or the models do not have the same Linears
     :raises UnseenLinearsError: if some Linears saw no tokens; holds the other results
     """
-    if fused := fused_experts(original):
-        logger.warning(
-            f"{fused[0]} (one of {len(fused)}) holds all experts in one parameter: they are "
-            "not among the Linears, and if they are quantized, their activations are not here"
-        )
     pairs = _match(original, quantized)
-    if fused := _fused(quantized) & pairs.keys():
-        logger.info(
-            f"{len(fused)} Linears are not compared one by one: a transform fused into them "
-            "makes their inputs or outputs differ from the original's"
-        )
-        pairs = {name: pair for name, pair in pairs.items() if name not in fused}
-
     energies: dict[str, Counter[str]] = {name: Counter() for name in pairs}
     totals: Counter[str] = Counter()
     for ids in tqdm(batches, desc="Comparing"):
@@ -102,7 +87,7 @@ def compare(original: Module, quantized: Module, batches: Sequence[Tensor]) -> C
     tokens = totals["tokens"]
     comparison = Comparison(
         pd.DataFrame(rows),
-        tuple(math.exp(totals[key] / tokens) for key in ("original", "quantized")),
+        {key: math.exp(totals[key] / tokens) for key in ("original", "checkpoint")},
         totals["divergence"] / tokens,
         totals["agreement"] / tokens,
         tokens,
@@ -112,22 +97,27 @@ def compare(original: Module, quantized: Module, batches: Sequence[Tensor]) -> C
     return comparison
 
 
-def _fused(quantized: Module) -> set[str]:
-    """Find the Linears that share a transform, one in its columns and one in its rows"""
-    config = getattr(getattr(quantized, "config", None), "quantization_config", None)
-    transforms = getattr(config, "cat_transforms", None)
-    transforms = getattr(quantized, TRANSFORM_CONFIG_NAME, transforms)
-    fused = getattr(transforms, "fused", {})
-    return {*fused.keys(), *fused.values()}
-
-
 def _match(original: Module, quantized: Module) -> dict[str, tuple[Linear, Linear]]:
     """Pair the quantized Linears with their originals, by full name"""
+    if experts := fused_experts(original):
+        logger.warning(
+            f"{experts[0]} (one of {len(experts)}) holds all experts in one parameter: they "
+            "are not compared, as they are not Linears"
+        )
+    config = getattr(getattr(quantized, "config", None), "quantization_config", None)
+    transforms = getattr(config, "cat_transforms", None)
+    fused = getattr(getattr(quantized, TRANSFORM_CONFIG_NAME, transforms), "fused", {})
+    if fused:
+        logger.info(
+            f"{len(fused)} pairs of Linears are not compared one by one: a transform fused "
+            "into them makes what passes between them differ from the original"
+        )
     modules = dict(original.named_modules())
     pairs = {
         name: (modules.get(name), module)
         for name, module in quantized.named_modules()
         if isinstance(module, Linear) and is_module_quantized(module)
+        if name not in {*fused.keys(), *fused.values()}
     }
     if not pairs:
         raise ValueError("The checkpoint has no quantized Linears: there is nothing to compare")
@@ -164,9 +154,8 @@ def _add_errors(
     finally:
         enable_quantization(quantized)
     exact = exact.to(device).float()
-    signal = exact if linear.bias is None else exact - linear.bias.to(device).float()
     for name, tensor in {
-        "signal": signal,
+        "signal": exact if linear.bias is None else exact - linear.bias.to(device).float(),
         "measured_weights_db": weights_only - exact,
         "measured_activations_db": both - weights_only,
         "measured_db": both - exact,
@@ -180,27 +169,23 @@ def _row(name: str, module: Linear, energies: Counter[str]) -> dict[str, str | i
         return "16" if args is None else f"{'' if args.type == 'int' else 'F'}{args.num_bits}"
 
     scheme = module.quantization_scheme
-    signal = energies["signal"]
+    signal = energies.pop("signal")
     return {
         "layer": name,
         "scheme": f"W{bits(scheme.weights)}A{bits(scheme.input_activations)}",
         "in_features": module.in_features,
         "out_features": module.out_features,
-    } | {
-        error: to_db(signal / noise if noise else math.inf)
-        for error, noise in energies.items()
-        if error != "signal"
-    }
+    } | {key: to_db(signal / e if e else math.inf) for key, e in energies.items()}
 
 
 def _add_predictions(totals: Counter[str], ids: Tensor, logits: Tensor, other: Tensor):
     """Add up the predictions of all tokens but the last of each row"""
     original = logits[:, :-1].float().log_softmax(-1)
-    quantized = other[:, :-1].float().log_softmax(-1)
+    checkpoint = other[:, :-1].float().log_softmax(-1)
     labels = ids[:, 1:, None]
     totals["tokens"] += labels.numel()
     totals["original"] -= original.gather(-1, labels).sum(dtype=torch.float64).item()
-    totals["quantized"] -= quantized.gather(-1, labels).sum(dtype=torch.float64).item()
-    divergence = (original.exp() * (original - quantized)).sum(-1)
+    totals["checkpoint"] -= checkpoint.gather(-1, labels).sum(dtype=torch.float64).item()
+    divergence = (original.exp() * (original - checkpoint)).sum(-1)
     totals["divergence"] += divergence.sum(dtype=torch.float64).item()
-    totals["agreement"] += (original.argmax(-1) == quantized.argmax(-1)).sum().item()
+    totals["agreement"] += (original.argmax(-1) == checkpoint.argmax(-1)).sum().item()

@@ -1,22 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The analysis of a model: from data to a table of numbers."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import pandas as pd
 import torch
-from compressed_tensors import match_named_modules
 from torch.nn import Linear, Module
 from tqdm import tqdm
 
-from cat_modifier.analysis.experts import fused_experts
-from cat_modifier.analysis.inputs import AnalysisStatistics
 from cat_modifier.analysis.measure import measure_input
-from cat_modifier.analysis.passes import Batch, call, hooked
+from cat_modifier.analysis.model import Batch, call, find_linears, hooked
 from cat_modifier.analysis.schemes import Scheme
-from cat_modifier.analysis.transforms import TRANSFORMS, check_transforms
+from cat_modifier.analysis.transforms import (
+    TRANSFORMS,
+    AnalysisStatistics,
+    check_transforms,
+)
 from cat_modifier.calibration.collector import InputCollector
 from cat_modifier.calibration.shared_inputs import DEFAULT_IGNORE, SharedInput
 from cat_modifier.functional.layout import Rotation, choose_layout
@@ -33,12 +35,7 @@ _SAMPLE_SIZE = 128
 
 
 class UnseenLinearsError(ValueError):
-    """
-    Some Linears saw no tokens.
-
-    :param names: names of the Linears
-    :param results: results of the other Linears; None if there are none
-    """
+    """Some Linears saw no tokens; `results` are those of the others, None if there are none"""
 
     def __init__(self, names: list[str], results: Any):
         self.results = results
@@ -82,15 +79,16 @@ def analyze(
         raise ValueError("The analysis needs a scheme, a transform and a batch at least")
     if transform_block_size < 1:
         raise ValueError(f"`transform_block_size` must be positive, got {transform_block_size}")
-    linears = _find_linears(model, list(targets), list(ignore))
+    linears = find_linears(model, list(targets), list(ignore))
     _check_groups(linears, parsed)
+
+    is_whole = any(TRANSFORMS[name].needs_whole_moments for name in transforms)
 
     def block_size(shared: SharedInput) -> int:
         sizes = shared.in_features, 1, transform_block_size
         return choose_layout(shared.first, *sizes, Rotation.NONE).block_size
 
     def new_statistics(shared: SharedInput) -> AnalysisStatistics:
-        is_whole = any(TRANSFORMS[name].needs_whole_moments for name in transforms)
         known = shared.in_features if is_whole else block_size(shared)
         return AnalysisStatistics(shared.in_features, known, _SAMPLE_SIZE)
 
@@ -110,42 +108,22 @@ def analyze(
         if statistics.sample.count:
             rows += measure_input(shared, statistics, block_size(shared), parsed, transforms)
 
-    seen = {row["layer"] for row in rows}
     position = {name: index for index, name in enumerate(linears)}
     rows.sort(key=lambda row: position[row["layer"]])
     frame = pd.DataFrame(rows)
-    if unseen := [name for name in linears if name not in seen]:
-        raise UnseenLinearsError(unseen, frame if rows else None)
+    if unseen := linears.keys() - {row["layer"] for row in rows}:
+        names = sorted(unseen, key=position.__getitem__)
+        raise UnseenLinearsError(names, frame if rows else None)
     return frame
-
-
-def _find_linears(model: Module, targets: list[str], ignore: list[str]) -> dict[str, Linear]:
-    """Find the Linears by full name, in the order of the model"""
-    if fused := fused_experts(model, ignore):
-        raise ValueError(
-            f"{fused[0]} (one of {len(fused)}) holds all experts in one parameter, not in "
-            "Linears: call `llmcompressor.modeling.moe.linearize.linearize_moe(model)` first, "
-            "or add it to `ignore`"
-        )
-    matches = match_named_modules(model, targets, ignore)
-    linears = {name: module for name, module in matches if isinstance(module, Linear)}
-    if not linears:
-        raise ValueError(
-            f"The model has no torch.nn.Linear for targets {targets} and ignore {ignore}: "
-            "check the names with `model.named_modules()`"
-        )
-    return linears
 
 
 def _check_groups(linears: dict[str, Linear], schemes: Sequence[Scheme]):
     """Check before the pass over the data that groups of channels divide all inputs"""
-    for scheme in schemes:
-        groups = {args.group_size for args in (scheme.weights, scheme.activations) if args}
-        for size in groups - {None}:
-            for name, linear in linears.items():
-                if linear.in_features % size:
-                    raise ValueError(
-                        f"Groups of {size} channels (scheme {scheme.name}) do not divide the "
-                        f"{linear.in_features} inputs of {name}: choose another size, or add "
-                        "the Linear to `ignore`"
-                    )
+    for scheme, (name, linear) in itertools.product(schemes, linears.items()):
+        for args in filter(None, (scheme.weights, scheme.activations)):
+            if args.group_size and linear.in_features % args.group_size:
+                raise ValueError(
+                    f"Groups of {args.group_size} channels (scheme {scheme.name}) do not "
+                    f"divide the {linear.in_features} inputs of {name}: choose another size, "
+                    "or add the Linear to `ignore`"
+                )

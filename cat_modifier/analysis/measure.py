@@ -2,7 +2,7 @@
 """From the statistics of an input to the SQNR of the Linears that read it."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +10,8 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.utils import align_module_device, get_execution_device
 from torch import Tensor
 
-from cat_modifier.analysis.inputs import AnalysisStatistics, AnalyzedInput
 from cat_modifier.analysis.schemes import Scheme
-from cat_modifier.analysis.transforms import TRANSFORMS
+from cat_modifier.analysis.transforms import TRANSFORMS, AnalysisStatistics, AnalyzedInput
 from cat_modifier.calibration.shared_inputs import SharedInput
 from cat_modifier.functional.alignment import matrix_power, transformed_energy
 from cat_modifier.functional.sqnr import (
@@ -43,8 +42,7 @@ def measure_input(
     first Linear with this input; `in_features`, `out_features`, `transform`, `scheme`;
     `block_size`, k of the transform; and in dB, see :mod:`cat_modifier.functional.sqnr`:
 
-    - `weight_concentration_db`: C(W) of the transformed weight
-    - `activation_concentration_db`: C(x) of the transformed input
+    - `weight_concentration_db`, `activation_concentration_db`: C(W) and C(x), transformed
     - `alignment_db`: A(x, W)
     - `achievable_block_db`: best alignment over all transforms with blocks of k, if the
       Linear had its input for itself
@@ -54,11 +52,11 @@ def measure_input(
     - `measured_weights_db`, `measured_activations_db`, `measured_db`: measured SQNR, each
       value rounded to the nearest integer in the range of its channel, token or group
 
-    Two more columns qualify them: `tokens`, the number of tokens seen, and `largest_token`,
-    the energy of the largest token over the mean energy. If it is large, the prediction
-    speaks of a few tokens, whose noise is not uniform.
+    and `tokens`, the number of tokens seen; `largest_token`, the energy of the largest over
+    the mean energy. If it is large, the prediction speaks of a few tokens, whose noise is
+    not uniform.
 
-    :param shared: input and Linears
+    :param shared: an input and the Linears that read it
     :param statistics: statistics of the input
     :param block_size: k of CAT
     :param schemes: schemes to quantize with
@@ -77,7 +75,7 @@ def measure_input(
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{what} has values that are not finite")
 
-    data = AnalyzedInput(shared.first, statistics, block_size, weights)
+    data = AnalyzedInput(shared, statistics, block_size, weights)
     largest = torch.linalg.vector_norm(x, dim=-1).max().item() ** 2
     mean = data.input_moments(1).sum().item()
     # the sample knows the ratio of the energies of output and input much better than either
@@ -96,27 +94,17 @@ def measure_input(
         token_channels = token_weights.float() @ tokens.square() / token_weights.sum().float()
         for name, original in weights.items():
             weight = fused.transform_weight(original)
-            measurements = measured_sqnr(
-                tokens,
-                weight,
-                [(scheme.weights, scheme.activations) for scheme in schemes],
-                token_weights,
-                product_dtype,
-            )
+            pairs = [(scheme.weights, scheme.activations) for scheme in schemes]
+            measurements = measured_sqnr(tokens, weight, pairs, token_weights, product_dtype)
             weight_channels = torch.linalg.vector_norm(weight, dim=0).square()
             weight_energy = weight_channels.double().sum().item()
             aligned = alignment(outputs[name], weight_energy, input_energy)
-            concentrations = zip(
-                _concentrations(weight, [s.weights for s in schemes], token_channels),
-                _concentrations(
-                    tokens, [s.activations for s in schemes], weight_channels, token_weights
-                ),
-                strict=True,
-            )
-            for scheme, concentration_pair, measured in zip(
-                schemes, concentrations, measurements, strict=True
-            ):
-                predicted = predicted_sqnr(*scheme.bits, *concentration_pair, aligned)
+            for scheme, measured in zip(schemes, measurements, strict=True):
+                concentrations = (
+                    _concentration(weight, scheme.weights, token_channels),
+                    _concentration(tokens, scheme.activations, weight_channels, token_weights),
+                )
+                predicted = predicted_sqnr(*scheme.bits, *concentrations, aligned)
                 yield {
                     "layer": name,
                     "input": shared.first,
@@ -125,8 +113,8 @@ def measure_input(
                     "transform": transform,
                     "scheme": scheme.name,
                     "block_size": fused.layout.block_size,
-                    "weight_concentration_db": to_db(concentration_pair[0]),
-                    "activation_concentration_db": to_db(concentration_pair[1]),
+                    "weight_concentration_db": to_db(concentrations[0]),
+                    "activation_concentration_db": to_db(concentrations[1]),
                     "alignment_db": to_db(aligned),
                     "achievable_block_db": to_db(best[name][0]),
                     "achievable_full_db": to_db(best[name][1]),
@@ -141,26 +129,20 @@ def measure_input(
                 }
 
 
-def _concentrations(
+def _concentration(
     x: Tensor,
-    quantizations: Iterable[QuantizationArgs | None],
+    args: QuantizationArgs | None,
     channel_energies: Tensor,
     row_weights: Tensor | None = None,
-) -> list[float]:
+) -> float:
     """
     :param channel_energies: energies of the other factor of the product, shape (d,)
-    :return: C(x) for each quantization; nan where nothing is quantized
+    :return: C(x); nan if nothing is quantized
     """
-    # ranges do not depend on bits
-    known = {None: math.nan}
-    keys = []
-    for args in quantizations:
-        key = args and (args.strategy, args.group_size, args.symmetric)
-        keys.append(key)
-        if key not in known:
-            shares = channel_energies.unflatten(0, (-1, args.group_size or x.shape[-1])).sum(-1)
-            known[key] = concentration(x, args, row_weights, shares)
-    return [known[key] for key in keys]
+    if args is None:
+        return math.nan
+    shares = channel_energies.unflatten(0, (-1, args.group_size or x.shape[-1])).sum(-1)
+    return concentration(x, args, row_weights, shares)
 
 
 def _achievable(data: AnalyzedInput, outputs: Mapping[str, float]) -> dict[str, list[float]]:
@@ -170,13 +152,11 @@ def _achievable(data: AnalyzedInput, outputs: Mapping[str, float]) -> dict[str, 
         moments are not known
     """
     results: dict[str, list[float]] = {name: [] for name in outputs}
-    for size in (data.block_size, data.in_features):
+    for size in (data.block_size, data.shared.in_features):
         is_known = size <= data.known_size
         root = matrix_power(data.input_moments(size), 0.5) if is_known else None
-        for name, output_energy in outputs.items():
-            results[name].append(
-                achievable_alignment(output_energy, root, data.weight_moments(size)[name])
-                if is_known
-                else math.nan
-            )
+        for name, energy_out in outputs.items():
+            moments = data.weight_moments(size)[name] if is_known else None
+            best = achievable_alignment(energy_out, root, moments) if is_known else math.nan
+            results[name].append(best)
     return results

@@ -5,7 +5,6 @@ import base64
 import json
 import os
 import platform
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -16,10 +15,15 @@ import pandas as pd
 import torch
 from itables.javascript import generate_init_offline_itables_html
 from jinja2 import Environment, PackageLoader
-from matplotlib.figure import Figure
 
 from cat_modifier.analysis.comparison import Comparison
-from cat_modifier.analysis.figures import COMPARISON_FIGURES, FIGURES, caption, write_figures
+from cat_modifier.analysis.figures import (
+    COMPARISON_FIGURES,
+    FIGURES,
+    Draw,
+    caption,
+    write_figures,
+)
 from cat_modifier.analysis.schemes import Scheme
 from cat_modifier.analysis.summary import (
     best_transform,
@@ -35,44 +39,14 @@ __all__ = ["Report", "comparison_report", "layer_report"]
 _WORST = 12
 """Linears in the tables of the worst ones"""
 
-_LABELS = {
-    "layer": "Linear",
-    "sqnr": "SQNR",
-    "noise": "noise of",
-    "limit": "limited by",
-    "concentration_loss": "lost to concentration",
-    "alignment_loss": "lost to alignment",
-    "gain_activations": "gain by A8",
-    "gain_weights": "gain by W8",
-    "gain_full": "gain by one block",
-    "measured_weights_db": "weights",
-    "measured_activations_db": "activations",
-    "measured_db": "both",
-    "accumulated_db": "accumulated",
-}
+_DIAGNOSIS_LABELS = ["Linear", "SQNR", "noise of", "limited by", "lost to concentration"]
+_DIAGNOSIS_LABELS += ["lost to alignment", "gain by A8", "gain by W8", "gain by one block"]
 _ONLY_ON_PAGE = ["noise of", "lost to concentration", "lost to alignment"]
 """Columns for which a terminal has no room"""
 
-_NUMBERS = {"index": False, "float_format": "{:.2f}".format, "na_rep": "nan"}
+_COMPARISON_LABELS = ["Linear", "scheme", "weights", "activations", "both", "accumulated"]
 
-_TERMS = (
-    "SQNR is the energy of a Linear's output over the energy of its error: one more bit is "
-    "6 dB. "
-)
-_LAYER_TERMS = _TERMS + (
-    "It is the sum, in dB, of bits, concentration (how well values fill their range) and "
-    "alignment (how well the weight meets the directions in which inputs are large). Measured "
-    "on a sample of 128 tokens of each input, which stands for all."
-)
-_COMPARISON_TERMS = _TERMS + (
-    "Accumulated: within the quantized model, after the errors of all Linears before it; all "
-    "other columns: with the input of the original."
-)
-_DIAGNOSIS_NOTE = (
-    "Lost to concentration: against normal data. Lost to alignment: against what blocks of "
-    "this size can achieve. Limited by: the larger loss, or bits if there is none above 1 dB. "
-    "Gains: by 8-bit activations (A8), 8-bit weights (W8), one block over the whole input."
-)
+_NUMBERS = {"index": False, "float_format": "{:.2f}".format, "na_rep": "nan"}
 
 
 @dataclass
@@ -83,8 +57,6 @@ class Report:
     :param summary: sentences
     :param tables: tables by title
     :param figures: functions that draw from the rows, by name
-    :param terms: explanation of the terms
-    :param note: explanation of the tables
     :param record: further entries of `layers.json`
     """
 
@@ -92,9 +64,7 @@ class Report:
     settings: dict[str, Any]
     summary: list[str]
     tables: dict[str, pd.DataFrame]
-    figures: dict[str, Callable[[pd.DataFrame], Figure]]
-    terms: str
-    note: str = ""
+    figures: dict[str, Draw]
     record: dict[str, Any] = field(default_factory=dict)
 
     def print(self):
@@ -162,52 +132,34 @@ def layer_report(frame: pd.DataFrame, settings: dict[str, Any]) -> Report:
     scheme = Scheme.parse(frame["scheme"].iloc[0])
     best = best_transform(frame, scheme.name)
     means = mean_table(frame).rename(index=lambda name: TRANSFORMS[name].label)
-    worst = diagnose(frame, scheme, best).head(_WORST).dropna(axis="columns", how="all")
+    worst = diagnose(frame, scheme, best).head(_WORST)
+    worst = worst.set_axis(_DIAGNOSIS_LABELS, axis="columns").dropna(axis="columns", how="all")
     title = f"Linears that lose most at {scheme.name} with {TRANSFORMS[best].label}, dB"
-    return Report(
-        frame,
-        settings,
-        sentences(frame, scheme),
-        {
-            "Mean measured SQNR, dB": means.rename_axis(columns=None).reset_index(),
-            title: worst.rename(columns=_LABELS),
-        },
-        FIGURES,
-        _LAYER_TERMS,
-        _DIAGNOSIS_NOTE,
-    )
+    means = means.rename_axis(columns=None).reset_index()
+    tables = {"Mean measured SQNR, dB": means, title: worst}
+    return Report(frame, settings, sentences(frame, scheme), tables, FIGURES)
 
 
 def comparison_report(comparison: Comparison, settings: dict[str, Any]) -> Report:
     """Make the report of a checkpoint that is compared with its original"""
-    original, quantized = comparison.perplexity
-    worst = comparison.layers.nsmallest(_WORST, "measured_db")
-    worst = worst.drop(columns=["in_features", "out_features"])
+    layers = comparison.layers
+    worst = layers.nsmallest(_WORST, "measured_db").drop(
+        columns=["in_features", "out_features"]
+    )
     end_to_end = {
         "": ["original", "checkpoint"],
-        "perplexity": [original, quantized],
-        "KL divergence, nats": [0.0, comparison.divergence],
-        "top-1 agreement, %": [100.0, 100 * comparison.agreement],
+        "perplexity": comparison.perplexity.values(),
+        "KL divergence, nats": [0.0, comparison.kl_divergence],
+        "top-1 agreement, %": [100.0, 100 * comparison.top1_agreement],
     }
-    return Report(
-        comparison.layers,
-        settings,
-        comparison_sentences(comparison),
-        {
-            f"End to end, {comparison.tokens} tokens": pd.DataFrame(end_to_end),
-            "Linears that lose most: SQNR, dB, with what is quantized": worst.rename(
-                columns=_LABELS
-            ),
-        },
-        COMPARISON_FIGURES,
-        _COMPARISON_TERMS,
-        record={
-            "perplexity": {"original": original, "checkpoint": quantized},
-            "kl_divergence": comparison.divergence,
-            "top1_agreement": comparison.agreement,
-            "tokens": comparison.tokens,
-        },
-    )
+    title = "Linears that lose most: SQNR, dB, with what is quantized"
+    tables = {
+        f"End to end, {comparison.tokens} tokens": pd.DataFrame(end_to_end),
+        title: worst.set_axis(_COMPARISON_LABELS, axis="columns"),
+    }
+    record = {key: value for key, value in vars(comparison).items() if key != "layers"}
+    words = comparison_sentences(comparison)
+    return Report(layers, settings, words, tables, COMPARISON_FIGURES, record)
 
 
 def _shown_first(frame: pd.DataFrame) -> pd.DataFrame:

@@ -32,10 +32,10 @@ def new_report(folder: Path, overwrite: bool) -> Iterator[Path]:
         with TemporaryDirectory(prefix=".unfinished-", dir=folder) as staging:
             yield Path(staging)
             _check(folder, overwrite)  # another analysis may have ended meanwhile
-            if (folder / _LAST).exists():
-                older = json.loads((folder / _LAST).read_text()).get("files", [])
-                for name in [*older, _LAST]:
-                    (folder / Path(name).name).unlink(missing_ok=True)
+            last = folder / _LAST
+            older = json.loads(last.read_text()).get("files", []) if last.exists() else []
+            for name in [*older, _LAST]:
+                (folder / Path(name).name).unlink(missing_ok=True)
             for path in sorted(Path(staging).iterdir(), key=lambda path: path.name == _LAST):
                 os.replace(path, folder / path.name)
     finally:
@@ -49,14 +49,11 @@ def _check(folder: Path, overwrite: bool):
         raise FileExistsError(f"{folder} is a file: choose another --output")
     if overwrite or not folder.exists():
         return
-    if (folder / _LAST).exists():
-        raise FileExistsError(
-            f"{folder} holds a finished report: choose another --output, or replace it with "
-            "--overwrite"
-        )
     # an analysis that was killed leaves a hidden folder
-    if any(not path.name.startswith(".") for path in folder.iterdir()):
+    names = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+    if names:
+        found = "a finished report" if _LAST in names else "other files"
         raise FileExistsError(
-            f"{folder} holds other files: choose another --output, or add to them with "
-            "--overwrite"
+            f"{folder} holds {found}: choose another --output, or replace a report and keep "
+            "other files with --overwrite"
         )

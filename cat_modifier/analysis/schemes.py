@@ -8,7 +8,7 @@ from compressed_tensors.quantization import QuantizationArgs
 
 __all__ = ["Scheme"]
 
-_NAME = re.compile(r"W(\d+)(?:G(\d+))?A(\d+)(?:G(\d+))?")
+_NAME = re.compile(r"W([2-8]|16)(?:G([1-9]\d*))?A([2-8]|16)(?:G([1-9]\d*))?")
 
 
 @dataclass(frozen=True)
@@ -34,33 +34,26 @@ class Scheme:
         :raises ValueError: if the name has another form
         """
         match = _NAME.fullmatch(name.upper())
-        bits = match and (int(match[1]), int(match[3]))
-        is_known = match is not None and all(2 <= b <= 8 or b == 16 for b in bits)
-        if not is_known or bits == (16, 16) or "0" in match.groups():
+        if match is None or match[1] == match[3] == "16":
             raise ValueError(
                 f"Unknown scheme {name!r}: it should be like W4A4, W4A8 or W4G64A4G64 (groups "
                 "of 64 channels), with 2 to 8 bits, or 16 for what is left as it is"
             )
-        weights = _integers(bits[0], match[2], "channel")
-        return cls(name.upper(), weights, _integers(bits[1], match[4], "token"))
+        weights = _integers(match[1], match[2], "channel")
+        return cls(name.upper(), weights, _integers(match[3], match[4], "token"))
 
     @property
     def bits(self) -> tuple[int | None, int | None]:
         """Bits of weights and of activations; None for those that are not quantized"""
-        return (
-            self.weights and self.weights.num_bits,
-            self.activations and self.activations.num_bits,
-        )
+        weights, activations = self.weights, self.activations
+        return weights and weights.num_bits, activations and activations.num_bits
 
 
-def _integers(bits: int, group_size: str | None, strategy: str) -> QuantizationArgs | None:
-    """
-    :param strategy: "channel" for weights, "token" for activations, where there are no groups
-    """
-    if bits == 16:
+def _integers(bits: str, group_size: str | None, strategy: str) -> QuantizationArgs | None:
+    if bits == "16":
         return None
     return QuantizationArgs(
-        num_bits=bits,
+        num_bits=int(bits),
         symmetric=strategy == "channel",
         strategy="group" if group_size else strategy,
         group_size=group_size and int(group_size),
