@@ -9,12 +9,10 @@ from loguru import logger
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from cat_modifier.analysis.comparison import compare
-from cat_modifier.analysis.layers import UnseenLinearsError, analyze
+from cat_modifier.analysis.layers import UnseenLinearsError, analyze, parse_names
 from cat_modifier.analysis.model import make_experts_linears, without_predictions
 from cat_modifier.analysis.report import comparison_report, layer_report
 from cat_modifier.analysis.report_folder import new_report
-from cat_modifier.analysis.schemes import Scheme
-from cat_modifier.analysis.transforms import check_transforms
 from cat_modifier.calibration.texts import load_texts, windows
 from cat_modifier.version import __version__
 
@@ -44,8 +42,8 @@ def run(
     :raises UnseenLinearsError: if some Linears saw no tokens, after the report is written
     """
     # refuse all that can be refused before anything is loaded
-    options["schemes"] = [Scheme.parse(name).name for name in options["schemes"]]
-    check_transforms(options["transforms"])
+    schemes = parse_names(options["schemes"], options["transforms"])
+    options["schemes"] = [scheme.name for scheme in schemes]
     config = AutoConfig.from_pretrained(model)
     is_quantized = getattr(config, "quantization_config", None) is not None
     if is_quantized and original is None:

@@ -14,21 +14,21 @@ from tqdm import tqdm
 from cat_modifier.analysis.measure import measure_input
 from cat_modifier.analysis.model import Batch, call, find_linears, hooked
 from cat_modifier.analysis.schemes import Scheme
-from cat_modifier.analysis.transforms import (
-    TRANSFORMS,
-    AnalysisStatistics,
-    check_transforms,
-)
+from cat_modifier.analysis.transforms import TRANSFORMS, WHOLE, AnalysisStatistics
 from cat_modifier.calibration.collector import InputCollector
 from cat_modifier.calibration.shared_inputs import DEFAULT_IGNORE, SharedInput
 from cat_modifier.functional.layout import Rotation, choose_layout
 
-__all__ = ["DEFAULT_SCHEMES", "DEFAULT_TRANSFORMS", "UnseenLinearsError", "analyze"]
+__all__ = [
+    "DEFAULT_SCHEMES",
+    "DEFAULT_TRANSFORMS",
+    "UnseenLinearsError",
+    "analyze",
+    "parse_names",
+]
 
 DEFAULT_SCHEMES = ("W4A4", "W4A8", "W8A8", "W6A6")
-DEFAULT_TRANSFORMS = tuple(
-    name for name, transform in TRANSFORMS.items() if not transform.needs_whole_moments
-)
+DEFAULT_TRANSFORMS = tuple(name for name in TRANSFORMS if name != WHOLE)
 
 _SAMPLE_SIZE = 128
 """Tokens of each input on which SQNR is measured"""
@@ -73,8 +73,7 @@ def analyze(
         not Linears, or activations are not finite
     :raises UnseenLinearsError: if some Linears saw no tokens; holds the other results
     """
-    parsed = [Scheme.parse(name) for name in schemes]
-    check_transforms(transforms)
+    parsed = parse_names(schemes, transforms)
     if not parsed or not transforms or not len(batches):
         raise ValueError("The analysis needs a scheme, a transform and a batch at least")
     if transform_block_size < 1:
@@ -82,14 +81,12 @@ def analyze(
     linears = find_linears(model, list(targets), list(ignore))
     _check_groups(linears, parsed)
 
-    is_whole = any(TRANSFORMS[name].needs_whole_moments for name in transforms)
-
     def block_size(shared: SharedInput) -> int:
         sizes = shared.in_features, 1, transform_block_size
         return choose_layout(shared.first, *sizes, Rotation.NONE).block_size
 
     def new_statistics(shared: SharedInput) -> AnalysisStatistics:
-        known = shared.in_features if is_whole else block_size(shared)
+        known = shared.in_features if WHOLE in transforms else block_size(shared)
         return AnalysisStatistics(shared.in_features, known, _SAMPLE_SIZE)
 
     collector = InputCollector(linears, new_statistics)
@@ -115,6 +112,18 @@ def analyze(
         names = sorted(unseen, key=position.__getitem__)
         raise UnseenLinearsError(names, frame if rows else None)
     return frame
+
+
+def parse_names(schemes: Iterable[str], transforms: Iterable[str]) -> list[Scheme]:
+    """
+    :return: the schemes
+    :raises ValueError: if a scheme or a transform is unknown
+    """
+    if unknown := [name for name in transforms if name not in TRANSFORMS]:
+        raise ValueError(
+            f"Unknown transform {unknown[0]!r}: it should be one of {', '.join(TRANSFORMS)}"
+        )
+    return [Scheme.parse(name) for name in schemes]
 
 
 def _check_groups(linears: dict[str, Linear], schemes: Sequence[Scheme]):

@@ -83,7 +83,8 @@ def measure_input(
     outputs = {
         name: energy(x @ weight.T, token_weights) * scale for name, weight in weights.items()
     }
-    best = _achievable(data, outputs)
+    best_block = _achievable(data, block_size, outputs)
+    best_full = _achievable(data, shared.in_features, outputs)
     # products in the model's own dtype where that is accurate enough
     product_dtype = torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float32
     for transform in transforms:
@@ -116,8 +117,8 @@ def measure_input(
                     "weight_concentration_db": to_db(concentrations[0]),
                     "activation_concentration_db": to_db(concentrations[1]),
                     "alignment_db": to_db(aligned),
-                    "achievable_block_db": to_db(best[name][0]),
-                    "achievable_full_db": to_db(best[name][1]),
+                    "achievable_block_db": to_db(best_block[name]),
+                    "achievable_full_db": to_db(best_full[name]),
                     "predicted_weights_db": to_db(predicted.weights),
                     "predicted_activations_db": to_db(predicted.activations),
                     "predicted_db": to_db(predicted.joint),
@@ -145,18 +146,15 @@ def _concentration(
     return concentration(x, args, row_weights, shares)
 
 
-def _achievable(data: AnalyzedInput, outputs: Mapping[str, float]) -> dict[str, list[float]]:
+def _achievable(
+    data: AnalyzedInput, block_size: int, outputs: Mapping[str, float]
+) -> dict[str, float]:
     """
     :param outputs: ``E||W x||^2`` of each Linear
-    :return: best alignment of each Linear with blocks, and with the whole input; nan if the
-        moments are not known
+    :return: best alignment of each Linear with these blocks; nan if Sx is not known
     """
-    results: dict[str, list[float]] = {name: [] for name in outputs}
-    for size in (data.block_size, data.shared.in_features):
-        is_known = size <= data.known_size
-        root = matrix_power(data.input_moments(size), 0.5) if is_known else None
-        for name, energy_out in outputs.items():
-            moments = data.weight_moments(size)[name] if is_known else None
-            best = achievable_alignment(energy_out, root, moments) if is_known else math.nan
-            results[name].append(best)
-    return results
+    if block_size > data.known_size:
+        return dict.fromkeys(outputs, math.nan)
+    root = matrix_power(data.input_moments(block_size), 0.5)
+    moments = data.weight_moments(block_size)
+    return {name: achievable_alignment(e, root, moments[name]) for name, e in outputs.items()}

@@ -2,11 +2,11 @@
 """
 The transforms that the analysis compares.
 
-To add one, add it to ``TRANSFORMS``: a function from what is known of an input to the
-transform before the Linears that read it.
+To add one, add it to ``TRANSFORMS``: a label, and a function from what is known of an input
+to the transform before the Linears that read it.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -17,14 +17,16 @@ from cat_modifier.calibration.collector import InputStatistics
 from cat_modifier.calibration.shared_inputs import SharedInput
 from cat_modifier.functional.alignment import (
     DEFAULT_DAMPENING_FRAC,
-    alignment_transform,
     diagonal_blocks,
     inner_blocks,
 )
 from cat_modifier.functional.layout import Rotation, TransformLayout, choose_layout
-from cat_modifier.functional.transform import FusedTransform, rotate_blocks
+from cat_modifier.functional.transform import FusedTransform, compute_transform
 
-__all__ = ["TRANSFORMS", "AnalysisStatistics", "AnalyzedInput", "check_transforms"]
+__all__ = ["TRANSFORMS", "WHOLE", "AnalysisStatistics", "AnalyzedInput"]
+
+WHOLE = "cat-full"
+"""Name of the transform that needs all of Sx, not only its diagonal blocks"""
 
 _PRECISION = torch.bfloat16
 """Dtype of stored transforms, CATModifier's default"""
@@ -57,7 +59,6 @@ class AnalyzedInput:
     block_size: int
     weights: Mapping[str, Tensor]
     _weight_moments: dict[int, dict[str, Tensor]] = field(default_factory=dict)
-    _alignments: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def known_size(self) -> int:
@@ -66,9 +67,8 @@ class AnalyzedInput:
 
     def layout(self, block_size: int, rotation: Rotation) -> TransformLayout:
         """The layout of a transform with blocks of at most `block_size`"""
-        return choose_layout(
-            self.shared.first, self.shared.in_features, 1, block_size, rotation
-        )
+        name, in_features = self.shared.first, self.shared.in_features
+        return choose_layout(name, in_features, 1, block_size, rotation)
 
     def input_moments(self, block_size: int) -> Tensor:
         """Diagonal blocks of Sx, shape (d/k, k, k), float64; k divides `known_size`"""
@@ -84,34 +84,23 @@ class AnalyzedInput:
             }
         return self._weight_moments[block_size]
 
-    def alignment_transform(self, block_size: int) -> Tensor:
-        """M, computed once for all rotations, shape (d/k, k, k), float64"""
-        if block_size not in self._alignments:
-            sx, sw = self.input_moments(block_size), self.weight_moments(block_size)
-            self._alignments[block_size] = alignment_transform(
-                sx, sum(sw.values()), 1.0, DEFAULT_DAMPENING_FRAC
-            )
-        return self._alignments[block_size]
-
 
 class Transform(NamedTuple):
     """
     :param label: name in figures and tables
     :param compute: function that makes the transform of one input
-    :param needs_whole_moments: whether it needs all of Sx, not only diagonal blocks
     """
 
     label: str
     compute: Callable[[AnalyzedInput], FusedTransform]
-    needs_whole_moments: bool = False
 
 
-def _cat(rotation: Rotation, block_size: int | None = None, aligned: bool = True):
+def _cat(rotation: Rotation, block_size: int | None = None, strength: float = 1.0):
     """
     Make the function of a CAT transform.
 
     :param block_size: k; None for the analysis' own, 0 for the whole input
-    :param aligned: whether the alignment transform comes before the rotation
+    :param strength: exponent of the alignment; 0 leaves the rotation alone
     """
 
     def compute(data: AnalyzedInput) -> FusedTransform:
@@ -122,14 +111,13 @@ def _cat(rotation: Rotation, block_size: int | None = None, aligned: bool = True
             # only blocks that divide the known ones have known moments
             size = choose_layout(data.shared.first, known, 1, size, rotation).block_size
             layout = data.layout(size, rotation)
-        size = layout.block_size
-        sx = data.input_moments(size)
-        if aligned:
-            blocks = data.alignment_transform(size)
-        else:
-            blocks = torch.eye(size, dtype=torch.float64, device=sx.device).expand_as(sx)
-        blocks = rotate_blocks(blocks, sx, rotation, layout.fused_hadamard_size)
-        return FusedTransform.from_blocks(blocks.to(_PRECISION), layout)
+        sx = data.input_moments(layout.block_size)
+        sw = sum(data.weight_moments(layout.block_size).values())
+        shape = (in_features // layout.stored_size, layout.stored_size, layout.stored_size)
+        stored = torch.empty(shape, dtype=_PRECISION, device=sx.device)
+        return compute_transform(
+            sx, sw, layout, rotation, strength, DEFAULT_DAMPENING_FRAC, stored
+        )
 
     return compute
 
@@ -150,23 +138,13 @@ def _smooth_scaling(data: AnalyzedInput) -> FusedTransform:
 
 
 TRANSFORMS = {
-    "none": Transform("no transform", _cat(Rotation.NONE, 1, aligned=False)),
+    "none": Transform("no transform", _cat(Rotation.NONE, 1, 0.0)),
     "scaling": Transform("SmoothQuant scaling", _smooth_scaling),
-    "hadamard": Transform("Hadamard", _cat(Rotation.HADAMARD, 1, aligned=False)),
-    "block-hadamard": Transform("block Hadamard", _cat(Rotation.BLOCK_HADAMARD, aligned=False)),
+    "hadamard": Transform("Hadamard", _cat(Rotation.HADAMARD, 1, 0.0)),
+    "block-hadamard": Transform("block Hadamard", _cat(Rotation.BLOCK_HADAMARD, None, 0.0)),
     "cat-scaling": Transform("CAT, k = 1", _cat(Rotation.HADAMARD, 1)),
     "cat": Transform("CAT", _cat(Rotation.HADAMARD)),
     "cat-block-hadamard": Transform("CAT, block Hadamard", _cat(Rotation.BLOCK_HADAMARD)),
     "cat-eigen-hadamard": Transform("CAT, eigen Hadamard", _cat(Rotation.EIGEN_HADAMARD)),
-    "cat-full": Transform("CAT, full", _cat(Rotation.HADAMARD, 0), needs_whole_moments=True),
+    WHOLE: Transform("CAT, full", _cat(Rotation.HADAMARD, 0)),
 }
-
-
-def check_transforms(names: Iterable[str]):
-    """
-    :raises ValueError: if a name is not in ``TRANSFORMS``
-    """
-    if unknown := [name for name in names if name not in TRANSFORMS]:
-        raise ValueError(
-            f"Unknown transform {unknown[0]!r}: it should be one of {', '.join(TRANSFORMS)}"
-        )
