@@ -10,11 +10,7 @@ from functools import partial
 import pandas as pd
 import torch
 from compressed_tensors import TRANSFORM_CONFIG_NAME
-from compressed_tensors.quantization import (
-    QuantizationArgs,
-    disable_quantization,
-    enable_quantization,
-)
+from compressed_tensors.quantization import disable_quantization, enable_quantization
 from compressed_tensors.quantization.utils import is_module_quantized
 from loguru import logger
 from torch import Tensor
@@ -22,7 +18,7 @@ from torch.nn import Linear, Module
 from tqdm import tqdm
 
 from cat_modifier.analysis.layers import UnseenLinearsError
-from cat_modifier.analysis.model import fused_experts, hooked
+from cat_modifier.analysis.model import call, fused_experts
 from cat_modifier.functional.sqnr import to_db
 
 __all__ = ["Comparison", "compare"]
@@ -33,8 +29,7 @@ class Comparison:
     """
     :param layers: one row per quantized Linear, see :func:`compare`
     :param perplexity: perplexity of the `original` and of the `checkpoint`
-    :param kl_divergence: KL divergence of the checkpoint's next-token distribution from the
-        original's, mean over tokens, in nats
+    :param kl_divergence: mean KL divergence from the original's next-token distribution, nats
     :param top1_agreement: share of tokens with the same most likely successor in both
     :param tokens: number of tokens predicted
     """
@@ -73,14 +68,12 @@ def compare(original: Module, quantized: Module, batches: Sequence[Tensor]) -> C
         # the quantized model first: its weights may be decompressed at the first call
         outputs: dict[str, Tensor] = {}
         keep = {module: partial(_keep, outputs, name) for name, (_, module) in pairs.items()}
-        with hooked(keep):
-            other = quantized(ids.to(quantized.device)).logits
+        other = call(quantized, ids, keep).logits
         add = {
             pairs[name][0]: partial(_add_errors, energies[name], pairs[name][1], output)
             for name, output in outputs.items()
         }
-        with hooked(add):
-            logits = original(ids.to(original.device)).logits
+        logits = call(original, ids, add).logits
         _add_predictions(totals, ids.to(logits.device), logits, other.to(logits.device))
 
     rows = [_row(name, pairs[name][1], sums) for name, sums in energies.items() if sums]
@@ -165,17 +158,14 @@ def _add_errors(
 
 
 def _row(name: str, module: Linear, energies: Counter[str]) -> dict[str, str | int | float]:
-    def bits(args: QuantizationArgs | None) -> str:
-        return "16" if args is None else f"{'' if args.type == 'int' else 'F'}{args.num_bits}"
-
-    scheme = module.quantization_scheme
+    scheme, parts = module.quantization_scheme, []
+    for factor, args in (("W", scheme.weights), ("A", scheme.input_activations)):
+        kind = "" if args is None or args.type == "int" else "F"
+        parts.append(f"{factor}{kind}{16 if args is None else args.num_bits}")
+    sizes = {"in_features": module.in_features, "out_features": module.out_features}
     signal = energies.pop("signal")
-    return {
-        "layer": name,
-        "scheme": f"W{bits(scheme.weights)}A{bits(scheme.input_activations)}",
-        "in_features": module.in_features,
-        "out_features": module.out_features,
-    } | {key: to_db(signal / e if e else math.inf) for key, e in energies.items()}
+    ratios = {key: to_db(signal / e if e else math.inf) for key, e in energies.items()}
+    return {"layer": name, "scheme": "".join(parts)} | sizes | ratios
 
 
 def _add_predictions(totals: Counter[str], ids: Tensor, logits: Tensor, other: Tensor):

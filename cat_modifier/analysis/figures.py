@@ -91,16 +91,6 @@ def _schemes(
     return found
 
 
-def _is_equal(scheme: Scheme) -> bool:
-    """Whether weights and activations have the same number of bits"""
-    return len(set(scheme.bits)) == 1
-
-
-def _is_joint(scheme: Scheme) -> bool:
-    """Whether both weights and activations are quantized"""
-    return None not in scheme.bits
-
-
 def _look(index: int, label: str) -> dict[str, Any]:
     index = index % len(_COLORS)
     look = {"color": _COLORS[index], "marker": _MARKERS[index], "linestyle": _LINES[index]}
@@ -124,14 +114,41 @@ def _diagonal(axis: Axes, x: pd.Series, y: pd.Series):
         axis.plot(ends, ends, color="grey", linewidth=0.8, zorder=0)
 
 
-def _legend_above(figure: Figure, axis: Axes, title: str | None = None):
-    handles, labels = axis.get_legend_handles_labels()
-    place = {"loc": "outside upper center", "ncols": len(labels)}
-    figure.legend(handles, labels, title=title, **place)
-
-
 def _legend_beside(axis: Axes, title: str | None = None):
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), title=title)
+
+
+def _by_depth(
+    frame: pd.DataFrame,
+    labels: dict[str, str],
+    looks: dict[str, dict[str, Any]],
+    height: float,
+    title: str | None = None,
+) -> Figure:
+    """
+    Draw columns over the depth of the Linears, one panel per column and role.
+
+    :param frame: rows with a key of `looks` as `line`
+    :param labels: labels by name of the column
+    :param looks: arguments of `plot` by line
+    """
+    roles = _main_roles(frame)
+    figure = Figure(figsize=(1.2 + 1.75 * len(roles), height))
+    axes = figure.subplots(len(labels), len(roles), sharex="col", sharey="row", squeeze=False)
+    for panels, role in zip(axes.T, roles, strict=True):
+        for line, look in looks.items():
+            rows = frame[(frame["role"] == role) & (frame["line"] == line)]
+            rows = rows.groupby("depth")[list(labels)].mean()
+            style = {"markersize": 3, "markevery": max(1, len(rows) // 6)}
+            for axis, name in zip(panels, labels, strict=True):
+                axis.plot(rows.index, rows[name], **look, **style)
+        panels[0].set_title(role)
+        panels[-1].set_xlabel("layer")
+    for axis, label in zip(axes[:, 0], labels.values(), strict=True):
+        axis.set_ylabel(label)
+    handles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=len(looks), title=title)
+    return figure
 
 
 def factors(frame: pd.DataFrame) -> Figure:
@@ -140,33 +157,18 @@ def factors(frame: pd.DataFrame) -> Figure:
     alone; alignment needs a transform that is no rotation.
     """
     need = "a scheme with as many bits for weights as for activations"
-    scheme = _schemes(frame, _is_equal, need)[0]
+    scheme = _schemes(frame, lambda s: s.bits[0] == s.bits[1], need)[0]
     frame = frame[frame["scheme"] == scheme.name]
-    roles = _main_roles(frame)
+    concentrations = frame["weight_concentration_db"], frame["activation_concentration_db"]
+    frame = frame.assign(line=frame["transform"], concentration_db=joint_db(*concentrations))
     bits = to_db(12 * (2 ** scheme.bits[0] - 1) ** 2)
     labels = {
         "concentration_db": "concentration\nC(x) || C(W), dB",
         "alignment_db": "alignment\nA(x, W), dB",
         "predicted_db": f"{scheme.name} SQNR, dB\n(both + {bits:.1f})",
     }
-    figure = Figure(figsize=(1.2 + 1.75 * len(roles), 6.5))
-    axes = figure.subplots(len(labels), len(roles), sharex="col", sharey="row", squeeze=False)
-    for panels, role in zip(axes.T, roles, strict=True):
-        for transform in _main_transforms(frame):
-            rows = frame[(frame["role"] == role) & (frame["transform"] == transform)]
-            rows = rows.groupby("depth", as_index=False).mean(numeric_only=True)
-            rows["concentration_db"] = joint_db(
-                rows["weight_concentration_db"], rows["activation_concentration_db"]
-            )
-            style = {"markersize": 3, "markevery": max(1, len(rows) // 6)}
-            for axis, name in zip(panels, labels, strict=True):
-                axis.plot(rows["depth"], rows[name], **_look_of(transform), **style)
-        panels[0].set_title(role)
-        panels[-1].set_xlabel("layer")
-    for axis, label in zip(axes[:, 0], labels.values(), strict=True):
-        axis.set_ylabel(label)
-    _legend_above(figure, axes[0, 0])
-    return figure
+    looks = {name: _look_of(name) for name in _main_transforms(frame)}
+    return _by_depth(frame, labels, looks, 6.5)
 
 
 def predicted_against_measured(frame: pd.DataFrame) -> Figure:
@@ -213,23 +215,21 @@ def activations_against_weights(frame: pd.DataFrame) -> Figure:
     ones their mean.
     """
     need = "a scheme that quantizes both weights and activations"
-    schemes = [scheme.name for scheme in _schemes(frame, _is_joint, need)]
+    schemes = [scheme.name for scheme in _schemes(frame, lambda s: None not in s.bits, need)]
     markers = dict(zip(schemes, itertools.cycle(_SCHEME_MARKERS), strict=False))
     figure = Figure(figsize=(6.2, 5.2))
     axis = figure.subplots()
     for transform in _main_transforms(frame):
         color, label = _look_of(transform)["color"], TRANSFORMS[transform].label
-        means = {}
+        text = {"textcoords": "offset points", "fontsize": 7, "color": color}
         for scheme, marker in markers.items():
             rows = frame[(frame["transform"] == transform) & (frame["scheme"] == scheme)]
             x, y = rows["measured_weights_db"], rows["measured_activations_db"]
             axis.scatter(x, y, s=5, marker=marker, color=color, alpha=0.18, linewidths=0)
-            means[scheme] = x.mean(), y.mean()
-        for scheme, mean in means.items():
-            style = {"color": color, "edgecolors": "white", "zorder": 3}
-            axis.scatter(*mean, s=60, marker=markers[scheme], **style)
-        text = {"textcoords": "offset points", "fontsize": 7, "color": color}
-        axis.annotate(label, means[schemes[0]], xytext=(6, -3), **text)
+            mean, style = (x.mean(), y.mean()), {"edgecolors": "white", "zorder": 3}
+            axis.scatter(*mean, s=60, marker=marker, color=color, **style)
+            if scheme == schemes[0]:
+                axis.annotate(label, mean, xytext=(6, -3), **text)
         axis.plot([], [], linestyle="none", marker="s", color=color, label=label)
     for scheme, marker in markers.items():
         axis.plot([], [], " ", marker=marker, color="grey", label=scheme)
@@ -257,7 +257,7 @@ def concentrations(frame: pd.DataFrame) -> Figure:
     levels of known distributions.
     """
     need = "a scheme that quantizes both weights and activations"
-    scheme = _schemes(frame, _is_joint, need)[0]
+    scheme = _schemes(frame, lambda s: None not in s.bits, need)[0]
     frame = frame[frame["scheme"] == scheme.name]
     sizes = sorted({int(frame["in_features"].min()), int(frame["in_features"].max())})
     figure = Figure(figsize=(9, 4.2))
@@ -332,7 +332,7 @@ def fewer_bits(frame: pd.DataFrame) -> Figure:
     need = "the transforms none and cat, and schemes such as W4A4 and W6A6"
     if not {"none", "cat"} <= set(frame["transform"]):
         raise MissingDataError(f"needs {need}")
-    schemes = _schemes(frame, lambda s: _is_equal(s) and s.bits[0] < 8, need, count=2)
+    schemes = _schemes(frame, lambda s: s.bits[0] == s.bits[1] < 8, need, count=2)
     few, *_, many = (s.name for s in sorted(schemes, key=lambda s: s.bits))
     frame = frame.set_index("layer")
     with_cat = frame[(frame["scheme"] == few) & (frame["transform"] == "cat")]
@@ -356,23 +356,15 @@ def checkpoint_layers(frame: pd.DataFrame) -> Figure:
     SQNR of each Linear of the checkpoint: with the input of its original, and (accumulated)
     within the quantized model, after the errors of all before it.
     """
-    roles = _main_roles(frame)
-    figure = Figure(figsize=(1.2 + 1.75 * len(roles), 3.2))
-    axes = figure.subplots(1, len(roles), sharey=True, squeeze=False)[0]
-    for axis, role in zip(axes, roles, strict=True):
-        rows = frame[frame["role"] == role]
-        for column, label, index in (
-            ("measured_weights_db", "weights", 1),
-            ("measured_activations_db", "activations", 2),
-            ("measured_db", "both", 0),
-            ("accumulated_db", "both, accumulated", 5),
-        ):
-            values = rows[column].replace(math.inf, math.nan).groupby(rows["depth"]).mean()
-            axis.plot(values.index, values, **_look(index, label) | {"marker": None})
-        axis.set(title=role, xlabel="layer")
-    axes[0].set_ylabel("SQNR of the output, dB")
-    _legend_above(figure, axes[0], title="quantized:")
-    return figure
+    looks = {
+        "measured_weights_db": _look(1, "weights"),
+        "measured_activations_db": _look(2, "activations"),
+        "measured_db": _look(0, "both"),
+        "accumulated_db": _look(5, "both, accumulated"),
+    }
+    looks = {line: look | {"marker": None} for line, look in looks.items()}
+    rows = frame.replace(math.inf, math.nan).melt(["role", "depth"], list(looks), "line", "db")
+    return _by_depth(rows, {"db": "SQNR of the output, dB"}, looks, 3.2, "quantized:")
 
 
 FIGURES: dict[str, Draw] = {

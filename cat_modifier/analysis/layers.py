@@ -12,20 +12,14 @@ from torch.nn import Linear, Module
 from tqdm import tqdm
 
 from cat_modifier.analysis.measure import measure_input
-from cat_modifier.analysis.model import Batch, call, find_linears, hooked
+from cat_modifier.analysis.model import Batch, call, find_linears
 from cat_modifier.analysis.schemes import Scheme
 from cat_modifier.analysis.transforms import TRANSFORMS, WHOLE, AnalysisStatistics
 from cat_modifier.calibration.collector import InputCollector
 from cat_modifier.calibration.shared_inputs import DEFAULT_IGNORE, SharedInput
 from cat_modifier.functional.layout import Rotation, choose_layout
 
-__all__ = [
-    "DEFAULT_SCHEMES",
-    "DEFAULT_TRANSFORMS",
-    "UnseenLinearsError",
-    "analyze",
-    "parse_names",
-]
+__all__ = ["DEFAULT_SCHEMES", "DEFAULT_TRANSFORMS", "UnseenLinearsError", "analyze"]
 
 DEFAULT_SCHEMES = ("W4A4", "W4A8", "W8A8", "W6A6")
 DEFAULT_TRANSFORMS = tuple(name for name in TRANSFORMS if name != WHOLE)
@@ -97,8 +91,8 @@ def analyze(
     for index, batch in enumerate(tqdm(batches, desc="Calibrating")):
         if not torch.is_tensor(batch):
             collector.set_attention_mask(index, batch.get("attention_mask"))
-        with hooked({linear: partial(observe, n, index) for n, linear in linears.items()}):
-            call(model, batch)
+        hooks = {linear: partial(observe, name, index) for name, linear in linears.items()}
+        call(model, batch, hooks)
     rows = []
     for shared in tqdm(collector.pending(), desc="Measuring"):
         statistics = collector.take(shared)

@@ -13,16 +13,8 @@ from torch import Tensor
 from cat_modifier.analysis.schemes import Scheme
 from cat_modifier.analysis.transforms import TRANSFORMS, AnalysisStatistics, AnalyzedInput
 from cat_modifier.calibration.shared_inputs import SharedInput
+from cat_modifier.functional import sqnr
 from cat_modifier.functional.alignment import matrix_power, transformed_energy
-from cat_modifier.functional.sqnr import (
-    achievable_alignment,
-    alignment,
-    concentration,
-    energy,
-    measured_sqnr,
-    predicted_sqnr,
-    to_db,
-)
 
 __all__ = ["measure_input"]
 
@@ -79,14 +71,12 @@ def measure_input(
     largest = torch.linalg.vector_norm(x, dim=-1).max().item() ** 2
     mean = data.input_moments(1).sum().item()
     # the sample knows the ratio of the energies of output and input much better than either
-    scale = mean / (energy(x, token_weights) or math.nan)
-    outputs = {
-        name: energy(x @ weight.T, token_weights) * scale for name, weight in weights.items()
-    }
+    scale = mean / (sqnr.energy(x, token_weights) or math.nan)
+    outputs = {n: sqnr.energy(x @ w.T, token_weights) * scale for n, w in weights.items()}
     best_block = _achievable(data, block_size, outputs)
     best_full = _achievable(data, shared.in_features, outputs)
     # products in the model's own dtype where that is accurate enough
-    product_dtype = torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float32
+    dtype = torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float32
     for transform in transforms:
         fused = TRANSFORMS[transform].compute(data)
         moments = data.input_moments(fused.layout.block_size)
@@ -96,16 +86,16 @@ def measure_input(
         for name, original in weights.items():
             weight = fused.transform_weight(original)
             pairs = [(scheme.weights, scheme.activations) for scheme in schemes]
-            measurements = measured_sqnr(tokens, weight, pairs, token_weights, product_dtype)
+            measurements = sqnr.measured_sqnr(tokens, weight, pairs, token_weights, dtype)
             weight_channels = torch.linalg.vector_norm(weight, dim=0).square()
             weight_energy = weight_channels.double().sum().item()
-            aligned = alignment(outputs[name], weight_energy, input_energy)
+            aligned = sqnr.alignment(outputs[name], weight_energy, input_energy)
             for scheme, measured in zip(schemes, measurements, strict=True):
                 concentrations = (
                     _concentration(weight, scheme.weights, token_channels),
                     _concentration(tokens, scheme.activations, weight_channels, token_weights),
                 )
-                predicted = predicted_sqnr(*scheme.bits, *concentrations, aligned)
+                predicted = sqnr.predicted_sqnr(*scheme.bits, *concentrations, aligned)
                 yield {
                     "layer": name,
                     "input": shared.first,
@@ -114,17 +104,17 @@ def measure_input(
                     "transform": transform,
                     "scheme": scheme.name,
                     "block_size": fused.layout.block_size,
-                    "weight_concentration_db": to_db(concentrations[0]),
-                    "activation_concentration_db": to_db(concentrations[1]),
-                    "alignment_db": to_db(aligned),
-                    "achievable_block_db": to_db(best_block[name]),
-                    "achievable_full_db": to_db(best_full[name]),
-                    "predicted_weights_db": to_db(predicted.weights),
-                    "predicted_activations_db": to_db(predicted.activations),
-                    "predicted_db": to_db(predicted.joint),
-                    "measured_weights_db": to_db(measured.weights),
-                    "measured_activations_db": to_db(measured.activations),
-                    "measured_db": to_db(measured.joint),
+                    "weight_concentration_db": sqnr.to_db(concentrations[0]),
+                    "activation_concentration_db": sqnr.to_db(concentrations[1]),
+                    "alignment_db": sqnr.to_db(aligned),
+                    "achievable_block_db": sqnr.to_db(best_block[name]),
+                    "achievable_full_db": sqnr.to_db(best_full[name]),
+                    "predicted_weights_db": sqnr.to_db(predicted.weights),
+                    "predicted_activations_db": sqnr.to_db(predicted.activations),
+                    "predicted_db": sqnr.to_db(predicted.joint),
+                    "measured_weights_db": sqnr.to_db(measured.weights),
+                    "measured_activations_db": sqnr.to_db(measured.activations),
+                    "measured_db": sqnr.to_db(measured.joint),
                     "tokens": statistics.sample.count,
                     "largest_token": largest / mean if mean else math.nan,
                 }
@@ -143,7 +133,7 @@ def _concentration(
     if args is None:
         return math.nan
     shares = channel_energies.unflatten(0, (-1, args.group_size or x.shape[-1])).sum(-1)
-    return concentration(x, args, row_weights, shares)
+    return sqnr.concentration(x, args, row_weights, shares)
 
 
 def _achievable(
@@ -157,4 +147,4 @@ def _achievable(
         return dict.fromkeys(outputs, math.nan)
     root = matrix_power(data.input_moments(block_size), 0.5)
     moments = data.weight_moments(block_size)
-    return {name: achievable_alignment(e, root, moments[name]) for name, e in outputs.items()}
+    return {n: sqnr.achievable_alignment(e, root, moments[n]) for n, e in outputs.items()}

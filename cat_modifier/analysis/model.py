@@ -2,8 +2,7 @@
 """The model of an analysis: its Linears and experts, and passes of data through it."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,15 +12,8 @@ from compressed_tensors.utils.match import is_match
 from torch import Tensor
 from torch.nn import Linear, Module
 
-__all__ = [
-    "Batch",
-    "call",
-    "find_linears",
-    "fused_experts",
-    "hooked",
-    "make_experts_linears",
-    "without_predictions",
-]
+__all__ = ["call", "find_linears", "fused_experts", "make_experts_linears"]
+__all__ += ["Batch", "without_predictions"]
 
 Batch = Tensor | Mapping[str, Any]
 """Token ids (or any first argument of the model), or keyword arguments of the model"""
@@ -83,13 +75,21 @@ def make_experts_linears(model: Module):
     linearize_moe(model)
 
 
-def call(model: Module, batch: Batch):
-    """Call the model with a batch, which may be on another device"""
+def call(model: Module, batch: Batch, hooks: Mapping[Module, Callable]) -> Any:
+    """
+    :param batch: arguments of the model, which may be on another device
+    :param hooks: forward hooks of modules, for this call
+    """
     device = get_execution_device(model)
-    if torch.is_tensor(batch):
-        model(batch.to(device))
-    else:
-        model(**{k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()})
+    handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
+    try:
+        if torch.is_tensor(batch):
+            return model(batch.to(device))
+        tensors = {k: v.to(device) for k, v in batch.items() if torch.is_tensor(v)}
+        return model(**batch | tensors)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def without_predictions(model: Module, ids: Tensor) -> Batch:
@@ -98,14 +98,3 @@ def without_predictions(model: Module, ids: Tensor) -> Batch:
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         batch["logits_to_keep"] = 1
     return batch
-
-
-@contextmanager
-def hooked(hooks: Mapping[Module, Callable]) -> Iterator[None]:
-    """Give each module a forward hook within the context"""
-    handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

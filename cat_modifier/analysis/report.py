@@ -16,22 +16,9 @@ import torch
 from itables.javascript import generate_init_offline_itables_html
 from jinja2 import Environment, PackageLoader
 
+from cat_modifier.analysis import figures, summary
 from cat_modifier.analysis.comparison import Comparison
-from cat_modifier.analysis.figures import (
-    COMPARISON_FIGURES,
-    FIGURES,
-    Draw,
-    caption,
-    write_figures,
-)
 from cat_modifier.analysis.schemes import Scheme
-from cat_modifier.analysis.summary import (
-    best_transform,
-    comparison_sentences,
-    diagnose,
-    mean_table,
-    sentences,
-)
 from cat_modifier.analysis.transforms import TRANSFORMS
 
 __all__ = ["Report", "comparison_report", "layer_report"]
@@ -64,7 +51,7 @@ class Report:
     settings: dict[str, Any]
     summary: list[str]
     tables: dict[str, pd.DataFrame]
-    figures: dict[str, Draw]
+    figures: dict[str, figures.Draw]
     record: dict[str, Any] = field(default_factory=dict)
 
     def print(self):
@@ -82,7 +69,7 @@ class Report:
 
         :param folder: an empty folder
         """
-        missing = write_figures(self.figures, self.rows, folder)
+        missing = figures.write_figures(self.figures, self.rows, folder)
         versions = {name: version(name) for name in ("cat-modifier", "torch", "transformers")}
         versions["python"] = platform.python_version()
         has_gpu = torch.cuda.is_available()
@@ -95,10 +82,11 @@ class Report:
                 for title, table in self.tables.items()
             },
             figures=[
-                (name, caption(draw), base64.b64encode((folder / f"{name}.svg").read_bytes()))
+                (name, figures.caption(draw), (folder / f"{name}.svg").read_bytes())
                 for name, draw in self.figures.items()
                 if name not in missing
             ],
+            base64=base64.b64encode,
             missing=missing,
             scripts=generate_init_offline_itables_html(itables.options.dt_bundle),
             rows=itables.to_html_datatable(
@@ -130,14 +118,14 @@ def layer_report(frame: pd.DataFrame, settings: dict[str, Any]) -> Report:
     :param settings: settings of the analysis, for the record
     """
     scheme = Scheme.parse(frame["scheme"].iloc[0])
-    best = best_transform(frame, scheme.name)
-    means = mean_table(frame).rename(index=lambda name: TRANSFORMS[name].label)
-    worst = diagnose(frame, scheme, best).head(_WORST)
+    best = summary.best_transform(frame, scheme.name)
+    means = summary.mean_table(frame).rename(index=lambda name: TRANSFORMS[name].label)
+    worst = summary.diagnose(frame, scheme, best).head(_WORST)
     worst = worst.set_axis(_DIAGNOSIS_LABELS, axis="columns").dropna(axis="columns", how="all")
     title = f"Linears that lose most at {scheme.name} with {TRANSFORMS[best].label}, dB"
     means = means.rename_axis(columns=None).reset_index()
     tables = {"Mean measured SQNR, dB": means, title: worst}
-    return Report(frame, settings, sentences(frame, scheme), tables, FIGURES)
+    return Report(frame, settings, summary.sentences(frame, scheme), tables, figures.FIGURES)
 
 
 def comparison_report(comparison: Comparison, settings: dict[str, Any]) -> Report:
@@ -158,8 +146,8 @@ def comparison_report(comparison: Comparison, settings: dict[str, Any]) -> Repor
         title: worst.set_axis(_COMPARISON_LABELS, axis="columns"),
     }
     record = {key: value for key, value in vars(comparison).items() if key != "layers"}
-    words = comparison_sentences(comparison)
-    return Report(layers, settings, words, tables, COMPARISON_FIGURES, record)
+    words = summary.comparison_sentences(comparison)
+    return Report(layers, settings, words, tables, figures.COMPARISON_FIGURES, record)
 
 
 def _shown_first(frame: pd.DataFrame) -> pd.DataFrame:

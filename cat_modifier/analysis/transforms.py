@@ -15,11 +15,8 @@ from torch import Tensor
 
 from cat_modifier.calibration.collector import InputStatistics
 from cat_modifier.calibration.shared_inputs import SharedInput
-from cat_modifier.functional.alignment import (
-    DEFAULT_DAMPENING_FRAC,
-    diagonal_blocks,
-    inner_blocks,
-)
+from cat_modifier.functional.alignment import DEFAULT_DAMPENING_FRAC as DAMPENING
+from cat_modifier.functional.alignment import diagonal_blocks, inner_blocks
 from cat_modifier.functional.layout import Rotation, TransformLayout, choose_layout
 from cat_modifier.functional.transform import FusedTransform, compute_transform
 
@@ -115,9 +112,7 @@ def _cat(rotation: Rotation, block_size: int | None = None, strength: float = 1.
         sw = sum(data.weight_moments(layout.block_size).values())
         shape = (in_features // layout.stored_size, layout.stored_size, layout.stored_size)
         stored = torch.empty(shape, dtype=_PRECISION, device=sx.device)
-        return compute_transform(
-            sx, sw, layout, rotation, strength, DEFAULT_DAMPENING_FRAC, stored
-        )
+        return compute_transform(sx, sw, layout, rotation, strength, DAMPENING, stored)
 
     return compute
 
