@@ -65,17 +65,15 @@ def allocate(frame: pd.DataFrame, bits: float, transform: str = "cat") -> dict[s
     noise = noise[names].groupby(linears["input"]).sum()
     sizes = linears.groupby("input")["size"].sum()
     options = [
-        [(_bits(name) * sizes[shared], noise.at[shared, name]) for name in names]
-        for shared in noise.index
+        [(_bits(name) * sizes[shared], row[name]) for name in names]
+        for shared, row in noise.iterrows()
     ]
     indices = spend(options, bits * sizes.sum())
     if indices is None:
         raise ValueError(f"{names[0]}, the smallest of the report, takes more than {bits} bits")
-    chosen = dict(zip(noise.index, indices, strict=True))
-    allocation = defaultdict(list)
-    for layer, shared in linears["input"].items():
-        allocation[names[chosen[shared]]].append(layer)
-    return {name: allocation[name] for name in names if name in allocation}
+    chosen = pd.Series([names[index] for index in indices], noise.index)
+    chosen = linears["input"].map(chosen)
+    return {name: list(chosen.index[chosen == name]) for name in names if name in set(chosen)}
 
 
 def _patterns(layers: list[str]) -> list[str]:

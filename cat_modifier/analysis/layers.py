@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The analysis of a model: from data to a table of numbers."""
 
-import itertools
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import pandas as pd
 import torch
-from torch.nn import Linear, Module
+from torch.nn import Module
 from tqdm import tqdm
 
 from cat_modifier.analysis.measure import measure_input
@@ -73,13 +72,14 @@ def analyze(
     if transform_block_size < 1:
         raise ValueError(f"`transform_block_size` must be positive, got {transform_block_size}")
     linears = find_linears(model, list(targets), list(ignore))
-    _check_groups(linears, parsed)
 
     def block_size(shared: SharedInput) -> int:
         sizes = shared.in_features, 1, transform_block_size
         return choose_layout(shared.first, *sizes, Rotation.NONE).block_size
 
     def new_statistics(shared: SharedInput) -> AnalysisStatistics:
+        for scheme in parsed:
+            scheme.check(shared.first, shared.in_features)
         known = shared.in_features if WHOLE in transforms else block_size(shared)
         return AnalysisStatistics(shared.in_features, known, _SAMPLE_SIZE)
 
@@ -118,15 +118,3 @@ def parse_names(schemes: Iterable[str], transforms: Iterable[str]) -> list[Schem
             f"Unknown transform {unknown[0]!r}: it should be one of {', '.join(TRANSFORMS)}"
         )
     return [Scheme.parse(name) for name in schemes]
-
-
-def _check_groups(linears: dict[str, Linear], schemes: Sequence[Scheme]):
-    """Check before the pass over the data that groups of channels divide all inputs"""
-    for scheme, (name, linear) in itertools.product(schemes, linears.items()):
-        for args in filter(None, (scheme.weights, scheme.activations)):
-            if args.group_size and linear.in_features % args.group_size:
-                raise ValueError(
-                    f"Groups of {args.group_size} channels (scheme {scheme.name}) do not "
-                    f"divide the {linear.in_features} inputs of {name}: choose another size, "
-                    "or add the Linear to `ignore`"
-                )

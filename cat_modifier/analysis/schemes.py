@@ -48,6 +48,18 @@ class Scheme:
         weights, activations = self.weights, self.activations
         return weights and weights.num_bits, activations and activations.num_bits
 
+    def check(self, name: str, in_features: int):
+        """
+        :raises ValueError: if groups do not divide the inputs of the Linear of this name
+        """
+        for args in filter(None, (self.weights, self.activations)):
+            if args.group_size and in_features % args.group_size:
+                raise ValueError(
+                    f"Groups of {args.group_size} channels (scheme {self.name}) do not divide "
+                    f"the {in_features} inputs of {name}: choose another size, or add the "
+                    "Linear to `ignore`"
+                )
+
 
 def _integers(bits: str, group_size: str | None, strategy: str) -> QuantizationArgs | None:
     if bits == "16":

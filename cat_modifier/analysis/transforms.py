@@ -8,7 +8,7 @@ to the transform before the Linears that read it.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from cat_modifier.calibration.collector import InputStatistics
 from cat_modifier.calibration.shared_inputs import SharedInput
 from cat_modifier.functional.alignment import DEFAULT_DAMPENING_FRAC as DAMPENING
 from cat_modifier.functional.alignment import diagonal_blocks, inner_blocks
-from cat_modifier.functional.layout import Rotation, TransformLayout, choose_layout
+from cat_modifier.functional.layout import Rotation, choose_layout
 from cat_modifier.functional.transform import FusedTransform, compute_transform
 
 __all__ = ["TRANSFORMS", "WHOLE", "AnalysisStatistics", "AnalyzedInput"]
@@ -62,11 +62,6 @@ class AnalyzedInput:
         """Size of the largest known blocks of Sx: k, or d if all of Sx is known"""
         return self.statistics.second_moments.mean.shape[-1]
 
-    def layout(self, block_size: int, rotation: Rotation) -> TransformLayout:
-        """The layout of a transform with blocks of at most `block_size`"""
-        name, in_features = self.shared.first, self.shared.in_features
-        return choose_layout(name, in_features, 1, block_size, rotation)
-
     def input_moments(self, block_size: int) -> Tensor:
         """Diagonal blocks of Sx, shape (d/k, k, k), float64; k divides `known_size`"""
         blocks = inner_blocks(self.statistics.second_moments.mean, block_size)
@@ -83,35 +78,34 @@ class AnalyzedInput:
 
 
 class Transform(NamedTuple):
-    """
-    :param label: name in figures and tables
-    :param compute: function that makes the transform of one input
-    """
+    """A transform: its name in figures, and the function that makes it for one input"""
 
     label: str
     compute: Callable[[AnalyzedInput], FusedTransform]
 
 
-def _cat(rotation: Rotation, block_size: int | None = None, strength: float = 1.0):
+def _cat(
+    rotation: Rotation, block_size: int | Literal["full"] | None = None, strength: float = 1.0
+) -> Callable[[AnalyzedInput], FusedTransform]:
     """
     Make the function of a CAT transform.
 
-    :param block_size: k; None for the analysis' own, 0 for the whole input
+    :param block_size: k; None for the analysis' own
     :param strength: exponent of the alignment; 0 leaves the rotation alone
     """
 
     def compute(data: AnalyzedInput) -> FusedTransform:
-        in_features, known = data.shared.in_features, data.known_size
-        size = {None: data.block_size, 0: in_features}.get(block_size, block_size)
-        layout = data.layout(size, rotation)
-        if known % layout.block_size:
-            # only blocks that divide the known ones have known moments
-            size = choose_layout(data.shared.first, known, 1, size, rotation).block_size
-            layout = data.layout(size, rotation)
+        name, in_features = data.shared.first, data.shared.in_features
+        # blocks of known moments divide the known size
+        bound = block_size or data.block_size
+        bound = choose_layout(name, data.known_size, 1, bound, rotation).block_size
+        layout = choose_layout(name, in_features, 1, bound, rotation)
         sx = data.input_moments(layout.block_size)
         sw = sum(data.weight_moments(layout.block_size).values())
-        shape = (in_features // layout.stored_size, layout.stored_size, layout.stored_size)
-        stored = torch.empty(shape, dtype=_PRECISION, device=sx.device)
+        size = layout.stored_size
+        stored = torch.empty(
+            in_features // size, size, size, dtype=_PRECISION, device=sx.device
+        )
         return compute_transform(sx, sw, layout, rotation, strength, DAMPENING, stored)
 
     return compute
@@ -128,8 +122,8 @@ def _smooth_scaling(data: AnalyzedInput) -> FusedTransform:
     floor = torch.finfo(torch.float32).tiny
     alive = (inputs > floor) & (weights > floor)
     scales = torch.where(alive, (inputs / weights.clamp_min(floor)).sqrt(), 1.0)
-    blocks = (1 / scales)[:, None, None].to(_PRECISION)
-    return FusedTransform.from_blocks(blocks, data.layout(1, Rotation.NONE))
+    layout = choose_layout(data.shared.first, data.shared.in_features, 1, 1, Rotation.NONE)
+    return FusedTransform.from_blocks((1 / scales)[:, None, None].to(_PRECISION), layout)
 
 
 TRANSFORMS = {
@@ -141,5 +135,5 @@ TRANSFORMS = {
     "cat": Transform("CAT", _cat(Rotation.HADAMARD)),
     "cat-block-hadamard": Transform("CAT, block Hadamard", _cat(Rotation.BLOCK_HADAMARD)),
     "cat-eigen-hadamard": Transform("CAT, eigen Hadamard", _cat(Rotation.EIGEN_HADAMARD)),
-    WHOLE: Transform("CAT, full", _cat(Rotation.HADAMARD, 0)),
+    WHOLE: Transform("CAT, full", _cat(Rotation.HADAMARD, "full")),
 }
