@@ -4,8 +4,7 @@ Mixed precision: choose the Linears that get more bits, from the report of an an
 
 The noise-to-signal ratios of all Linears are summed. Bits go where they lower the sum most
 for their cost, until none are left. Linears that read the same input stay together, as
-serving engines merge them. Weights and activations count alike: both factors of a
-multiply-add cost bits on hardware that has a product for them.
+serving engines merge them. The bits of weights and of activations count alike.
 """
 
 import json
@@ -78,9 +77,8 @@ def allocate(frame: pd.DataFrame, bits: float, transform: str = "cat") -> dict[s
 
 def _patterns(layers: list[str]) -> list[str]:
     """
-    Make targets that match these Linears and no others.
-
-    They also match the names of other libraries, which differ before the layer's number.
+    Make targets that match these Linears and no others, also under the names of other
+    libraries, which differ before the layer's number.
     """
     numbers, patterns = defaultdict(list), []
     for layer in layers:
@@ -96,11 +94,7 @@ def _patterns(layers: list[str]) -> list[str]:
 
 
 def config_group(scheme: str, targets: list[str]) -> dict[str, Any]:
-    """
-    :param scheme: name as `W4A8`
-    :param targets: Linears
-    :return: config group of llm-compressor that vLLM serves
-    """
+    """Config group of llm-compressor that vLLM serves, for a scheme such as `W4A8`"""
     parsed = Scheme.parse(scheme)
     weights, activations = (
         args.model_dump(mode="json", exclude_unset=True, exclude_none=True)
@@ -115,10 +109,7 @@ def config_group(scheme: str, targets: list[str]) -> dict[str, Any]:
 
 
 def make_recipe(allocation: dict[str, list[str]]) -> dict[str, Any]:
-    """
-    :param allocation: result of :func:`allocate`
-    :return: recipe of CATModifier and llm-compressor's QuantizationModifier
-    """
+    """Recipe of CATModifier and llm-compressor's QuantizationModifier"""
     groups = {
         name.lower(): config_group(name, _patterns(layers))
         for name, layers in allocation.items()
@@ -129,12 +120,7 @@ def make_recipe(allocation: dict[str, list[str]]) -> dict[str, Any]:
 
 
 def run(report: Path, bits: float, transform: str, output: Path):
-    """
-    Run `cat-modifier allocate`; see its help for the parameters.
-
-    :raises ValueError: if the report cannot be used, or takes more bits
-    :raises OSError: if a file cannot be read or written
-    """
+    """Run `cat-modifier allocate`; see its help for the parameters"""
     path = report / "layers.json"
     content = json.loads(path.read_text())
     if "layers" not in content or "transform" not in content["layers"][0]:

@@ -8,11 +8,10 @@ import torch
 from loguru import logger
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from cat_modifier.analysis import layers
 from cat_modifier.analysis.comparison import compare
-from cat_modifier.analysis.layers import UnseenLinearsError, analyze, parse_names
-from cat_modifier.analysis.model import make_experts_linears, without_predictions
-from cat_modifier.analysis.report import comparison_report, layer_report
-from cat_modifier.analysis.report_folder import new_report
+from cat_modifier.analysis.report import comparison_report, layer_report, new_report
+from cat_modifier.calibration.experts import make_experts_linears
 from cat_modifier.calibration.texts import load_texts, windows
 from cat_modifier.version import __version__
 
@@ -37,12 +36,12 @@ def run(
     Run `cat-modifier analyze`; see its help for the parameters.
 
     :param options: further arguments of :func:`cat_modifier.analysis.layers.analyze`
-    :raises ValueError: if the arguments do not fit each other, the model or the data
+    :raises ValueError: if the arguments do not fit each other, the model or the data; after
+        the report is written, if some Linears saw no tokens
     :raises OSError: if a file cannot be read or written
-    :raises UnseenLinearsError: if some Linears saw no tokens, after the report is written
     """
     # refuse all that can be refused before anything is loaded
-    schemes = parse_names(options["schemes"], options["transforms"])
+    schemes = layers.parse_names(options["schemes"], options["transforms"])
     options["schemes"] = [scheme.name for scheme in schemes]
     config = AutoConfig.from_pretrained(model)
     is_quantized = getattr(config, "quantization_config", None) is not None
@@ -75,9 +74,9 @@ def run(
                 settings |= options
                 loaded = _load(model)
                 make_experts_linears(loaded)
-                inputs = [without_predictions(loaded, batch) for batch in batches]
-                results = analyze(loaded, inputs, **options)
-        except UnseenLinearsError as error:
+                inputs = [layers.without_predictions(loaded, batch) for batch in batches]
+                results = layers.analyze(loaded, inputs, **options)
+        except layers.UnseenLinearsError as error:
             if error.results is None:
                 raise
             unseen, results = error, error.results

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import Linear, Module
 from tqdm import tqdm
 
-from cat_modifier.analysis.layers import UnseenLinearsError
-from cat_modifier.analysis.model import call, fused_experts
+from cat_modifier.analysis.layers import UnseenLinearsError, call
+from cat_modifier.calibration.experts import find_fused_experts
 from cat_modifier.functional.sqnr import to_db
 
 __all__ = ["Comparison", "compare"]
@@ -64,10 +64,14 @@ def compare(original: Module, quantized: Module, batches: Sequence[Tensor]) -> C
     pairs = _match(original, quantized)
     energies: dict[str, Counter[str]] = {name: Counter() for name in pairs}
     totals: Counter[str] = Counter()
+    outputs: dict[str, Tensor] = {}
+    keep = {
+        module: lambda module, args, output, name=name: outputs.update({name: output})
+        for name, (_, module) in pairs.items()
+    }
     for ids in tqdm(batches, desc="Comparing"):
+        outputs.clear()
         # the quantized model first: its weights may be decompressed at the first call
-        outputs: dict[str, Tensor] = {}
-        keep = {module: partial(_keep, outputs, name) for name, (_, module) in pairs.items()}
         other = call(quantized, ids, keep).logits
         add = {
             pairs[name][0]: partial(_add_errors, energies[name], pairs[name][1], output)
@@ -92,7 +96,7 @@ def compare(original: Module, quantized: Module, batches: Sequence[Tensor]) -> C
 
 def _match(original: Module, quantized: Module) -> dict[str, tuple[Linear, Linear]]:
     """Pair the quantized Linears with their originals, by full name"""
-    if experts := fused_experts(original):
+    if experts := find_fused_experts(original):
         logger.warning(
             f"{experts[0]} (one of {len(experts)}) holds all experts in one parameter: they "
             "are not compared, as they are not Linears"
@@ -101,10 +105,7 @@ def _match(original: Module, quantized: Module) -> dict[str, tuple[Linear, Linea
     transforms = getattr(config, "cat_transforms", None)
     fused = getattr(getattr(quantized, TRANSFORM_CONFIG_NAME, transforms), "fused", {})
     if fused:
-        logger.info(
-            f"{len(fused)} pairs of Linears are not compared one by one: a transform fused "
-            "into them makes what passes between them differ from the original"
-        )
+        logger.info(f"A transform is fused between these, which are not compared: {fused}")
     modules = dict(original.named_modules())
     pairs = {
         name: (modules.get(name), module)
@@ -122,11 +123,6 @@ def _match(original: Module, quantized: Module) -> dict[str, tuple[Linear, Linea
                 "is it the model that was quantized?"
             )
     return pairs
-
-
-def _keep(outputs: dict[str, Tensor], name: str, module: Module, args: tuple, output: Tensor):
-    """Forward hook of a quantized Linear"""
-    outputs[name] = output
 
 
 def _add_errors(

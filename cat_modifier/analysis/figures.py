@@ -68,25 +68,17 @@ def _with_roles(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(role=names.str.rpartition(".")[2], depth=depth)
 
 
-def _main_roles(frame: pd.DataFrame) -> list[str]:
-    """The roles with the most Linears, in the order of the model, as many as there is room"""
-    common = set(frame["role"].value_counts().index[:8])
-    return [role for role in frame["role"].unique() if role in common]
-
-
 def _main_transforms(frame: pd.DataFrame) -> list[str]:
     found = list(frame["transform"].unique())
     return [name for name in _MAIN if name in found] or found[:4]
 
 
-def _schemes(
-    frame: pd.DataFrame, accept: Callable[[Scheme], bool], need: str, count: int = 1
-) -> list[Scheme]:
+def _schemes(frame: pd.DataFrame, accept: Callable[[Scheme], bool], need: str) -> list[Scheme]:
     """
-    :param need: message if fewer than `count` schemes are accepted
+    :param need: message if no scheme is accepted
     """
     found = [s for s in map(Scheme.parse, frame["scheme"].unique()) if accept(s)]
-    if len(found) < count:
+    if not found:
         raise MissingDataError(f"needs {need}")
     return found
 
@@ -132,7 +124,8 @@ def _by_depth(
     :param labels: labels by name of the column
     :param looks: arguments of `plot` by line
     """
-    roles = _main_roles(frame)
+    common = frame["role"].value_counts().index[:8]  # as many as there is room for
+    roles = [role for role in frame["role"].unique() if role in common]
     figure = Figure(figsize=(1.2 + 1.75 * len(roles), height))
     axes = figure.subplots(len(labels), len(roles), sharex="col", sharey="row", squeeze=False)
     for panels, role in zip(axes.T, roles, strict=True):
@@ -182,10 +175,8 @@ def predicted_against_measured(frame: pd.DataFrame) -> Figure:
     columns = min(4, len(schemes))
     lines = math.ceil(len(schemes) / columns)
     figure = Figure(figsize=(3.3 * columns, 3.6 * lines))
-    axes = figure.subplots(lines, columns, squeeze=False).flatten()
-    for axis in axes[len(schemes) :]:
-        axis.remove()
-    for axis, scheme in zip(axes, schemes, strict=False):
+    for position, scheme in enumerate(schemes, 1):
+        axis = figure.add_subplot(lines, columns, position)
         shown = frame[(frame["scheme"] == scheme) & frame["transform"].isin(transforms)]
         for name in transforms:
             rows = shown[shown["transform"] == name]
@@ -266,7 +257,14 @@ def concentrations(frame: pd.DataFrame) -> Figure:
         (left, "weight_concentration_db", scheme.weights, "weights C(W)"),
         (right, "activation_concentration_db", scheme.activations, "activations C(x)"),
     ):
-        _boxes(axis, frame, column)
+        groups = dict(list(frame.groupby("transform", sort=False)[column]))
+        style = {"patch_artist": True, "flierprops": {"markersize": 2}}
+        boxes = axis.boxplot([group.dropna() for group in groups.values()], widths=0.6, **style)
+        for box, median, name in zip(boxes["boxes"], boxes["medians"], groups, strict=True):
+            box.set(facecolor=_look_of(name)["color"], alpha=0.45)
+            median.set(color="black")
+        labels = [TRANSFORMS[name].label for name in groups]
+        axis.set_xticks(range(1, len(groups) + 1), labels, rotation=35, ha="right")
         for data, hatch in (("normal", "///"), ("laplace", "...")):
             levels = [
                 to_db(expected_concentration(data, size, args.symmetric, args.group_size))
@@ -280,17 +278,6 @@ def concentrations(frame: pd.DataFrame) -> Figure:
         axis.legend(loc="lower right", fontsize=7)
     left.set_ylabel("concentration, dB")
     return figure
-
-
-def _boxes(axis: Axes, frame: pd.DataFrame, column: str):
-    groups = dict(list(frame.groupby("transform", sort=False)[column]))
-    values = [group.dropna() for group in groups.values()]
-    boxes = axis.boxplot(values, widths=0.6, patch_artist=True, flierprops={"markersize": 2})
-    for box, median, name in zip(boxes["boxes"], boxes["medians"], groups, strict=True):
-        box.set(facecolor=_look_of(name)["color"], alpha=0.45)
-        median.set(color="black")
-    labels = [TRANSFORMS[name].label for name in groups]
-    axis.set_xticks(range(1, len(groups) + 1), labels, rotation=35, ha="right")
 
 
 def alignments(frame: pd.DataFrame) -> Figure:
@@ -330,9 +317,9 @@ def alignments(frame: pd.DataFrame) -> Figure:
 def fewer_bits(frame: pd.DataFrame) -> Figure:
     """Few bits with CAT against more bits without a transform."""
     need = "the transforms none and cat, and schemes such as W4A4 and W6A6"
-    if not {"none", "cat"} <= set(frame["transform"]):
+    schemes = _schemes(frame, lambda s: s.bits[0] == s.bits[1] < 8, need)
+    if len(schemes) < 2 or not {"none", "cat"} <= set(frame["transform"]):
         raise MissingDataError(f"needs {need}")
-    schemes = _schemes(frame, lambda s: s.bits[0] == s.bits[1] < 8, need, count=2)
     few, *_, many = (s.name for s in sorted(schemes, key=lambda s: s.bits))
     frame = frame.set_index("layer")
     with_cat = frame[(frame["scheme"] == few) & (frame["transform"] == "cat")]
@@ -345,8 +332,8 @@ def fewer_bits(frame: pd.DataFrame) -> Figure:
     _diagonal(axis, x, y)
     title = f"{few} with CAT is better for {(y > x).mean():.0%} of the Linears"
     axis.set_title(title, fontsize=9)
-    axis.set_xlabel(f"measured SQNR at {many} without a transform, dB")
-    axis.set_ylabel(f"measured SQNR at {few} with CAT, dB")
+    axis.set(xlabel=f"measured SQNR at {many} without a transform, dB")
+    axis.set(ylabel=f"measured SQNR at {few} with CAT, dB")
     _legend_beside(axis)
     return figure
 

@@ -1,24 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """The analysis of a model: from data to a table of numbers."""
 
-from collections.abc import Iterable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import pandas as pd
 import torch
-from torch.nn import Module
+from compressed_tensors import match_named_modules
+from compressed_tensors.utils import get_execution_device
+from torch import Tensor
+from torch.nn import Linear, Module
 from tqdm import tqdm
 
 from cat_modifier.analysis.measure import measure_input
-from cat_modifier.analysis.model import Batch, call, find_linears
 from cat_modifier.analysis.schemes import Scheme
 from cat_modifier.analysis.transforms import TRANSFORMS, WHOLE, AnalysisStatistics
 from cat_modifier.calibration.collector import InputCollector
+from cat_modifier.calibration.experts import find_fused_experts
 from cat_modifier.calibration.shared_inputs import DEFAULT_IGNORE, SharedInput
 from cat_modifier.functional.layout import Rotation, choose_layout
 
-__all__ = ["DEFAULT_SCHEMES", "DEFAULT_TRANSFORMS", "UnseenLinearsError", "analyze"]
+__all__ = ["DEFAULT_SCHEMES", "DEFAULT_TRANSFORMS", "Batch", "UnseenLinearsError"]
+__all__ += ["analyze", "call", "parse_names", "without_predictions"]
+
+Batch = Tensor | Mapping[str, Any]
+"""Token ids (or any first argument of the model), or keyword arguments of the model"""
 
 DEFAULT_SCHEMES = ("W4A4", "W4A8", "W8A8", "W6A6")
 DEFAULT_TRANSFORMS = tuple(name for name in TRANSFORMS if name != WHOLE)
@@ -71,7 +79,7 @@ def analyze(
         raise ValueError("The analysis needs a scheme, a transform and a batch at least")
     if transform_block_size < 1:
         raise ValueError(f"`transform_block_size` must be positive, got {transform_block_size}")
-    linears = find_linears(model, list(targets), list(ignore))
+    linears = _find_linears(model, list(targets), list(ignore))
 
     def block_size(shared: SharedInput) -> int:
         sizes = shared.in_features, 1, transform_block_size
@@ -108,6 +116,24 @@ def analyze(
     return frame
 
 
+def _find_linears(model: Module, targets: list[str], ignore: list[str]) -> dict[str, Linear]:
+    """Find the Linears by full name, in the order of the model"""
+    if fused := find_fused_experts(model, ignore):
+        raise ValueError(
+            f"{fused[0]} (one of {len(fused)}) holds all experts in one parameter, not in "
+            "Linears: call `llmcompressor.modeling.moe.linearize.linearize_moe(model)` first, "
+            "or add it to `ignore`"
+        )
+    matches = match_named_modules(model, targets, ignore)
+    linears = {name: module for name, module in matches if isinstance(module, Linear)}
+    if not linears:
+        raise ValueError(
+            f"The model has no torch.nn.Linear for targets {targets} and ignore {ignore}: "
+            "check the names with `model.named_modules()`"
+        )
+    return linears
+
+
 def parse_names(schemes: Iterable[str], transforms: Iterable[str]) -> list[Scheme]:
     """
     :return: the schemes
@@ -118,3 +144,28 @@ def parse_names(schemes: Iterable[str], transforms: Iterable[str]) -> list[Schem
             f"Unknown transform {unknown[0]!r}: it should be one of {', '.join(TRANSFORMS)}"
         )
     return [Scheme.parse(name) for name in schemes]
+
+
+def call(model: Module, batch: Batch, hooks: Mapping[Module, Callable]) -> Any:
+    """
+    :param batch: arguments of the model, which may be on another device
+    :param hooks: forward hooks of modules, for this call
+    """
+    device = get_execution_device(model)
+    handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
+    try:
+        if torch.is_tensor(batch):
+            return model(batch.to(device))
+        tensors = {k: v.to(device) for k, v in batch.items() if torch.is_tensor(v)}
+        return model(**batch | tensors)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def without_predictions(model: Module, ids: Tensor) -> Batch:
+    """Make a batch that asks a causal language model for no logits, if it can do without"""
+    batch = {"input_ids": ids, "use_cache": False}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        batch["logits_to_keep"] = 1
+    return batch

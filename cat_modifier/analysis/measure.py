@@ -37,16 +37,15 @@ def measure_input(
     - `weight_concentration_db`, `activation_concentration_db`: C(W) and C(x), transformed
     - `alignment_db`: A(x, W)
     - `achievable_block_db`: best alignment over all transforms with blocks of k, if the
-      Linear had its input for itself
-    - `achievable_full_db`: the same over all transforms; nan unless all of Sx is known
+      Linear had its input for itself; `achievable_full_db`: over all transforms, or nan
+      unless all of Sx is known
     - `predicted_weights_db`, `predicted_activations_db`, `predicted_db`: SQNR by lemma 2.3,
       lemma 2.2 and theorem 2.4, with weights, activations or both quantized
     - `measured_weights_db`, `measured_activations_db`, `measured_db`: measured SQNR, each
       value rounded to the nearest integer in the range of its channel, token or group
 
     and `tokens`, the number of tokens seen; `largest_token`, the energy of the largest over
-    the mean energy. If it is large, the prediction speaks of a few tokens, whose noise is
-    not uniform.
+    the mean. If it is large, predictions speak of a few tokens, whose noise is not uniform.
 
     :param shared: an input and the Linears that read it
     :param statistics: statistics of the input
@@ -56,17 +55,15 @@ def measure_input(
     :raises ValueError: if a weight or the input is not finite
     """
     device = get_execution_device(shared.linears[shared.first])
-    weights, dtypes = {}, set()
+    weights = {}
     for name, linear in shared.linears.items():
         with align_module_device(linear):
             weights[name] = linear.weight.detach().to(device, torch.float32)
-            dtypes.add(linear.weight.dtype)
     x = statistics.sample.tokens.to(device)
     token_weights = statistics.sample.weights.to(device)
-    for what, tensor in {f"The input of {shared.first}": x, **weights}.items():
+    for name, tensor in {f"The input of {shared.first}": x, **weights}.items():
         if not torch.isfinite(tensor).all():
-            raise ValueError(f"{what} has values that are not finite")
-
+            raise ValueError(f"{name} has values that are not finite")
     data = AnalyzedInput(shared, statistics, block_size, weights)
     largest = torch.linalg.vector_norm(x, dim=-1).max().item() ** 2
     mean = data.input_moments(1).sum().item()
@@ -76,6 +73,7 @@ def measure_input(
     best_block = _achievable(data, block_size, outputs)
     best_full = _achievable(data, shared.in_features, outputs)
     # products in the model's own dtype where that is accurate enough
+    dtypes = {linear.weight.dtype for linear in shared.linears.values()}
     dtype = torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float32
     for transform in transforms:
         fused = TRANSFORMS[transform].compute(data)

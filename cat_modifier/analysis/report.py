@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a report: tables, figures, and a page that needs no network."""
+"""
+The files of a report: tables, figures, and a page that needs no network.
+
+A report appears in its folder complete, or not at all.
+"""
 
 import base64
 import json
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import itables.options
@@ -21,11 +28,12 @@ from cat_modifier.analysis.comparison import Comparison
 from cat_modifier.analysis.schemes import Scheme
 from cat_modifier.analysis.transforms import TRANSFORMS
 
-__all__ = ["Report", "comparison_report", "layer_report"]
+__all__ = ["Report", "comparison_report", "layer_report", "new_report"]
 
-_WORST = 12
-"""Linears in the tables of the worst ones"""
+_LAST = "layers.json"
+"""File that is moved last and names the others as `files`; with it the report is complete"""
 
+_WORST = 12  # Linears in the tables of the worst ones
 _DIAGNOSIS_LABELS = ["Linear", "SQNR", "noise of", "limited by", "lost to concentration"]
 _DIAGNOSIS_LABELS += ["lost to alignment", "gain by A8", "gain by W8", "gain by one block"]
 _ONLY_ON_PAGE = ["noise of", "lost to concentration", "lost to alignment"]
@@ -155,3 +163,43 @@ def _shown_first(frame: pd.DataFrame) -> pd.DataFrame:
     first = ["layer", "transform", "scheme", "measured_db", "predicted_db"]
     first = [name for name in first if name in frame]
     return frame[first + [name for name in frame if name not in first]].round(2)
+
+
+@contextmanager
+def new_report(folder: Path, overwrite: bool) -> Iterator[Path]:
+    """
+    Give a staging folder; at the end of the context, move its files to the output folder.
+    After an error that folder is as it was.
+
+    :param folder: output folder; made if it does not exist
+    :param overwrite: whether to replace an older report; other files are never touched
+    :raises FileExistsError: if the folder holds a report or other files
+    """
+    _check(folder, overwrite)
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with TemporaryDirectory(prefix=".unfinished-", dir=folder) as staging:
+            yield Path(staging)
+            _check(folder, overwrite)  # another analysis may have ended meanwhile
+            last = folder / _LAST
+            older = json.loads(last.read_text()).get("files", []) if last.exists() else []
+            for name in [*older, _LAST]:
+                (folder / Path(name).name).unlink(missing_ok=True)
+            for path in sorted(Path(staging).iterdir(), key=lambda path: path.name == _LAST):
+                os.replace(path, folder / path.name)
+    finally:
+        if is_new:
+            with suppress(OSError):  # it holds a report
+                folder.rmdir()
+
+
+def _check(folder: Path, overwrite: bool):
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    # an analysis that was killed leaves a hidden folder
+    if not overwrite and any(not name.startswith(".") for name in names):
+        found = "a finished report" if _LAST in names else "other files"
+        raise FileExistsError(
+            f"{folder} holds {found}: choose another --output, or replace a report and keep "
+            "other files with --overwrite"
+        )

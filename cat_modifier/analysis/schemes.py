@@ -52,13 +52,13 @@ class Scheme:
         """
         :raises ValueError: if groups do not divide the inputs of the Linear of this name
         """
-        for args in filter(None, (self.weights, self.activations)):
-            if args.group_size and in_features % args.group_size:
-                raise ValueError(
-                    f"Groups of {args.group_size} channels (scheme {self.name}) do not divide "
-                    f"the {in_features} inputs of {name}: choose another size, or add the "
-                    "Linear to `ignore`"
-                )
+        sizes = (args.group_size for args in (self.weights, self.activations) if args)
+        if wrong := [size for size in sizes if size and in_features % size]:
+            raise ValueError(
+                f"Groups of {wrong[0]} channels (scheme {self.name}) do not divide the "
+                f"{in_features} inputs of {name}: choose another size, or add the Linear to "
+                "`ignore`"
+            )
 
 
 def _integers(bits: str, group_size: str | None, strategy: str) -> QuantizationArgs | None:

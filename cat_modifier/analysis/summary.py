@@ -13,15 +13,8 @@ from cat_modifier.analysis.transforms import TRANSFORMS
 from cat_modifier.functional.distributions import expected_concentration
 from cat_modifier.functional.sqnr import to_db
 
-__all__ = [
-    "best_transform",
-    "comparison_sentences",
-    "diagnose",
-    "joint_db",
-    "mean_table",
-    "sentences",
-    "unpredictable",
-]
+__all__ = ["best_transform", "diagnose", "joint_db", "mean_table", "unpredictable"]
+__all__ += ["comparison_sentences", "sentences"]
 
 _DOMINANT = to_db(2)
 """Difference of two noises above which only the larger one is named, dB"""
@@ -64,7 +57,8 @@ def diagnose(frame: pd.DataFrame, scheme: Scheme, transform: str) -> pd.DataFram
     """
     rows = frame[(frame["scheme"] == scheme.name) & (frame["transform"] == transform)]
     weights, activations = rows["measured_weights_db"], rows["measured_activations_db"]
-    larger = [weights > activations + _DOMINANT, activations > weights + _DOMINANT]
+    difference = weights - activations
+    larger = [difference > _DOMINANT, difference < -_DOMINANT]
     noise = np.select(larger, ["activations", "weights"], "both")
     losses, gains = pd.DataFrame(index=rows.index), {}
     for name, args, db, other in (
@@ -121,24 +115,21 @@ def sentences(frame: pd.DataFrame, scheme: Scheme) -> list[str]:
         limits = [f"{limit} ({n})" for limit, n in table["limit"].value_counts().items()]
         text.append(f"With {TRANSFORMS[name].label}, they are limited by {', '.join(limits)}.")
     worst = table.head(max(1, count // 10)).mean(numeric_only=True)  # of the best transform
-    gains = {
-        "8-bit activations": worst["gain_activations"],
-        "8-bit weights": worst["gain_weights"],
-        "blocks over the whole input": worst["gain_full"],
-    }
-    helpful = [f"{gain:.1f} dB by {what}" for what, gain in gains.items() if gain > 0]
+    ways = "8-bit activations", "8-bit weights", "blocks over the whole input"
+    gains = zip(worst[["gain_activations", "gain_weights", "gain_full"]], ways, strict=True)
+    helpful = [f"{gain:.1f} dB by {way}" for gain, way in gains if gain > 0]
     text.append(
         f"The worst tenth then has {worst['sqnr']:.1f} dB on average."
         + (f" It would gain {', '.join(helpful)}." if helpful else "")
     )
     off = unpredictable(frame[frame["scheme"] == scheme.name])
-    for relation, reason in {
-        "above": "a few large channels set the range, most values round to zero, and their "
-        "small error is less than uniform noise",
-        "below": "a few tokens hold most of the energy, and their errors do not average out",
-    }.items():
-        is_above = off["measured_db"] > off["predicted_db"]
-        rows = off[is_above if relation == "above" else ~is_above]
+    is_above = off["measured_db"] > off["predicted_db"]
+    above = "most values round to zero, and their small error is less than uniform noise"
+    below = "a few tokens hold most of the energy, and their errors do not average out"
+    for relation, reason, rows in (
+        ("above", f"a few large channels set the range, {above}", off[is_above]),
+        ("below", below, off[~is_above]),
+    ):
         if len(rows):
             row = rows.iloc[0]
             text.append(
