@@ -11,7 +11,7 @@ transform. The README beside the package's modules specifies the format.
 """
 
 from copy import deepcopy
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from compressed_tensors.transform import (
@@ -22,7 +22,14 @@ from compressed_tensors.transform import (
 )
 from compressed_tensors.utils import TorchDtype
 from packaging.requirements import InvalidRequirement, Requirement
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    Field,
+    Strict,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from cat_modifier.functional.hadamard import is_hadamard_order
 from cat_modifier.functional.layout import TransformLayout
@@ -49,10 +56,18 @@ TENSOR_SUFFIX = f".{TRANSFORM_NAME}.weight"
 
 _FORMAT_PREFIX = "cat-modifier/"
 _PACKAGE = "cat-modifier"
+_VERSION = 1
 _REQUIRES = "cat-modifier>=0.1.0"
 """Oldest release that reads version 1"""
 
-_PRECISIONS = (torch.bfloat16, torch.float16, torch.float32)
+_PRECISIONS = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+
+# JSON's `true` and "16" are no sizes
+_Size = Annotated[int, Strict(), Field(gt=0)]
 
 
 class CATScheme(TransformScheme):
@@ -73,10 +88,11 @@ class CATScheme(TransformScheme):
     """
 
     type: Literal["cat"]
-    block_size: int | None = Field(gt=0)
-    online_hadamard_size: int = Field(gt=0)
-    interleave: int = Field(gt=0)
-    clip_ratio: float = Field(gt=0, le=1)
+    apply: list[TransformArgs]
+    block_size: _Size | None
+    online_hadamard_size: _Size
+    interleave: _Size
+    clip_ratio: Annotated[float, Strict(), Field(gt=0, le=1)]
     precision: TorchDtype
 
     @property
@@ -84,17 +100,20 @@ class CATScheme(TransformScheme):
         """p * q, neighbouring channels that the Hadamard matrix mixes; 1 for none"""
         return self.online_hadamard_size * self.interleave
 
-    @field_validator("precision")
+    @field_validator("precision", mode="before")
     @classmethod
-    def _check_precision(cls, value: torch.dtype) -> torch.dtype:
-        if value not in _PRECISIONS:
-            raise ValueError(f"`precision` must be bfloat16, float16 or float32, not {value}")
-        return value
+    def _check_precision(cls, value: Any) -> torch.dtype:
+        precision = _PRECISIONS.get(value, value) if isinstance(value, str) else value
+        if not any(precision is one for one in _PRECISIONS.values()):
+            raise ValueError(
+                f"`precision` must be one of {', '.join(_PRECISIONS)}, not {value!r}"
+            )
+        return precision
 
     @model_validator(mode="after")
     def _check(self) -> "CATScheme":
-        if self.head_dim is not None:
-            raise ValueError("`head_dim` has no meaning here: `block_size` is the size")
+        if self.head_dim is not None or self.randomize or self.requires_grad:
+            raise ValueError("`head_dim`, `randomize` and `requires_grad` have no meaning here")
         if not is_hadamard_order(self.online_hadamard_size):
             raise ValueError(
                 f"{self.online_hadamard_size} is no known order of a Hadamard matrix"
@@ -115,6 +134,22 @@ class CATScheme(TransformScheme):
                 raise ValueError("CAT transforms target Linears by their full names")
         return self
 
+    @model_serializer
+    def _write(self) -> dict[str, Any]:
+        # the fields of version 1 alone, whatever compressed-tensors adds to its own
+        return {
+            "type": self.type,
+            "apply": [
+                {"targets": list(args.targets), "location": TransformLocation.INPUT.value}
+                for args in self.apply
+            ],
+            "block_size": self.block_size,
+            "online_hadamard_size": self.online_hadamard_size,
+            "interleave": self.interleave,
+            "clip_ratio": self.clip_ratio,
+            "precision": str(self.precision).removeprefix("torch."),
+        }
+
 
 class CATTransformConfig(TransformConfig):
     """
@@ -131,12 +166,12 @@ class CATTransformConfig(TransformConfig):
     config_groups: dict[str, CATScheme]
     fused: dict[str, str]
     requires: str
-    version: Literal[1]
+    version: int
 
     @classmethod
     def empty(cls) -> "CATTransformConfig":
         """Make a config of this release without transforms"""
-        return cls(config_groups={}, fused={}, requires=_REQUIRES, version=1)
+        return cls(config_groups={}, fused={}, requires=_REQUIRES, version=_VERSION)
 
     @field_validator("requires")
     @classmethod
@@ -145,12 +180,22 @@ class CATTransformConfig(TransformConfig):
             requirement = Requirement(value)
         except InvalidRequirement as error:
             raise ValueError(f"`requires` is no requirement: {value!r}") from error
-        if requirement.name != _PACKAGE or not requirement.specifier.contains(
-            __version__, prereleases=True
-        ):
+        if requirement.name != _PACKAGE or requirement.url is not None:
+            raise ValueError(f"`requires` must name a release of {_PACKAGE}, not {value!r}")
+        if not requirement.specifier.contains(__version__, prereleases=True):
             raise ValueError(
                 f"this is cat-modifier {__version__}, and the checkpoint needs {value}: "
                 f"pip install '{value}'"
+            )
+        return value
+
+    @field_validator("version", mode="before")
+    @classmethod
+    def _check_version(cls, value: Any) -> int:
+        if type(value) is not int or value != _VERSION:
+            raise ValueError(
+                f"cat-modifier {__version__} reads version {_VERSION} of the format, "
+                f"not {value!r}"
             )
         return value
 
@@ -188,10 +233,12 @@ class CATTransformConfig(TransformConfig):
         """
         block_size = layout.stored_size if has_blocks else None
         sizes = (block_size or 0, layout.online_hadamard_size, layout.interleave)
-        key = "_".join(map(str, (TRANSFORM_TYPE, *sizes, clip_ratio)))
+        dtype = str(precision).removeprefix("torch.")
+        key = "_".join(map(str, (TRANSFORM_TYPE, *sizes, clip_ratio, dtype)))
         if key not in self.config_groups:
             self.config_groups[key] = CATScheme(
                 type=TRANSFORM_TYPE,
+                apply=[],
                 block_size=block_size,
                 online_hadamard_size=layout.online_hadamard_size,
                 interleave=layout.interleave,

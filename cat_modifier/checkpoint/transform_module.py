@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The online transform of a group of Linears, as a module and as a compressed-tensors type"""
+"""The online transform of an input, as a module and as a compressed-tensors type."""
 
 import torch
 from compressed_tensors.offload import register_offload_module
@@ -9,6 +9,7 @@ from compressed_tensors.utils import get_offloaded_device
 from torch import Tensor
 from torch.nn import Linear, Module, Parameter
 
+from cat_modifier.checkpoint.integers import suits_clipping
 from cat_modifier.checkpoint.schema import (
     TRANSFORM_NAME,
     TRANSFORM_TYPE,
@@ -22,7 +23,6 @@ __all__ = [
     "CATFactory",
     "CATTransform",
     "attach_transforms",
-    "expected_tensors",
     "online_hadamard",
     "validate_transform",
 ]
@@ -32,6 +32,8 @@ def online_hadamard(scheme: CATScheme, device: torch.device) -> Tensor | None:
     """
     Make the Hadamard matrix that follows the blocks.
 
+    :param scheme: has its order
+    :param device: device of the matrix
     :return: shape (p, p), float32; None if the scheme has none
     """
     if scheme.online_hadamard_size == 1:
@@ -41,10 +43,12 @@ def online_hadamard(scheme: CATScheme, device: torch.device) -> Tensor | None:
 
 def validate_transform(name: str, blocks: Tensor, shape: tuple[int, ...]):
     """
-    :param name: of the tensor, for the error
-    :param blocks: transform as loaded
-    :param shape: which it should have
-    :raises ValueError: if it has not, or if any element is not finite
+    Check a transform tensor as loaded.
+
+    :param name: name of the tensor, for the error
+    :param blocks: T as loaded
+    :param shape: shape that the model needs
+    :raises ValueError: if the shape differs, or if an element is not finite
     """
     if tuple(blocks.shape) != tuple(shape):
         raise ValueError(
@@ -60,15 +64,13 @@ def validate_transform(name: str, blocks: Tensor, shape: tuple[int, ...]):
 
 class CATTransform(TransformBase):
     """
-    Transforms the input of a group of Linears. It is a submodule of the first Linear of
-    the group alone; the others call it through their hooks.
+    Transforms the input that one or several Linears share.
 
-    :param weight: blocks, shape (d/k, k, k); None if ``scheme.block_size`` is
-    :param scheme: scheme of the group
-    :param args: the group
+    The module is a submodule of the first Linear; the others call it through their hooks.
 
-    Attributes:
-        weight: shape (d/k, k, k), dtype ``scheme.precision``; None if there are no blocks
+    :param weight: T, shape (d/k, k, k), dtype ``scheme.precision``; None for no blocks
+    :param scheme: sizes and clipping
+    :param args: entry of the input in ``scheme.apply``
     """
 
     def __init__(self, weight: Parameter | None, scheme: CATScheme, args: TransformArgs):
@@ -80,8 +82,11 @@ class CATTransform(TransformBase):
 
     def forward(self, value: Tensor, is_clipped: bool = True) -> Tensor:
         """
+        Transform and clip tokens.
+
         :param value: shape (..., d)
-        :param is_clipped: whether it is quantized next
+        :param is_clipped: whether tokens are clipped; they are if they are quantized next
+        :return: shape and dtype of value
         """
         if self._hadamard is None or self._hadamard.device != value.device:
             self._hadamard = online_hadamard(self.scheme, value.device)
@@ -97,8 +102,8 @@ class CATTransform(TransformBase):
         return transformed.to(value.dtype)
 
     def input_hook(self, module: Module, args: tuple) -> tuple:
-        """Forward pre-hook of every Linear of the group"""
-        # as compressed-tensors decides it
+        """Transform the input of a Linear, as its forward pre-hook"""
+        # the condition under which compressed-tensors quantizes the input
         is_quantized = getattr(module, "quantization_enabled", True) and all(
             getattr(module, f"quantization_{what}", None) is not None
             for what in ("scheme", "status")
@@ -107,26 +112,28 @@ class CATTransform(TransformBase):
 
     def attach(self, linears: list[Linear]):
         """
-        :param linears: the Linears of the group, the one which holds the tensor first
+        Make the transform a submodule of the first Linear, and hook all.
+
+        :param linears: Linears that read the input, the one that holds the tensor first
         """
         register_offload_module(linears[0], TRANSFORM_NAME, self)
         for linear in linears:
-            # before all other hooks: they must see the input that is quantized
+            # other hooks must see the input that is quantized
             linear.register_forward_pre_hook(self.input_hook, prepend=True)
 
 
 @TransformFactory.register(TRANSFORM_TYPE)
 class CATFactory(TransformFactory):
-    """
-    Attaches the transforms of one scheme to a model, to be filled from a checkpoint.
-    """
+    """Attaches the transforms of one scheme to a model whose weights are not loaded yet."""
 
     scheme: CATScheme
 
-    def create_transform(self, module: Module, args: TransformArgs) -> CATTransform:
+    def create_transform(self, module: Linear, args: TransformArgs) -> CATTransform:
         """
-        :param module: Linear which holds the tensor
-        :param args: the group
+        Make the transform of an input, with a tensor to be loaded.
+
+        :param module: Linear that holds the tensor
+        :param args: entry of the input in the scheme
         :raises ValueError: if the transform does not fit the Linear
         """
         size = self.scheme.block_size
@@ -151,8 +158,9 @@ class CATFactory(TransformFactory):
 
     def apply_to_model(self, model: Module, use_tqdm: bool = True):
         """
-        :param model: with all Linears which the scheme targets
-        :raises ValueError: if there is no Linear of a targeted name
+        Attach the transforms of all inputs of the scheme.
+
+        :raises ValueError: if a targeted Linear does not exist, or does not suit the scheme
         """
         modules = dict(model.named_modules())
         for args in self.scheme.apply:
@@ -162,24 +170,26 @@ class CATFactory(TransformFactory):
                         f"The checkpoint has a transform for {name}, but the model has no "
                         "Linear of this name"
                     )
+                self._check_clipping(name, modules[name])
             linears = [modules[name] for name in args.targets]
             self.create_transform(linears[0], args).attach(linears)
+
+    def _check_clipping(self, name: str, linear: Module):
+        quantization = getattr(linear, "quantization_scheme", None)
+        inputs = None if quantization is None else quantization.input_activations
+        if self.scheme.clip_ratio < 1 and not suits_clipping(inputs):
+            raise ValueError(
+                f"The checkpoint clips the input of {name}, but does not quantize it to "
+                "asymmetric integers per token: the checkpoint is damaged"
+            )
 
 
 def attach_transforms(model: Module, config: CATTransformConfig):
     """
     Attach all transforms of a checkpoint to a model whose weights are not loaded yet.
 
-    :raises ValueError: if they do not fit the model
+    :param model: with the quantization schemes of its Linears
+    :raises ValueError: if the transforms do not fit the model
     """
     for name, scheme in config.config_groups.items():
         TransformFactory.from_scheme(scheme, name=name).apply_to_model(model)
-
-
-def expected_tensors(model: Module) -> dict[str, tuple[int, ...]]:
-    """Shapes of all transform tensors that a checkpoint of the model holds, by name"""
-    return {
-        f"{name}.weight": tuple(module.weight.shape)
-        for name, module in model.named_modules()
-        if isinstance(module, CATTransform) and module.weight is not None
-    }

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Normalised Hadamard matrices and their product with an activation.
+Normalised Hadamard matrices and their product with activations.
 
-A Hadamard matrix of order ``n`` has entries ``+-1/sqrt(n)`` and orthogonal rows. The
-matrices here are a function of ``n`` alone, because a checkpoint stores the order and
-never the matrix: whoever reads it must rebuild exactly the same one.
+A Hadamard matrix of order ``n`` has entries ``+-1/sqrt(n)`` and orthogonal rows. A
+checkpoint stores the order and never the matrix: every reader must rebuild the same one.
+The matrices are therefore part of the checkpoint format, whose specification is in
+``cat_modifier/README.md``, and must never change.
 
 Orders are products of 2 and of the orders ``q + 1`` and ``2(q + 1)`` of Paley's
-constructions over prime fields (R. Paley, "On orthogonal matrices", 1933). This covers
+constructions over prime fields (R. Paley, "On orthogonal matrices", 1933). They cover
 the widths of current models: 576 = 2^4 * 36, 1536 = 2^7 * 12, 14336 = 2^9 * 28, ...
 """
 
@@ -27,7 +28,7 @@ __all__ = [
 
 
 _MAX_PALEY_ORDER = 256
-"""Factors which are no powers of two are applied as dense matrices: keep them small"""
+"""Bound of Paley factors. Part of the format: it decides which factors an order has"""
 
 
 def _is_prime(n: int) -> bool:
@@ -35,7 +36,7 @@ def _is_prime(n: int) -> bool:
 
 
 def _is_paley_order(n: int) -> bool:
-    """Whether Paley's first or second construction over a prime field has order n"""
+    """Whether n is an order of Paley's first or second construction over a prime field"""
     if n < 4 or n % 4:
         return False
     first = _is_prime(n - 1) and (n - 1) % 4 == 3
@@ -45,7 +46,7 @@ def _is_paley_order(n: int) -> bool:
 
 @cache
 def _kronecker_orders(n: int) -> tuple[int, ...] | None:
-    """Factors of n, each 2 or a Paley order, or None; 1 has no factors"""
+    """Factors of n, each 2 or a Paley order, the innermost first; None if there are none"""
     if n == 1:
         return ()
     if n % 2:
@@ -66,12 +67,12 @@ def is_hadamard_order(n: int) -> bool:
 
 
 def largest_hadamard_order(n: int) -> int:
-    """Largest divisor of ``n`` which is a Hadamard order; 1 at worst"""
+    """Find the largest divisor of ``n`` that is a Hadamard order; 1 at worst"""
     return next(m for m in range(n, 0, -1) if n % m == 0 and is_hadamard_order(m))
 
 
 def _paley(n: int) -> Tensor:
-    """Paley's Hadamard matrix of order n, entries +-1, float64"""
+    """Build Paley's Hadamard matrix of order n, entries +-1, shape (n, n), float64"""
     first = _is_prime(n - 1) and (n - 1) % 4 == 3
     q = n - 1 if first else n // 2 - 1
     squares = {i * i % q for i in range(1, q)}
@@ -86,9 +87,9 @@ def _paley(n: int) -> Tensor:
     conference[1:, 0] = -1 if first else 1
     conference[1:, 1:] = jacobsthal
     identity = torch.eye(q + 1, dtype=torch.float64)
-    if first:  # the conference matrix is skew: I + C
+    if first:  # C is skew-symmetric
         return identity + conference
-    # symmetric: replace its entries by 2 x 2 blocks
+    # C is symmetric: each entry becomes a block of 2 x 2
     ones = torch.tensor([[1, 1], [1, -1]], dtype=torch.float64)
     zeros = torch.tensor([[1, -1], [-1, -1]], dtype=torch.float64)
     return torch.kron(conference, ones) + torch.kron(identity, zeros)
@@ -97,10 +98,12 @@ def _paley(n: int) -> Tensor:
 @lru_cache(maxsize=32)
 def hadamard_matrix(n: int) -> Tensor:
     """
+    Build the Hadamard matrix of an order.
+
     :param n: order of the matrix
     :return: orthogonal matrix with entries +-1/sqrt(n), shape (n, n), float64, on the
-        CPU; cached and shared, not to be written to
-    :raises ValueError: if no construction for order ``n`` is known here
+        CPU. Cached and shared: do not write to it
+    :raises ValueError: if no construction of order ``n`` is known here
     """
     factors = _kronecker_orders(n) if n >= 1 else None
     if factors is None:
@@ -118,13 +121,15 @@ def hadamard_matrix(n: int) -> Tensor:
 @cache
 def split_hadamard(n: int, block_size: int) -> tuple[int, int]:
     """
-    Two Hadamard orders ``p, q`` with ``p * q = n``, for a Kronecker product of both after a
-    block-diagonal matrix: the inner factor, of order q, becomes part of the blocks, and the
-    outer one is applied to every q-th channel.
+    Split a Hadamard order n into an online part p and a fused part q.
+
+    The part of order q is fused into the blocks. The part of order p multiplies channels
+    that are q apart. Together they are one Hadamard product over ``n = p * q`` channels.
 
     :param n: a Hadamard order
-    :param block_size: of the matrix before, whose blocks q divides or holds a multiple of
-    :return: those of the fewest multiply-adds, ``n * (max(block_size, q) + p)``
+    :param block_size: k, size of the blocks; q divides k, or k divides q
+    :return: p and q of the fewest multiply-adds, ``n * (max(k, q) + p)``
+    :raises ValueError: if n is no known Hadamard order
     """
     pairs = [
         (n // q, q)
@@ -139,14 +144,16 @@ def split_hadamard(n: int, block_size: int) -> tuple[int, int]:
     return min(pairs, key=lambda pair: (max(block_size, pair[1]) + pair[0], pair))
 
 
-def apply_hadamard(x: Tensor, matrix: Tensor, stride: int) -> Tensor:
+def apply_hadamard(x: Tensor, matrix: Tensor, interleave: int) -> Tensor:
     """
-    Multiply channels which are ``stride`` apart by a matrix: ``(matrix kron I) x`` for each
-    span of ``p * stride`` neighbours.
+    Multiply channels that are ``interleave`` apart by a matrix.
 
-    :param x: shape (..., d), where ``p * stride`` divides d
-    :param matrix: shape (p, p), of x's dtype
+    Each span of ``p * interleave`` neighbouring channels becomes ``(matrix kron I) x``.
+
+    :param x: shape (..., d), where ``p * interleave`` divides d
+    :param matrix: shape (p, p), dtype of x
+    :param interleave: distance of the channels that the matrix multiplies
     :return: shape (..., d)
     """
-    spans = x.unflatten(-1, (-1, matrix.shape[0], stride))
+    spans = x.unflatten(-1, (-1, matrix.shape[0], interleave))
     return (matrix @ spans).flatten(-3)

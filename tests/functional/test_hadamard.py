@@ -2,7 +2,6 @@
 import pytest
 import torch
 
-from cat_modifier.functional.layout import choose_layout
 from cat_modifier.functional.hadamard import (
     apply_hadamard,
     hadamard_matrix,
@@ -10,7 +9,7 @@ from cat_modifier.functional.hadamard import (
     largest_hadamard_order,
     split_hadamard,
 )
-from cat_modifier.functional.layout import Rotation
+from cat_modifier.functional.layout import Rotation, choose_layout
 from cat_modifier.functional.transform import apply_blocks, rotate_blocks
 
 # input sizes of Linears in released models

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Teaches Transformers' compressed-tensors quantizer to load CAT checkpoints.
+Transformers' compressed-tensors quantizer, extended by CAT checkpoints.
 
-Both classes take the place of their base class in Transformers' tables. Of a checkpoint
-without CAT transforms they pass everything on to it.
+Both classes replace their base class in Transformers' tables. They leave checkpoints
+without CAT transforms to it.
 """
 
 from typing import Any
 
+from compressed_tensors import TRANSFORM_CONFIG_NAME
 from compressed_tensors.compressors import compress_module
 from compressed_tensors.quantization import QuantizationStatus
 from compressed_tensors.quantization.utils import is_module_quantized
@@ -26,33 +27,29 @@ from cat_modifier.checkpoint.schema import (
     mark_quantization_config,
     read_quantization_config,
 )
-from cat_modifier.integrations.transformers.saving import (
-    check_tensor_names,
-    find_transforms,
-    save_atomically,
-)
 from cat_modifier.checkpoint.transform_module import (
     CATTransform,
     attach_transforms,
-    expected_tensors,
     validate_transform,
 )
+from cat_modifier.integrations.transformers.loading import LoadingCheck
+from cat_modifier.integrations.transformers.saving import save_atomically
 
 __all__ = ["CATHfQuantizer", "CompressedTensorsConfig", "register"]
 
 
 class CompressedTensorsConfig(stock.CompressedTensorsConfig):
     """
-    Has the name of its base class, by which Transformers tells whether a config that is
-    passed to ``from_pretrained`` suits that of the checkpoint.
+    Quantization config of a checkpoint, with its CAT transforms.
+
+    The class has the name of its base class: Transformers compares names to tell whether a
+    config passed to ``from_pretrained`` suits the checkpoint.
 
     :param kwargs: quantization config as in ``config.json``
-
-    Attributes:
-        cat_transforms: of a CAT checkpoint; None of any other
     """
 
     cat_transforms: CATTransformConfig | None
+    """Transforms of a CAT checkpoint; None for any other"""
 
     def __init__(self, **kwargs):
         read = read_quantization_config(kwargs)
@@ -68,9 +65,10 @@ class CompressedTensorsConfig(stock.CompressedTensorsConfig):
 
 
 class CATHfQuantizer(CompressedTensorsHfQuantizer):
-    """Loads compressed-tensors checkpoints, and attaches their CAT transforms if any"""
+    """Loads compressed-tensors checkpoints, and attaches their CAT transforms if any."""
 
     quantization_config: CompressedTensorsConfig
+    _loading: LoadingCheck
 
     @property
     def _transforms(self) -> CATTransformConfig | None:
@@ -89,21 +87,25 @@ class CATHfQuantizer(CompressedTensorsHfQuantizer):
             if checkpoint_files is None:
                 raise ValueError("CAT checkpoints are loaded from files, not from a state_dict")
             attach_transforms(model, self._transforms)
-            check_tensor_names(find_transforms(checkpoint_files), expected_tensors(model))
+            self._loading = LoadingCheck(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):
+        if self._transforms is not None:
+            self._loading.finish()
         super()._process_model_after_weight_loading(model, **kwargs)
         if self._transforms is None:
             return
         for name, module in model.named_modules():
             if isinstance(module, CATTransform) and module.weight is not None:
                 validate_transform(f"{name}.weight", module.weight, module.weight.shape)
+        # where llm-compressor looks for transforms when it writes a config of its own
+        setattr(model, TRANSFORM_CONFIG_NAME, self._transforms)
         save_atomically(model)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel):
         if self._transforms is not None and not self.quantization_config.dequantize:
-            # the first forward pass decompresses the weights, but the config that is saved
-            # with them promises compressed ones
+            # the first forward pass decompresses the weights; the saved config promises
+            # compressed ones
             decompressed = [
                 module
                 for module in model.modules()
