@@ -1,39 +1,72 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What calibration learns of the inputs of Linears: their groups, and statistics of each"""
+"""Statistics of each shared input, collected while data pass through a model."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 from torch.nn import Linear
 
-from cat_modifier.calibration.shared_inputs import SharedInputObserver, SharedInput, padding_mask
+from cat_modifier.calibration.second_moments import SecondMoments
+from cat_modifier.calibration.shared_inputs import (
+    SharedInput,
+    SharedInputObserver,
+    padding_mask,
+)
+from cat_modifier.calibration.token_sample import TokenSample
 
-__all__ = ["InputCollector"]
+__all__ = ["InputCollector", "InputStatistics"]
 
 
 class Statistics(Protocol):
-    """Of an input"""
+    """Statistics of an input, updated with tokens of shape (tokens, d)"""
 
-    def update(self, tokens: Tensor):
-        """
-        :param tokens: shape (tokens, d)
-        """
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]): ...
+    def update(self, tokens: Tensor): ...
 
 
 StatisticsType = TypeVar("StatisticsType", bound=Statistics)
 
 
+class InputStatistics:
+    """
+    Second moments and a token sample of one input.
+
+    :param in_features: d, size of a token's activation
+    :param block_size: k, a divisor of d
+    :param sample_size: number of tokens to keep
+    :param seed: seed of the token sample
+    """
+
+    def __init__(self, in_features: int, block_size: int, sample_size: int, seed: int = 0):
+        self.second_moments = SecondMoments(in_features, block_size)
+        self.sample = TokenSample(sample_size, seed)
+
+    def update(self, tokens: Tensor):
+        """
+        :param tokens: shape (tokens, d), any floating point dtype
+        """
+        self.second_moments.update(tokens)
+        self.sample.update(tokens)
+
+    def reduce(self, device: torch.device):
+        """
+        Merge the statistics of all ranks. A collective call.
+
+        :param device: see :meth:`SecondMoments.reduce`
+        """
+        self.second_moments.reduce(device)
+        self.sample.reduce()
+
+
 class InputCollector(Generic[StatisticsType]):
     """
-    Watches calls of Linears. Each input is counted once, however many Linears read it.
+    Watches calls of Linears and updates the statistics of their inputs.
 
-    :param linears: by full name, in the order of the model
-    :param new_statistics: makes what accumulates the statistics of the input of a group
+    An input counts once, however many Linears read it. Padding does not count.
+
+    :param linears: Linears by full name, in the order of the model
+    :param new_statistics: makes the empty statistics of an input
     """
 
     def __init__(
@@ -44,14 +77,16 @@ class InputCollector(Generic[StatisticsType]):
         self.observer = SharedInputObserver(linears)
         self._new_statistics = new_statistics
         self._masks: dict[int, Tensor] = {}
-        # by the first Linear that was called, which may not be the group's owner for ever
+        # by the first Linear that was called, which may not stay the first of its input
         self._statistics: dict[str, StatisticsType] = {}
 
     def set_attention_mask(self, batch: int, attention_mask: object):
         """
+        Note which tokens of a batch are padding.
+
         :param batch: index of the batch, which may pass through the model in several parts
-        :param attention_mask: of the batch, in any form that a model passes on; forms that
-            cannot be read leave what is known of the batch
+        :param attention_mask: mask in any form that a model passes on; a form that cannot
+            be read changes nothing
         """
         mask = padding_mask(attention_mask)
         if mask is not None:
@@ -59,11 +94,13 @@ class InputCollector(Generic[StatisticsType]):
 
     def observe(self, name: str, x: Tensor, batch: int):
         """
-        :param name: of the Linear that is called
+        Record the call of a Linear.
+
+        :param name: full name of the Linear
         :param x: its input, shape (..., d)
         :param batch: index of the batch
         """
-        group, is_new = self.observer.observe(name, x)
+        shared, is_new = self.observer.observe(name, x)
         if not is_new:
             return
         tokens = x.reshape(-1, x.shape[-1])
@@ -71,37 +108,22 @@ class InputCollector(Generic[StatisticsType]):
         mask = self._masks.get(batch)
         if mask is not None and mask.numel() == tokens.shape[0]:
             tokens = tokens[mask.flatten().to(tokens.device)]
-        key = self._key(group)
+        key = self._key(shared)
         if key is None:
             key = name
-            self._statistics[key] = self._new_statistics(group)
+            self._statistics[key] = self._new_statistics(shared)
         self._statistics[key].update(tokens)
 
-    def pending_groups(self) -> list[SharedInput]:
-        """Groups whose statistics were not taken yet, in the order of the model"""
-        return [group for group in self.observer.groups if self._key(group) is not None]
+    def pending(self) -> list[SharedInput]:
+        """List the inputs whose statistics were not taken yet, in the order of the model"""
+        return [one for one in self.observer.inputs if self._key(one) is not None]
 
-    def statistics(self, group: SharedInput) -> StatisticsType:
-        """Of a pending group"""
-        return self._statistics[self._key(group)]
+    def take(self, shared: SharedInput) -> StatisticsType:
+        """Hand over the statistics of a pending input and forget them"""
+        key = self._key(shared)
+        if key is None:
+            raise KeyError(shared.first)
+        return self._statistics.pop(key)
 
-    def take(self, group: SharedInput) -> StatisticsType:
-        """Statistics of a group, which are then forgotten here"""
-        return self._statistics.pop(self._key(group))
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that :meth:`load_state_dict` needs to go on, between two batches"""
-        return {
-            "groups": [list(group.linears) for group in self.observer.groups],
-            "statistics": {name: s.state_dict() for name, s in self._statistics.items()},
-        }
-
-    def load_state_dict(self, state: dict[str, Any]):
-        self.observer.set_groups(state["groups"], are_closed=False)
-        for group in self.observer.groups:
-            for name in state["statistics"].keys() & group.linears.keys():
-                self._statistics[name] = self._new_statistics(group)
-                self._statistics[name].load_state_dict(state["statistics"][name])
-
-    def _key(self, group: SharedInput) -> str | None:
-        return next((name for name in group.linears if name in self._statistics), None)
+    def _key(self, shared: SharedInput) -> str | None:
+        return next((name for name in shared.linears if name in self._statistics), None)

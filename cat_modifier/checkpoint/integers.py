@@ -32,6 +32,8 @@ def suits_int8_product(
 
     The scales of weights and of activations are then factors of the result.
     """
+    if weights is None or inputs is None:
+        return False
     return (
         is_integer(weights, inputs)
         and max(weights.num_bits, inputs.num_bits) <= 8

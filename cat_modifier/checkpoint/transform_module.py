@@ -128,7 +128,7 @@ class CATFactory(TransformFactory):
 
     scheme: CATScheme
 
-    def create_transform(self, module: Module, args: TransformArgs) -> CATTransform:
+    def create_transform(self, module: Linear, args: TransformArgs) -> CATTransform:
         """
         Make the transform of an input, with a tensor to be loaded.
 

@@ -21,7 +21,7 @@ def spend(options: Sequence[Sequence[tuple[float, float]]], budget: float) -> li
     if left < 0:
         return None
     while True:
-        best_gain, best_unit, best_index = 0.0, None, None
+        best_gain, best = 0.0, None
         for unit, (one, index) in enumerate(zip(options, chosen, strict=True)):
             cost, noise = one[index]
             for other, (other_cost, other_noise) in enumerate(one):
@@ -29,9 +29,9 @@ def spend(options: Sequence[Sequence[tuple[float, float]]], budget: float) -> li
                     continue
                 gain = (noise - other_noise) / (other_cost - cost)
                 if gain > best_gain:
-                    best_gain, best_unit, best_index = gain, unit, other
-        if best_unit is None:
+                    best_gain, best = gain, (unit, other)
+        if best is None:
             return chosen
-        one = options[best_unit]
-        left -= one[best_index][0] - one[chosen[best_unit]][0]
-        chosen[best_unit] = best_index
+        unit, other = best
+        left -= options[unit][other][0] - options[unit][chosen[unit]][0]
+        chosen[unit] = other

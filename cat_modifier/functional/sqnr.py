@@ -254,14 +254,13 @@ def predicted_sqnr(
     :param activation_bits: the same of activations
     :return: inf where nothing is quantized; nan for zero weights or inputs
     """
-    ratios = [
-        math.inf if bits is None else 12 * (2**bits - 1) ** 2 * concentration * alignment
-        for bits, concentration in (
-            (weight_bits, weight_concentration),
-            (activation_bits, activation_concentration),
-        )
-    ]
-    return SQNR(*ratios, parallel_sum(*ratios))
+
+    def ratio(bits: int | None, concentration: float) -> float:
+        return math.inf if bits is None else 12 * (2**bits - 1) ** 2 * concentration * alignment
+
+    weights = ratio(weight_bits, weight_concentration)
+    activations = ratio(activation_bits, activation_concentration)
+    return SQNR(weights, activations, parallel_sum(weights, activations))
 
 
 def parallel_sum(a: float, b: float) -> float:
@@ -293,16 +292,17 @@ def measured_sqnr(
     :param product_dtype: dtype of the matrix products, float32 or bfloat16
     :return: one for each scheme; inf where nothing is quantized, nan without a signal
     """
-
     keys = [(_key(weights), _key(inputs)) for weights, inputs in schemes]
     by_key = {_key(args): args for args in chain.from_iterable(schemes)}
     # under None, what is not quantized: x itself
-    factors = {None: x}
+    factors: dict[str | None, Tensor] = {None: x}
     factors |= {key: quantize_by_range(x, by_key[key]) - x for _, key in keys if key}
 
     exact = _products(factors, weight, product_dtype)
     signal = energy(exact[None], token_weights)
-    noise = {(None, key): energy(exact[key], token_weights) for key in factors if key}
+    noise: dict[tuple[str | None, str | None], float] = {
+        (None, key): energy(exact[key], token_weights) for key in factors if key
+    }
     for weight_key in {key for key, _ in keys if key}:
         error = quantize_by_range(weight, by_key[weight_key]) - weight
         # of the errors of the activations, those which this error occurs together with
@@ -314,10 +314,11 @@ def measured_sqnr(
             joint = products[key] + products[None] + exact[key]
             noise[weight_key, key] = energy(joint, token_weights)
 
-    def ratio(*keys: str | None) -> float:
+    def ratio(weight_key: str | None, input_key: str | None) -> float:
         if signal == 0:
             return math.nan
-        return signal / noise[keys] if noise.get(keys) else math.inf
+        energy_of_noise = noise.get((weight_key, input_key))
+        return signal / energy_of_noise if energy_of_noise else math.inf
 
     return [SQNR(ratio(w, None), ratio(None, i), ratio(w, i)) for w, i in keys]
 

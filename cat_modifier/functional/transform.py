@@ -245,8 +245,7 @@ def compute_transform(
         sx, alignment_strength = identity.expand_as(sw), 0.0
     # the best transform for several blocks at once depends on the sums of their moments
     sx, sw = (
-        one.unflatten(0, (-1, repeats)).sum(1)
-        for one in (sx.to(sw.device, torch.float64), sw)
+        one.unflatten(0, (-1, repeats)).sum(1) for one in (sx.to(sw.device, torch.float64), sw)
     )
     blocks = compute_blocks(
         sx, sw, rotation, layout.fused_hadamard_size, alignment_strength, dampening_frac

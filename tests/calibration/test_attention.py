@@ -39,7 +39,7 @@ def test_heads_which_share_values(tmp_path, heads):
     assert {found.repeats for found in find(model).values()} == {4 // heads}
 
 
-@pytest.mark.parametrize("alignment_strength", [0.5, 0.1])
+@pytest.mark.parametrize("strength", [0.5, 0.1])
 def test_a_gate_on_the_output_is_seen(tmp_path, strength):
     model = make_model(tmp_path)
     gate = torch.linspace(1 - strength, 1 + strength, 96)

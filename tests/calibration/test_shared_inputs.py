@@ -12,7 +12,7 @@ def observer():
 
 
 def members(observer):
-    return [list(group.linears) for group in observer.groups]
+    return [list(one.linears) for one in observer.inputs]
 
 
 def test_linears_with_the_same_input_are_a_group(observer):
@@ -21,7 +21,7 @@ def test_linears_with_the_same_input_are_a_group(observer):
     assert is_new == [True, False, False]
     assert observer.observe("o", y)[1]
     assert members(observer) == [["q", "k", "v"], ["o"]]
-    assert observer.groups[0].first == "q"
+    assert observer.inputs[0].first == "q"
 
 
 def test_groups_keep_over_batches(observer):
@@ -63,7 +63,7 @@ def test_a_view_of_the_same_memory_is_the_same_input(observer):
 
 
 def test_groups_can_be_given(observer):
-    observer.set_groups([["u", "g"]])
+    observer.set_inputs([["u", "g"]])
     observer.observe("g", torch.randn(2, 4))
     observer.observe("u", torch.randn(2, 4))
     assert members(observer) == [["u", "g"]]

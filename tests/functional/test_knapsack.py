@@ -5,12 +5,11 @@ from random import Random
 import pytest
 import torch
 
-from cat_modifier.functional.knapsack import spend
-from cat_modifier.functional.layout import cheaper_layouts, choose_layout
-from cat_modifier.functional.hadamard import is_hadamard_order
-from cat_modifier.functional.transform import compute_transform
 from cat_modifier.functional.alignment import diagonal_blocks
-from cat_modifier.functional.layout import Rotation
+from cat_modifier.functional.hadamard import is_hadamard_order
+from cat_modifier.functional.knapsack import spend
+from cat_modifier.functional.layout import Rotation, cheaper_layouts, choose_layout
+from cat_modifier.functional.transform import compute_transform
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -48,7 +47,7 @@ WIDTHS = [(576, 128), (1536, 512), (4096, 256), (14336, 128)]
 
 @pytest.mark.parametrize("features, bound", WIDTHS)
 @pytest.mark.parametrize("rotation", list(Rotation))
-def test_cheaper_geometries(features, bound, rotation):
+def test_cheaper_layouts(features, bound, rotation):
     largest = choose_layout("x", features, 1, bound, rotation)
     found = cheaper_layouts("x", features, 1, largest, rotation)
     assert found[0] == largest
@@ -60,7 +59,9 @@ def test_cheaper_geometries(features, bound, rotation):
     for one in found:
         assert largest.block_size % one.block_size == 0
         assert one.hadamard_size == largest.hadamard_size or rotation.is_fused
-        assert is_hadamard_order(one.fused_hadamard_size) and is_hadamard_order(one.online_hadamard_size)
+        assert is_hadamard_order(one.fused_hadamard_size) and is_hadamard_order(
+            one.online_hadamard_size
+        )
 
 
 @pytest.mark.parametrize("features", [576, 4096, 14336])
@@ -69,16 +70,11 @@ def test_cheaper_transforms_are_exact(features):
     largest = choose_layout("x", features, 1, 64, Rotation.HADAMARD)
     weight, x = torch.randn(2, 8, features, dtype=torch.float64, generator=generator)
     for layout in cheaper_layouts("x", features, 1, largest, Rotation.HADAMARD):
-        insertion = compute_transform(
-            diagonal_blocks(x, layout.block_size),
-            {"x": weight},
-            layout,
-            Rotation.HADAMARD,
-            1.0,
-            0.01,
-            torch.bfloat16,
-        )
-        product = insertion.transform_tokens(x) @ insertion.transform_weight(weight).T
+        sx, sw = (diagonal_blocks(one, layout.block_size) for one in (x, weight))
+        size = layout.stored_size
+        stored = torch.empty(features // size, size, size, dtype=torch.bfloat16)
+        transform = compute_transform(sx, sw, layout, Rotation.HADAMARD, 1.0, 0.01, stored)
+        product = transform.transform_tokens(x) @ transform.transform_weight(weight).T
         assert torch.allclose(product, x @ weight.T)
 
 

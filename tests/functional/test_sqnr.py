@@ -14,8 +14,8 @@ from compressed_tensors.quantization.utils import (
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from cat_modifier.functional.layout import TransformLayout
-from cat_modifier.functional.transform import FusedTransform
+from cat_modifier.functional.alignment import alignment_transform, diagonal_blocks, matrix_power
+from cat_modifier.functional.layout import Rotation, TransformLayout
 from cat_modifier.functional.sqnr import (
     achievable_alignment,
     alignment,
@@ -28,9 +28,7 @@ from cat_modifier.functional.sqnr import (
     quantize_by_range,
     to_db,
 )
-from cat_modifier.functional.alignment import alignment_transform, diagonal_blocks, matrix_power
-from cat_modifier.functional.layout import Rotation
-from cat_modifier.functional.transform import compute_blocks
+from cat_modifier.functional.transform import FusedTransform, compute_blocks
 
 CHANNEL = QuantizationArgs(num_bits=4, strategy="channel")
 TOKEN = QuantizationArgs(num_bits=4, strategy="token", symmetric=False, dynamic=True)
@@ -272,7 +270,9 @@ def test_the_transform_reaches_the_predicted_best_alignment(layer):
         values = torch.linalg.eigvalsh(moments)
         assume((values[:, 0] > 1e-4 * values[:, -1]).all())
     blocks = compute_blocks(sx, sw, Rotation.NONE, 1, dampening_frac=1e-9)
-    reached = alignment_of(w, x, FusedTransform.from_blocks(blocks, TransformLayout(size, 1, 1, "")))
+    reached = alignment_of(
+        w, x, FusedTransform.from_blocks(blocks, TransformLayout(size, 1, 1, ""))
+    )
     assert reached == pytest.approx(best_alignment(w, x, size), rel=1e-3)
 
 
@@ -301,5 +301,7 @@ def test_blocks_of_one_channel_are_the_closed_form_scaling(layer):
     scaling = alignment_transform(sx, sw, 1.0, dampening_frac=1e-12)
     ratio = scaling / (sw / sx) ** 0.25
     assert torch.allclose(ratio, ratio[:1].expand_as(ratio), rtol=1e-9)
-    reached = alignment_of(w, x, FusedTransform.from_blocks(scaling, TransformLayout(1, 1, 1, "")))
+    reached = alignment_of(
+        w, x, FusedTransform.from_blocks(scaling, TransformLayout(1, 1, 1, ""))
+    )
     assert reached == pytest.approx(best_alignment(w, x, 1), rel=1e-6)

@@ -4,7 +4,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cat_modifier.functional.alignment import alignment_transform, condition_number, dampen, diagonal_blocks, geometric_mean
+from cat_modifier.functional.alignment import (
+    alignment_transform,
+    condition_number,
+    dampen,
+    diagonal_blocks,
+    geometric_mean,
+)
 from cat_modifier.functional.layout import Rotation
 from cat_modifier.functional.transform import apply_blocks, compute_blocks, invert_blocks
 

@@ -57,7 +57,7 @@ def test_error_is_less(tmp_path, family, rotation):
     for name, training in (("closed", []), ("trained", [CATTrainingModifier(**FAST)])):
         models[name] = compress(
             make_model(tmp_path, family),
-            CATModifier(block_size=32, rotation=rotation, precision=torch.float32),
+            CATModifier(transform_block_size=32, rotation=rotation, precision=torch.float32),
             *training,
         )
     errors = {name: hidden_error(one, original, tokens) for name, one in models.items()}
@@ -69,7 +69,7 @@ def test_function_is_kept(tmp_path):
     original = make_model(tmp_path, "llama-biases")
     model = compress(
         make_model(tmp_path, "llama-biases"),
-        CATModifier(block_size=32),
+        CATModifier(transform_block_size=32),
         CATTrainingModifier(**FAST),
         last=QuantizationModifier(**int_scheme(8, 8)),
     )
@@ -96,7 +96,7 @@ def test_what_is_trained_is_what_is_quantized(tmp_path, scheme, monkeypatch):
     tokens = make_tokens(12)
     compress(
         model,
-        CATModifier(block_size=32),
+        CATModifier(transform_block_size=32),
         CATTrainingModifier(**FAST),
         tokens=tokens,
         last=QuantizationModifier(**scheme),
@@ -117,7 +117,7 @@ def test_what_is_trained_is_what_is_quantized(tmp_path, scheme, monkeypatch):
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_checkpoint_loads(tmp_path, family):
     model = make_model(tmp_path, family, dtype=torch.bfloat16)
-    compress(model, CATModifier(block_size=32), CATTrainingModifier(**FAST))
+    compress(model, CATModifier(transform_block_size=32), CATTrainingModifier(**FAST))
     expected = logits_of(model)
     model.save_pretrained(tmp_path / "quantized", save_compressed=True)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized", dtype="auto").eval()
@@ -128,7 +128,7 @@ def test_checkpoint_loads(tmp_path, family):
 def test_sixteen_bits_are_trained(tmp_path, dtype, monkeypatch):
     trainings = spy_on_fit(monkeypatch)
     model = make_model(tmp_path, dtype=dtype)
-    compress(model, CATModifier(block_size=32), CATTrainingModifier(**FAST))
+    compress(model, CATModifier(transform_block_size=32), CATTrainingModifier(**FAST))
     assert trainings[0].after < 0.95 * trainings[0].before
 
 
@@ -140,7 +140,7 @@ def test_floats_are_trained(tmp_path, scheme, monkeypatch):
     for name, training in (("closed", []), ("trained", [slow])):
         models[name] = compress(
             make_model(tmp_path),
-            CATModifier(block_size=32, rotation="block-hadamard"),
+            CATModifier(transform_block_size=32, rotation="block-hadamard"),
             *training,
             tokens=tokens,
             last=QuantizationModifier(**float_scheme(scheme)),
@@ -155,7 +155,9 @@ def test_experts_are_trained(tmp_path, scheme, monkeypatch):
     trainings = spy_on_fit(monkeypatch)
     model = make_model(tmp_path, "qwen3-moe", num_experts=4, num_experts_per_tok=2)
     last = QuantizationModifier(**scheme)
-    compress(model, CATModifier(block_size=32), CATTrainingModifier(**FAST), last=last)
+    compress(
+        model, CATModifier(transform_block_size=32), CATTrainingModifier(**FAST), last=last
+    )
     assert any("experts" in name for name in trainings[0].corrections)
     assert all(one.after < one.before for one in trainings)
 
@@ -176,7 +178,7 @@ def test_nothing_is_left_behind(tmp_path):
     model = make_model(tmp_path)
     wanted = {name for name, one in model.named_parameters() if one.requires_grad}
     modifier = CATTrainingModifier(steps=2)
-    compress(model, CATModifier(block_size=32), modifier)
+    compress(model, CATModifier(transform_block_size=32), modifier)
     assert not (modifier._calls or modifier._names or modifier._inputs)
     assert modifier._hidden is None and modifier._expected is None
     norms = {name for name in wanted if "norm" in name}
@@ -188,10 +190,12 @@ def test_nothing_is_left_behind(tmp_path):
 def test_layers_without_transforms_are_passed(tmp_path):
     model = make_model(tmp_path, num_hidden_layers=3)
     ignore = ["re:.*lm_head", r"re:.*layers\.1\..*"]
-    compress(model, CATModifier(block_size=32, ignore=ignore), CATTrainingModifier(**FAST))
+    compress(
+        model, CATModifier(transform_block_size=32, ignore=ignore), CATTrainingModifier(**FAST)
+    )
     original = make_model(tmp_path, num_hidden_layers=3)
     closed = make_model(tmp_path, num_hidden_layers=3)
-    compress(closed, CATModifier(block_size=32, ignore=ignore))
+    compress(closed, CATModifier(transform_block_size=32, ignore=ignore))
     tokens = make_tokens(12)
     assert hidden_error(model, original, tokens) < hidden_error(closed, original, tokens)
 
@@ -200,7 +204,9 @@ def test_gptq_follows(tmp_path):
     errors = []
     for training in ([], [CATTrainingModifier(**FAST)]):
         model = make_model(tmp_path)
-        compress(model, CATModifier(block_size=32), *training, last=GPTQModifier(**SCHEME))
+        compress(
+            model, CATModifier(transform_block_size=32), *training, last=GPTQModifier(**SCHEME)
+        )
         errors.append(hidden_error(model, make_model(tmp_path), make_tokens(12)))
     # trained for rounding to nearest, it need not be better; broken weights would be at 1
     assert errors[1] < 1.2 * errors[0]
@@ -216,7 +222,7 @@ def test_padding_does_not_count(tmp_path):
         logits_of(
             compress(
                 make_model(tmp_path),
-                CATModifier(block_size=32),
+                CATModifier(transform_block_size=32),
                 CATTrainingModifier(**FAST),
                 tokens=one,
                 mask=mask,
@@ -239,7 +245,7 @@ def test_goes_on_after_an_interruption(tmp_path, monkeypatch):
     def run(seed=0, cat=None, **options):
         model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
         modifiers = (
-            CATModifier(block_size=32, **(cat or {})),
+            CATModifier(transform_block_size=32, **(cat or {})),
             CATTrainingModifier(**(FAST | options)),
         )
         return logits_of(compress(model, *modifiers, tokens=make_tokens(12, seed=seed)))
@@ -281,8 +287,8 @@ def test_goes_on_after_an_interruption(tmp_path, monkeypatch):
 def test_layers_which_do_not_get_better_are_left(tmp_path):
     model = make_model(tmp_path)
     steep = CATTrainingModifier(steps=4, learning_rate=100.0)
-    logits = logits_of(compress(model, CATModifier(block_size=32), steep))
-    closed = logits_of(compress(make_model(tmp_path), CATModifier(block_size=32)))
+    logits = logits_of(compress(model, CATModifier(transform_block_size=32), steep))
+    closed = logits_of(compress(make_model(tmp_path), CATModifier(transform_block_size=32)))
     assert torch.equal(logits, closed)
 
 

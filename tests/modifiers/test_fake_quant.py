@@ -10,7 +10,11 @@ from llmcompressor.observers import Observer
 
 from cat_modifier.functional.clipping import clip_tokens
 from cat_modifier.functional.sqnr import quantize_by_range
-from cat_modifier.modifiers.cat_training.fake_quant import quantize_activations, quantize_weight, range_ratio
+from cat_modifier.modifiers.cat_training.fake_quant import (
+    quantize_activations,
+    quantize_weight,
+    range_ratio,
+)
 
 TOKEN = QuantizationArgs(num_bits=4, strategy="token", symmetric=False, dynamic=True)
 CHANNEL = QuantizationArgs(num_bits=4, strategy="channel", observer="memoryless_mse")

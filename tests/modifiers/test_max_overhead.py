@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block sizes under a budget"""
+"""Block sizes under a limit of multiply-adds"""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -18,18 +18,19 @@ from tiny_models import (
 )
 
 from cat_modifier import CATModifier
-from cat_modifier.calibration.shared_inputs import SharedInput
 from cat_modifier.modifiers.cat import base as modifier_module
-from cat_modifier.modifiers.cat.plan import Candidates, choose_layouts
-from cat_modifier.functional.layout import TransformLayout
 
 WIDE = {"hidden_size": 192, "intermediate_size": 384, "head_dim": 48}
 
 
-def transform(folder, budget: float | None, family: str = "llama", **options):
+def transform(folder, max_overhead: float | None, family: str = "llama", **options):
     model = make_model(folder, family, **WIDE)
     before = logits_of(model)
-    options = {"block_size": 96, "precision": torch.float32, "budget": budget} | options
+    options = {
+        "transform_block_size": 96,
+        "precision": torch.float32,
+        "max_overhead": max_overhead,
+    } | options
     modifier = CATModifier(**options)
     oneshot(model=model, recipe=modifier, dataset=make_loader(make_tokens()))
     assert relative_error(logits_of(model), before) < 1e-4
@@ -73,7 +74,7 @@ def test_experts_count_with_their_tokens(tmp_path):
     experts = {"num_experts": 8, "num_experts_per_tok": 1, "moe_intermediate_size": 96}
     model = make_model(tmp_path, "qwen3-moe", **WIDE, **experts)
     before, seen = logits_of(model), Counter()
-    modifier = CATModifier(block_size=96, precision=torch.float32, budget=0.2)
+    modifier = CATModifier(transform_block_size=96, precision=torch.float32, max_overhead=0.2)
     data = make_loader(make_tokens())
     oneshot(model=model, recipe=modifier, dataset=data, moe_calibrate_all_experts=False)
     assert relative_error(logits_of(model), before) < 1e-4
@@ -92,39 +93,13 @@ def test_experts_count_with_their_tokens(tmp_path):
 
 def test_more_is_spent_of_a_larger_budget(tmp_path):
     spent = []
-    for budget in (0.1, 0.15, 0.2, None):
-        model = transform(tmp_path / str(budget), budget)
+    for max_overhead in (0.1, 0.15, 0.2, None):
+        model = transform(tmp_path / str(max_overhead), max_overhead)
         spent.append(added(model, "model.layers.1"))
     assert spent == sorted(set(spent))
     largest = block_sizes(model)
     ample = transform(tmp_path / "ample", 10.0)
     assert block_sizes(ample) == largest
-
-
-def candidates(name: str, noise: float, count: int = 100) -> Candidates:
-    """Of an input whose noise falls with the cost"""
-    group = SharedInput({name: torch.nn.Linear(64, 64)})
-    layouts = [TransformLayout(size, 1, 1, "") for size in (64, 32, 16)]
-    costs = [one.multiply_adds(64) for one in layouts]
-    return Candidates(group, count, layouts, costs, [noise, 1.2 * noise, 1.5 * noise])
-
-
-def choose(*inputs: Candidates, budget: float) -> list[int]:
-    chosen = choose_layouts("a layer", list(inputs), budget)
-    assert list(chosen) == [one.group.first for one in inputs]
-    return [one.block_size for one in chosen.values()]
-
-
-def test_larger_blocks_go_where_there_is_more_noise():
-    # blocks of 64 cost as much as the Linear
-    assert choose(candidates("a", 0.1), candidates("b", 0.2), budget=0.4) == [16, 32]
-    assert choose(candidates("a", 0.2), candidates("b", 0.1), budget=0.75) == [64, 32]
-    assert choose(candidates("a", 0.1), candidates("b", 0.2), budget=1) == [64, 64]
-
-
-def test_an_input_of_few_tokens_is_no_cheap_gain():
-    rare, common = candidates("a", 0.1, count=10), candidates("b", 0.11, count=990)
-    assert choose(rare, common, budget=0.4985) == [16, 32]
 
 
 def test_layers_in_turn_choose_as_one_pass(tmp_path, monkeypatch):
@@ -138,7 +113,7 @@ def test_layers_in_turn_choose_as_one_pass(tmp_path, monkeypatch):
 def test_what_is_not_quantized_costs_least(tmp_path):
     model = make_model(tmp_path, **WIDE)
     recipe = [
-        CATModifier(block_size=96, budget=1.0),
+        CATModifier(transform_block_size=96, max_overhead=1.0),
         QuantizationModifier(**int_scheme(4, 4) | {"ignore": ["lm_head", "re:.*mlp.*"]}),
     ]
     oneshot(model=model, recipe=recipe, dataset=make_loader(make_tokens()))
@@ -151,7 +126,9 @@ def test_unseen_linears_are_rotated(tmp_path):
     model = make_model(tmp_path, **WIDE)
     unused = model.model.layers[0].mlp.spare = torch.nn.Linear(192, 192)
     before = unused.weight.detach().clone()
-    modifier = CATModifier(block_size=96, budget=0.15, rotation="block-hadamard")
+    modifier = CATModifier(
+        transform_block_size=96, max_overhead=0.15, rotation="block-hadamard"
+    )
     oneshot(model=model, recipe=modifier, dataset=make_loader(make_tokens()))
     assert unused.cat_input.weight.shape[-1] == 96
     assert not torch.allclose(unused.weight, before)
@@ -162,7 +139,7 @@ def test_layers_in_parts_are_an_error(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="is calibrated in parts"):
         oneshot(
             model=make_model(tmp_path),
-            recipe=CATModifier(budget=0.3),
+            recipe=CATModifier(max_overhead=0.3),
             dataset=make_loader(make_tokens()),
             sequential_targets=["LlamaAttention", "LlamaMLP"],
         )
@@ -172,9 +149,13 @@ def test_a_model_without_layers_is_an_error(tmp_path):
     model = make_model(tmp_path)
     model._no_split_modules = None
     with pytest.raises(ValueError, match="does not name its decoding layers"):
-        oneshot(model=model, recipe=CATModifier(budget=0.3), dataset=make_loader(make_tokens()))
+        oneshot(
+            model=model,
+            recipe=CATModifier(max_overhead=0.3),
+            dataset=make_loader(make_tokens()),
+        )
 
 
 def test_a_budget_for_nothing_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"model.layers.0, more than the `budget` of 1.00%"):
+    with pytest.raises(ValueError, match=r"model.layers.0, more than `max_overhead`, 1.00%"):
         transform(tmp_path, 0.01)

@@ -30,7 +30,7 @@ def trainable(request, tmp_path):
     oneshot(
         model=model,
         recipe=[
-            CATModifier(block_size=32, precision=torch.float32, **options),
+            CATModifier(transform_block_size=32, precision=torch.float32, **options),
             # of all modules nothing: only transforms are left
             QuantizationModifier(**int_scheme(8, 8) | {"ignore": ["re:.*"]}),
         ],

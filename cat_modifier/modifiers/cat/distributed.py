@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the ranks of a distributed calibration tell each other"""
+"""Communication between the ranks of a distributed calibration."""
 
 from typing import Any
 
 import torch.distributed as dist
 from compressed_tensors.distributed import is_distributed
 
-__all__ = ["barrier", "of_all_ranks"]
+__all__ = ["barrier", "gather", "rank"]
 
 
-def of_all_ranks(value: Any) -> list[Any]:
-    """The value of each rank. A collective call"""
+def gather(value: Any) -> list[Any]:
+    """Return the values of all ranks. A collective call"""
     if not is_distributed():
         return [value]
     values = [None] * dist.get_world_size()
@@ -19,5 +19,11 @@ def of_all_ranks(value: Any) -> list[Any]:
 
 
 def barrier():
+    """Wait for all ranks"""
     if is_distributed():
         dist.barrier()
+
+
+def rank() -> int:
+    """Return the index of this rank; 0 in a single process"""
+    return dist.get_rank() if is_distributed() else 0

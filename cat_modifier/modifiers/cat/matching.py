@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which Linears the options of CATModifier name"""
+"""Modules that the options of CATModifier name, and inputs that tensor parallelism splits."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 
 from compressed_tensors import match_modules_set, match_named_modules
 from compressed_tensors.offload import OffloadCache
 from torch.nn import Linear, Module
 
-__all__ = ["match_linears", "match_mappings"]
+__all__ = ["match_linears", "match_mappings", "may_be_sharded"]
 
 
 def match_linears(model: Module, targets: list[str], ignore: list[str]) -> dict[str, Linear]:
     """
-    :return: by name
-    :raises ValueError: if there are none, or if one of them cannot have a transform
+    Find the Linears to transform.
+
+    :param targets: names, classes or `re:` patterns
+    :param ignore: exceptions from `targets`
+    :return: Linears by full name
+    :raises ValueError: if there are none, or one of them cannot have a transform
     """
     matched = dict(match_named_modules(model, targets, ignore))
     if not matched:
@@ -21,7 +26,7 @@ def match_linears(model: Module, targets: list[str], ignore: list[str]) -> dict[
             f"CATModifier found no modules for targets {targets} and ignore {ignore}: check "
             "the names with `model.named_modules()`"
         )
-    owners: dict[int, str] = {}
+    first_of: dict[int, str] = {}
     for name, module in matched.items():
         if not isinstance(module, Linear):
             raise ValueError(
@@ -29,10 +34,10 @@ def match_linears(model: Module, targets: list[str], ignore: list[str]) -> dict[
                 f"{type(module).__name__}: add it to `ignore`"
             )
         with OffloadCache.disable_onloading():  # onloading would make a copy
-            owner = owners.setdefault(id(module.weight), name)
-        if owner != name:
+            first = first_of.setdefault(id(module.weight), name)
+        if first != name:
             raise ValueError(
-                f"{name} and {owner} share their weight, so that their inputs cannot have "
+                f"{name} and {first} share their weight, so that their inputs cannot have "
                 "transforms of their own: add both to `ignore`"
             )
     return matched
@@ -42,14 +47,16 @@ def match_mappings(
     model: Module, mappings: list[list[str]], ignore: list[str], linears: Mapping[str, Linear]
 ) -> list[list[str]]:
     """
-    :param mappings: patterns, a list for each group
-    :param linears: which are targeted, by name
-    :return: names of each group
-    :raises ValueError: if a mapping matches nothing, other modules than these, or Linears
-        that cannot read the same input
+    Find the Linears that share an input according to `mappings`.
+
+    :param mappings: lists of patterns, one list for each input
+    :param linears: targeted Linears by full name
+    :return: names of the Linears of each input
+    :raises ValueError: if a mapping matches nothing, modules that are not targeted, or
+        Linears that cannot read the same input
     """
     names = {linear: name for name, linear in linears.items()}
-    groups = []
+    inputs = []
     for mapping in mappings:
         matches = list(match_modules_set(model, mapping, ignore))
         if not matches:
@@ -66,5 +73,21 @@ def match_mappings(
                     f"The mapping {mapping} of CATModifier matches Linears of different "
                     "input sizes, which cannot read the same input"
                 )
-            groups.append([names[module] for module in members])
-    return groups
+            inputs.append([names[module] for module in members])
+    return inputs
+
+
+def may_be_sharded(model: Module, names: Iterable[str]) -> bool:
+    """
+    Whether a tensor parallel rank may get a part of an input instead of all of it.
+
+    :param names: Linears that read the input
+    """
+    plan = getattr(model, "tp_plan", None) or {}
+    # the plan is Transformers', and vLLM's can differ: trust nothing but a clear yes
+    column_parallel = [
+        re.compile(r"(^|\.)" + re.escape(pattern).replace(r"\*", r"\d+") + "$")
+        for pattern, style in plan.items()
+        if style == "colwise"
+    ]
+    return not all(any(pattern.search(name) for pattern in column_parallel) for name in names)

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recipes, models and data with which our modifiers would do harm, or of which they warn"""
+"""Checks of recipes, models and data that our modifiers would do harm with."""
 
 from collections.abc import Mapping
 
+from compressed_tensors import TRANSFORM_CONFIG_NAME
 from compressed_tensors.distributed import is_distributed
 from compressed_tensors.quantization import QuantizationStatus
 from compressed_tensors.transform.factory.base import TransformBase
 from llmcompressor.core import active_session
 from llmcompressor.modifiers import Modifier
 from loguru import logger
-from torch.nn import Linear
+from torch.nn import Linear, Module
 
 from cat_modifier.calibration.shared_inputs import SharedInput
 from cat_modifier.checkpoint.integers import (
@@ -17,15 +18,16 @@ from cat_modifier.checkpoint.integers import (
     is_integer,
     suits_int8_product,
 )
-from cat_modifier.modifiers.cat.distributed import of_all_ranks
+from cat_modifier.checkpoint.schema import CATTransformConfig
+from cat_modifier.modifiers.cat.distributed import gather
 
 __all__ = [
-    "check_different_groups",
+    "check_earlier_transforms",
     "check_later_transforms",
     "check_quantized",
+    "check_same_inputs",
     "check_shared_pass",
-    "check_transformed",
-    "warn_of_what_cannot_be_served",
+    "warn_if_not_served",
 ]
 
 
@@ -45,8 +47,8 @@ def check_later_transforms(modifier: Modifier):
     ]
     if later:
         raise ValueError(
-            f"{', '.join(later)} would change inputs or weights between which CATModifier "
-            "has put a transform: put it before CATModifier in the recipe"
+            f"{', '.join(later)} would change weights or inputs that CATModifier has "
+            "transformed: put it before CATModifier in the recipe"
         )
 
 
@@ -67,16 +69,37 @@ def check_shared_pass(modifier: Modifier):
         )
 
 
-def check_transformed(linears: Mapping[str, Linear]):
+def check_earlier_transforms(
+    model: Module, linears: Mapping[str, Linear]
+) -> CATTransformConfig:
     """
-    :raises ValueError: if the input of a Linear has a transform
+    Check the transforms that the model has already.
+
+    :return: config to add transforms to: that of an earlier CATModifier, or an empty one
+    :raises ValueError: if the input of a Linear has a transform, or online transforms of
+        another modifier would be lost
     """
+    config = getattr(model, TRANSFORM_CONFIG_NAME, None)
+    transformed: set[str] = set()
+    if isinstance(config, CATTransformConfig):
+        transformed = {name for _, args in config.inputs() for name in args.targets}
+        transformed |= config.fused.keys()
+    elif config is not None and any(
+        args.is_online() for one in config.config_groups.values() for args in one.apply
+    ):
+        raise ValueError(
+            "The model has online transforms of another modifier, which a CAT checkpoint "
+            "cannot hold: leave one of the two modifiers out, or the online transforms"
+        )
     for name, linear in linears.items():
-        if any(isinstance(child, TransformBase) for child in linear.children()):
+        if name in transformed or any(
+            isinstance(child, TransformBase) for child in linear.children()
+        ):
             raise ValueError(
-                f"The input of {name} has an online transform already, and a second one "
-                "cannot be applied: leave one of the two modifiers out"
+                f"The input of {name} has a transform already, and a second one cannot be "
+                "applied: leave one of the two modifiers out, or choose other `targets`"
             )
+    return config if isinstance(config, CATTransformConfig) else CATTransformConfig.empty()
 
 
 def check_quantized(linears: Mapping[str, Linear], modifier: Modifier):
@@ -92,24 +115,24 @@ def check_quantized(linears: Mapping[str, Linear], modifier: Modifier):
             )
 
 
-def check_different_groups(groups: list[SharedInput]):
+def check_same_inputs(inputs: list[SharedInput]):
     """
-    A collective call
+    Compare the shared inputs of all ranks. A collective call.
 
-    :raises ValueError: if the ranks saw different Linears read the same input
+    :raises ValueError: if the ranks saw different Linears share an input
     """
     if not is_distributed():
         return
-    names = [list(group.linears) for group in groups]
-    if any(other != names for other in of_all_ranks(names)):
+    names = [list(one.linears) for one in inputs]
+    if any(other != names for other in gather(names)):
         raise ValueError(
-            "The ranks observed different groups of Linears, so that their moments "
+            "The ranks saw different Linears share an input, so that their second moments "
             "cannot be summed: give every rank data for all Linears, or set `mappings`"
         )
 
 
-def warn_of_what_cannot_be_served(linears: Mapping[str, Linear]):
-    """Once, by the first Linear of which vLLM may have no kernel for the integers"""
+def warn_if_not_served(linears: Mapping[str, Linear]):
+    """Warn once, of the first Linear whose integers vLLM may have no kernel for"""
     for name, linear in linears.items():
         scheme = getattr(linear, "quantization_scheme", None)
         args = getattr(scheme, "weights", None), getattr(scheme, "input_activations", None)

@@ -27,12 +27,12 @@ from transformers import Cache
 from cat_modifier.calibration.attention import ValueProjection
 from cat_modifier.calibration.shared_inputs import padding_mask
 from cat_modifier.checkpoint.schema import TRANSFORM_NAME, CATTransformConfig
-from cat_modifier.modifiers.decoding_layers import find_decoding_layers
-from cat_modifier.modifiers.cat.validation import check_quantized
 from cat_modifier.functional.alignment import condition_number
+from cat_modifier.modifiers.cat.validation import check_quantized
 from cat_modifier.modifiers.cat_training.fit import Sample, call_layer, fit
 from cat_modifier.modifiers.cat_training.layer import LayerInput, TrainableLayer
 from cat_modifier.modifiers.cat_training.resume import CorrectionStore
+from cat_modifier.modifiers.decoding_layers import find_decoding_layers
 
 __all__ = ["CATTrainingModifier"]
 
@@ -55,7 +55,7 @@ class CATTrainingModifier(Modifier):
     quant_stage:
       quant_modifiers:
         CATModifier:
-          block_size: 128
+          transform_block_size: 128
         CATTrainingModifier:
           steps: 120
         QuantizationModifier:
@@ -317,7 +317,7 @@ def _find_inputs(model: Module, config: CATTransformConfig) -> list[LayerInput]:
     """All inputs that have a transform, and those of Linears which are quantized alone"""
     linears = {n: one for n, one in model.named_modules() if isinstance(one, Linear)}
 
-    def heads(name: str) -> ValueProjection | None:
+    def value_projection(name: str) -> ValueProjection | None:
         if name not in config.fused:
             return None
         values = config.fused[name]
@@ -329,7 +329,7 @@ def _find_inputs(model: Module, config: CATTransformConfig) -> list[LayerInput]:
         LayerInput(
             {name: linears[name] for name in args.targets},
             getattr(linears[args.targets[0]], TRANSFORM_NAME),
-            heads(args.targets[0]),
+            value_projection(args.targets[0]),
         )
         for _, args in config.inputs()
     ]
@@ -340,7 +340,9 @@ def _find_inputs(model: Module, config: CATTransformConfig) -> list[LayerInput]:
         if name not in seen
         and (name in config.fused or getattr(linear, "quantization_scheme", None) is not None)
     ]
-    return inputs + [LayerInput({name: linears[name]}, None, heads(name)) for name in rest]
+    return inputs + [
+        LayerInput({name: linears[name]}, None, value_projection(name)) for name in rest
+    ]
 
 
 def _check_scheme(name: str, linear: Linear):
@@ -381,7 +383,7 @@ def _insert(trainable: TrainableLayer, corrections: dict[str, Tensor]) -> Traina
         if one.first not in corrections:
             continue
         correction = corrections[one.first].double()
-        if one.heads is None:
+        if one.value_projection is None:
             # the correction of what is stored: the product with the weights stays exact
             before = one.transform.weight.detach().double()
             after = (correction @ before).to(one.transform.weight.dtype)

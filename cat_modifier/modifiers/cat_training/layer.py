@@ -21,7 +21,7 @@ from torch.nn.functional import linear as multiply
 from cat_modifier.calibration.attention import ValueProjection
 from cat_modifier.checkpoint.transform_module import CATTransform, online_hadamard
 from cat_modifier.functional.hadamard import apply_hadamard
-from cat_modifier.functional.transform import apply_blocks
+from cat_modifier.functional.transform import apply_blocks, apply_transform, multiply_heads
 from cat_modifier.modifiers.cat_training.fake_quant import (
     quantize_activations,
     quantize_weight,
@@ -36,26 +36,27 @@ class LayerInput:
     """
     An input of some Linears of a layer.
 
-    :param linears: which read it, by full name
-    :param transform: what is done to it at run time; None for nothing
-    :param heads: where its blocks are, if they are in the rows of another Linear
+    :param linears: Linears that read it, by full name
+    :param transform: online transform; None for none
+    :param value_projection: Linear whose rows hold the blocks; None if they are online
     """
 
     linears: dict[str, Linear]
     transform: CATTransform | None = None
-    heads: ValueProjection | None = None
+    value_projection: ValueProjection | None = None
 
     @property
-    def owner(self) -> str:
+    def first(self) -> str:
+        """Name of the first Linear"""
         return next(iter(self.linears))
 
     @property
     def correction_shape(self) -> tuple[int, int, int] | None:
         """Of R; None if there is no transform to correct"""
-        if self.heads is not None:
-            size = self.heads.head_dim
+        if self.value_projection is not None:
+            size = self.value_projection.head_dim
             features = self.linears[self.first].in_features
-            return (features // size // self.heads.repeats, size, size)
+            return (features // size // self.value_projection.repeats, size, size)
         if self.transform is not None and self.transform.weight is not None:
             return tuple(self.transform.weight.shape)
         return None
@@ -64,11 +65,11 @@ class LayerInput:
 @dataclass
 class LayerTensors:
     """
-    What a layer computes with, float32
+    Tensors that a layer computes with, float32
 
-    :param weights: by the name of the Linear; not quantized
-    :param biases: the same; without those which are None
-    :param blocks: of the transforms, by the owner of the input
+    :param weights: weights by the name of the Linear; not quantized
+    :param biases: biases by the name of the Linear, where there is one
+    :param blocks: blocks of the transforms, by the first Linear of the input
     """
 
     weights: dict[str, Tensor] = field(default_factory=dict)
@@ -126,8 +127,8 @@ class TrainableLayer:
             if correction is not None:
                 # one that became singular gives infinities, and an error which is seen
                 inverse = torch.linalg.inv_ex(correction)[0]
-                if one.heads is not None:
-                    inverse = inverse.repeat_interleave(one.heads.repeats, 0)
+                if one.value_projection is not None:
+                    inverse = inverse.repeat_interleave(one.value_projection.repeats, 0)
                 weights = {
                     name: apply_blocks(weight.to(inverse), inverse.mT)
                     for name, weight in weights.items()
@@ -139,8 +140,8 @@ class TrainableLayer:
             if blocks is not None:
                 tensors.blocks[one.first] = blocks
         for one in self.inputs:
-            if one.heads is not None and one.first in corrections:
-                _correct_values(tensors, one.heads, corrections[one.first])
+            if one.value_projection is not None and one.first in corrections:
+                _correct_values(tensors, one.value_projection.linear, corrections[one.first])
         return tensors
 
     def _rotate(self, one: LayerInput, weight: Tensor) -> Tensor:
@@ -200,15 +201,14 @@ class TrainableLayer:
                 setattr(parent, child, linear)
 
 
-def _correct_values(tensors: LayerTensors, heads: ValueProjection, correction: Tensor):
+def _correct_values(tensors: LayerTensors, linear: str, correction: Tensor):
     """
-    :param correction: of the values of each head, shape (heads, head_dim, head_dim)
+    :param linear: name of the value projection
+    :param correction: one matrix per value head, shape (heads, head_dim, head_dim)
     """
     for values in (tensors.weights, tensors.biases):
-        if heads.linear in values:
-            rows = values[heads.linear].to(correction).unflatten(0, (-1, heads.head_dim))
-            corrected = torch.einsum("hij,hj...->hi...", correction, rows)
-            values[heads.linear] = corrected.flatten(0, 1)
+        if linear in values:
+            values[linear] = multiply_heads(values[linear].to(correction), correction)
 
 
 class _InputStep:
@@ -226,14 +226,12 @@ class _InputStep:
         return self._last[2]
 
     def _compute(self, x: Tensor, args: QuantizationArgs | None) -> Tensor:
-        if self.blocks is not None:
-            x = apply_blocks(x, self.blocks)
-        if self.hadamard is not None:
-            x = apply_hadamard(x, self.hadamard, self.transform.scheme.interleave)
+        scheme = None if self.transform is None else self.transform.scheme
+        interleave = 1 if scheme is None else scheme.interleave
+        x = apply_transform(x, self.blocks, self.hadamard, interleave)
         if args is None:
             return x
-        ratio = 1.0 if self.transform is None else self.transform.scheme.clip_ratio
-        return quantize_activations(x, args, ratio)
+        return quantize_activations(x, args, 1.0 if scheme is None else scheme.clip_ratio)
 
 
 class _Exchanged(Module):

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Experts of a mixture, which Transformers holds in one parameter for all of them: they are no
-Linears, and would be left out of an analysis without a word.
+Experts of a mixture that hold their weights in one parameter, as Transformers makes them.
+
+They are no Linears: whatever looks for Linears would leave them out without a word.
 """
 
 from collections.abc import Iterable
@@ -9,14 +10,14 @@ from collections.abc import Iterable
 from compressed_tensors.utils.match import is_match
 from torch.nn import Module
 
-__all__ = ["fused_experts", "make_experts_linears"]
+__all__ = ["find_fused_experts", "make_experts_linears"]
 
 
-def fused_experts(model: Module, ignore: Iterable[str] = ()) -> list[str]:
+def find_fused_experts(model: Module, ignore: Iterable[str] = ()) -> list[str]:
     """
-    :param ignore: names, classes or `re:` patterns of what is not asked for
-    :return: names of modules which have a stack of matrices as a parameter, but for those
-        of torch itself (convolutions)
+    :param ignore: names, classes or `re:` patterns of modules to leave out
+    :return: names of modules with a stack of matrices as a parameter, without those of torch
+        itself (convolutions)
     """
     return [
         name
@@ -31,15 +32,15 @@ def make_experts_linears(model: Module):
     """
     Replace fused experts by Linears, as llm-compressor does before it quantizes a model.
 
-    :raises ValueError: if there are any and llm-compressor is not installed
+    :raises ValueError: if there are fused experts and llm-compressor is not installed
     """
-    if not fused_experts(model):
+    if not find_fused_experts(model):
         return
     try:
         from llmcompressor.modeling.moe.linearize import linearize_moe
     except ModuleNotFoundError as error:
         raise ValueError(
-            "The model has experts which hold their weights in one parameter. To analyze them "
-            "install llm-compressor: pip install 'cat-modifier[compress]'"
+            "The model has experts that hold their weights in one parameter. To make Linears "
+            "of them install llm-compressor: pip install 'cat-modifier[compress]'"
         ) from error
     linearize_moe(model)
