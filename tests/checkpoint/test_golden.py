@@ -30,7 +30,6 @@ def sqnr_db() -> float:
 
 def test_it_computes_what_it_did():
     # another order of summation makes a few values round the other way
-
     assert sqnr_db() > 30
 
 
@@ -95,5 +94,4 @@ def no_clipping(x, blocks, hadamard, interleave, clip_ratio):
 def test_another_reading_of_the_format_is_noticed(monkeypatch, name, other):
     assert hasattr(transform_module, name)
     monkeypatch.setattr(transform_module, name, other)
-
     assert sqnr_db() < 20
