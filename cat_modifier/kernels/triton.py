@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-On GPUs: the transform fused with quantization, in Triton.
+Kernels for GPUs, in Triton: the transform fused with quantization.
 
-Without a Hadamard matrix after the blocks, one kernel does everything: a program has some
-tokens, and computes their blocks twice, for the range and for the codes, which is cheaper
-than a round trip through memory. With it, or with too few tokens to fill the GPU so, the
-blocks of all tokens are computed by one kernel, in parallel, and a second one, with a
-program for each token, mixes and quantizes them: a row of 14336 channels of 16 tokens does
-not fit in a multiprocessor, but one of one token does, as an (p, q) matrix which is
-multiplied by H on tensor cores. What is between the two stays in the L2 cache.
+Blocks alone need one kernel. Each program computes the blocks of some tokens twice, first
+for their range, then to quantize them: cheaper than a round trip through memory.
+
+A Hadamard matrix after the blocks, or too few tokens to fill the GPU, needs two kernels. The
+first computes the blocks of all tokens in parallel. The second multiplies by the Hadamard
+matrix and quantizes, one program per token: 16 rows of 14336 channels do not fit in a
+multiprocessor, one row does, as a (p, q) matrix for the tensor cores. The result in between
+stays in the L2 cache.
 """
 
 import torch
@@ -23,25 +24,32 @@ __all__ = ["quantize", "transform", "transform_quantize"]
 _IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 _STEP = tl.constexpr(64)
-"""Channels that are summed at once, which bounds the shared memory of a program"""
+"""Channels summed at once; bounds the shared memory of a program"""
 
 _LARGEST_BLOCK = 256
-"""Larger ones are left to cuBLAS: nothing is gained by fusing them"""
+"""Channels of a block above which cuBLAS is as fast"""
 
 _FUSED_FROM = 2048
-"""Tokens which fill a GPU with programs of 16"""
+"""Tokens that fill a GPU with programs of 16 tokens"""
 
 
-def transform(x: Tensor, blocks: Tensor | None, hadamard: Tensor | None, stride: int) -> Tensor:
+def transform(
+    x: Tensor, blocks: Tensor | None, hadamard: Tensor | None, interleave: int
+) -> Tensor:
     """
-    :param x: shape (tokens, d), dtype of all others
+    Multiply tokens by the blocks, then by the Hadamard matrix.
+
+    :param x: shape (tokens, d)
+    :param blocks: T, shape (d/k, k, k), dtype of x; None for none
+    :param hadamard: shape (p, p), dtype of x; None for none
+    :param interleave: q, distance of the channels that ``hadamard`` multiplies
     :return: shape (tokens, d)
     """
     z = _block_products(x, blocks)
     if hadamard is None:
         return z
     out = torch.empty_like(x)
-    _rows(z, hadamard, stride, out, None, None, 8, True, None)
+    _rows(z, hadamard, interleave, out, None, None, 8, True, None)
     return out
 
 
@@ -49,34 +57,35 @@ def transform_quantize(
     x: Tensor,
     blocks: Tensor | None,
     hadamard: Tensor | None,
-    stride: int,
+    interleave: int,
     num_bits: int,
     symmetric: bool,
     clip_ratio: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """
-    :param x: shape (tokens, d), dtype of all others
+    Transform as :func:`transform`, then quantize as :func:`quantize`.
+
     :return: see :func:`cat_modifier.kernels.reference.quantize_per_token`
     """
-    tokens, features = x.shape
+    tokens, in_features = x.shape
     size = 0 if blocks is None else blocks.shape[-1]
     is_fused = hadamard is None and tokens >= _FUSED_FROM and 0 < size <= _LARGEST_BLOCK
     if not is_fused:
         z = _block_products(x, blocks)
-        return _quantize_rows(z, hadamard, stride, num_bits, symmetric, clip_ratio)
+        return _quantize_rows(z, hadamard, interleave, num_bits, symmetric, clip_ratio)
     x = x.contiguous()
-    codes, scales, zero_points = _outputs(x, symmetric)
+    q, scales, zero_points = _outputs(x, symmetric)
     tile = 16
     _blocks_quantize_kernel[(triton.cdiv(tokens, tile),)](
         x,
         blocks,
-        codes,
+        q,
         scales,
         zero_points,
         clip_ratio,
         tokens,
-        features,
-        COUNT=features // size,
+        in_features,
+        COUNT=in_features // size,
         SIZE=size,
         TILE=tile,
         PADDED=_padded(size),
@@ -85,13 +94,15 @@ def transform_quantize(
         PRECISION=_precision(x),
         num_warps=4 if size <= 128 else 8,
     )
-    return codes, scales, zero_points
+    return q, scales, zero_points
 
 
 def quantize(
     x: Tensor, num_bits: int, symmetric: bool, clip_ratio: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """
+    Quantize with one dynamic scale per token.
+
     :param x: shape (tokens, d)
     :return: see :func:`cat_modifier.kernels.reference.quantize_per_token`
     """
@@ -101,19 +112,19 @@ def quantize(
 def _block_products(x: Tensor, blocks: Tensor | None) -> Tensor:
     if blocks is None:
         return x.contiguous()
-    tokens, features, size = *x.shape, blocks.shape[-1]
+    tokens, in_features, size = *x.shape, blocks.shape[-1]
     if size > _LARGEST_BLOCK:
         return apply_blocks(x, blocks)
     x = x.contiguous()
     z = torch.empty_like(x)
     tile = 16 if tokens <= 16 else 64
     if tokens:
-        _blocks_kernel[(features // size, triton.cdiv(tokens, tile))](
+        _blocks_kernel[(in_features // size, triton.cdiv(tokens, tile))](
             x,
             blocks,
             z,
             tokens,
-            features,
+            in_features,
             SIZE=size,
             TILE=tile,
             PADDED=_padded(size),
@@ -126,22 +137,22 @@ def _block_products(x: Tensor, blocks: Tensor | None) -> Tensor:
 def _quantize_rows(
     z: Tensor,
     hadamard: Tensor | None,
-    stride: int,
+    interleave: int,
     num_bits: int,
     symmetric: bool,
     clip_ratio: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    codes, scales, zero_points = _outputs(z, symmetric)
+    q, scales, zero_points = _outputs(z, symmetric)
     if hadamard is None:
-        stride = z.shape[1]
-    _rows(z, hadamard, stride, codes, scales, zero_points, num_bits, symmetric, clip_ratio)
-    return codes, scales, zero_points
+        interleave = z.shape[1]
+    _rows(z, hadamard, interleave, q, scales, zero_points, num_bits, symmetric, clip_ratio)
+    return q, scales, zero_points
 
 
 def _rows(
     z: Tensor,
     hadamard: Tensor | None,
-    stride: int,
+    interleave: int,
     out: Tensor,
     scales: Tensor | None,
     zero_points: Tensor | None,
@@ -149,9 +160,9 @@ def _rows(
     symmetric: bool,
     clip_ratio: Tensor | None,
 ):
-    tokens, features = z.shape
+    tokens, in_features = z.shape
     size = 1 if hadamard is None else hadamard.shape[0]
-    rows, columns, warps = row_shape(size, stride)
+    rows, columns, warps = row_shape(size, interleave)
     if tokens:
         _rows_kernel[(tokens,)](
             z,
@@ -160,10 +171,10 @@ def _rows(
             scales,
             zero_points,
             clip_ratio,
-            features,
-            SPANS=features // (size * stride),
+            in_features,
+            SPANS=in_features // (size * interleave),
             SIZE=size,
-            STRIDE=stride,
+            INTERLEAVE=interleave,
             ROWS=rows,
             COLUMNS=columns,
             BITS=num_bits,
@@ -174,25 +185,27 @@ def _rows(
         )
 
 
-def row_shape(size: int, stride: int) -> tuple[int, int, int]:
+def row_shape(size: int, interleave: int) -> tuple[int, int, int]:
     """
-    :param size: p, order of the Hadamard matrix; 1 if there is none
-    :return: rows and columns of a span in registers, and the warps which hold it
+    Choose the shape of a span in registers.
+
+    :param size: p, order of the Hadamard matrix; 1 for none
+    :return: rows, columns, and number of warps that hold them
     """
     rows = 1 if size == 1 else _padded(size)
-    columns = max(64, triton.next_power_of_2(stride)) if size == 1 else _padded(stride)
+    columns = max(64, triton.next_power_of_2(interleave)) if size == 1 else _padded(interleave)
     elements = rows * columns
     return rows, columns, 4 if elements <= 8192 else 8 if elements <= 16384 else 16
 
 
 def _outputs(x: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    codes = torch.empty_like(x, dtype=torch.int8)
+    q = torch.empty_like(x, dtype=torch.int8)
     scales = x.new_empty((x.shape[0], 1), dtype=torch.float32)
-    return codes, scales, None if symmetric else torch.empty_like(scales, dtype=torch.int32)
+    return q, scales, None if symmetric else torch.empty_like(scales, dtype=torch.int32)
 
 
 def _padded(size: int) -> int:
-    """What tensor cores can multiply"""
+    """Round up to a size that tensor cores multiply"""
     return max(16, triton.next_power_of_2(size))
 
 
@@ -206,17 +219,17 @@ def _blocks_kernel(
     blocks_ptr,
     z_ptr,
     tokens,
-    features,
+    in_features,
     SIZE: tl.constexpr,
     TILE: tl.constexpr,
     PADDED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One block of TILE tokens: z = x T^T"""
+    """Compute z = x T^T for one block of TILE tokens"""
     block = tl.program_id(0)
     rows = tl.program_id(1) * TILE + tl.arange(0, TILE)
     z, offsets, mask = _block_product(
-        x_ptr, blocks_ptr, block, rows, tokens, features, SIZE, PADDED, PRECISION
+        x_ptr, blocks_ptr, block, rows, tokens, in_features, SIZE, PADDED, PRECISION
     )
     tl.store(z_ptr + offsets, _cast(z, z_ptr.dtype.element_ty), mask)
 
@@ -228,14 +241,14 @@ def _block_product(
     block,
     rows,
     tokens,
-    features,
+    in_features,
     SIZE: tl.constexpr,
     PADDED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     outputs = tl.arange(0, PADDED)
-    # 64 bits: 131,072 tokens of 16,384 channels do not fit in 32
-    start = rows.to(tl.int64)[:, None] * features + block * SIZE
+    # 64 bits: 131,072 tokens of 16,384 channels overflow 32
+    start = rows.to(tl.int64)[:, None] * in_features + block * SIZE
     is_token = (rows < tokens)[:, None]
     step: tl.constexpr = min(PADDED, _STEP)
     product = tl.zeros((rows.shape[0], PADDED), tl.float32)
@@ -254,7 +267,7 @@ def _block_product(
 @triton.jit
 def _cast(x, dtype: tl.constexpr):
     if _IS_INTERPRETED and dtype == tl.bfloat16:
-        # the interpreter would cut bits off; this rounds to nearest, as GPUs do
+        # the interpreter would truncate; GPUs round to nearest
         bits = x.to(tl.int32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
         return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
@@ -272,12 +285,12 @@ def _dot(a, b, sum, PRECISION: tl.constexpr):
 def _blocks_quantize_kernel(
     x_ptr,
     blocks_ptr,
-    codes_ptr,
+    q_ptr,
     scales_ptr,
     zero_points_ptr,
     clip_ptr,
     tokens,
-    features,
+    in_features,
     COUNT: tl.constexpr,
     SIZE: tl.constexpr,
     TILE: tl.constexpr,
@@ -286,14 +299,14 @@ def _blocks_quantize_kernel(
     SYMMETRIC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """All blocks of TILE tokens, twice: for their range, then for their codes"""
+    """Compute all blocks of TILE tokens twice: for the range, then to quantize"""
     rows = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    # zero is in every range, and channels which only pad are zero
+    # zero is in every range, so that padding with zeros is harmless
     low = tl.zeros((TILE,), tl.float32)
     high = tl.zeros((TILE,), tl.float32)
     for block in range(COUNT):
         z, _, _ = _block_product(
-            x_ptr, blocks_ptr, block, rows, tokens, features, SIZE, PADDED, PRECISION
+            x_ptr, blocks_ptr, block, rows, tokens, in_features, SIZE, PADDED, PRECISION
         )
         low = tl.minimum(low, tl.min(z, 1))
         high = tl.maximum(high, tl.max(z, 1))
@@ -303,10 +316,10 @@ def _blocks_quantize_kernel(
         tl.store(zero_points_ptr + rows, zero_point.to(tl.int32), rows < tokens)
     for block in range(COUNT):
         z, offsets, mask = _block_product(
-            x_ptr, blocks_ptr, block, rows, tokens, features, SIZE, PADDED, PRECISION
+            x_ptr, blocks_ptr, block, rows, tokens, in_features, SIZE, PADDED, PRECISION
         )
-        codes = _codes(z, scale[:, None], zero_point[:, None], BITS)
-        tl.store(codes_ptr + offsets, codes, mask)
+        q = _to_q(z, scale[:, None], zero_point[:, None], BITS)
+        tl.store(q_ptr + offsets, q, mask)
 
 
 @triton.jit
@@ -317,10 +330,10 @@ def _rows_kernel(
     scales_ptr,
     zero_points_ptr,
     clip_ptr,
-    features,
+    in_features,
     SPANS: tl.constexpr,
     SIZE: tl.constexpr,
-    STRIDE: tl.constexpr,
+    INTERLEAVE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BITS: tl.constexpr,
@@ -328,26 +341,26 @@ def _rows_kernel(
     QUANTIZE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One token: H z of each span, and their codes"""
+    """Multiply each span of one token by H, then quantize"""
     token = tl.program_id(0)
-    start = token.to(tl.int64) * features
+    start = token.to(tl.int64) * in_features
     low = tl.zeros((), tl.float32)
     high = tl.zeros((), tl.float32)
-    if SPANS == 1:  # which stays in registers
+    if SPANS == 1:  # stays in registers
         y, offsets, mask = _mixed(
-            z_ptr, hadamard_ptr, start, 0, SIZE, STRIDE, ROWS, COLUMNS, PRECISION
+            z_ptr, hadamard_ptr, start, 0, SIZE, INTERLEAVE, ROWS, COLUMNS, PRECISION
         )
         if QUANTIZE:
             low = tl.minimum(low, tl.min(y))
             high = tl.maximum(high, tl.max(y))
             scale, zero_point = _quantizer(low, high, clip_ptr, BITS, SYMMETRIC)
-            tl.store(out_ptr + offsets, _codes(y, scale, zero_point, BITS), mask)
+            tl.store(out_ptr + offsets, _to_q(y, scale, zero_point, BITS), mask)
         else:
             tl.store(out_ptr + offsets, _cast(y, out_ptr.dtype.element_ty), mask)
     else:
         for span in range(SPANS):
             y, offsets, mask = _mixed(
-                z_ptr, hadamard_ptr, start, span, SIZE, STRIDE, ROWS, COLUMNS, PRECISION
+                z_ptr, hadamard_ptr, start, span, SIZE, INTERLEAVE, ROWS, COLUMNS, PRECISION
             )
             if QUANTIZE:
                 low = tl.minimum(low, tl.min(y))
@@ -358,9 +371,9 @@ def _rows_kernel(
             scale, zero_point = _quantizer(low, high, clip_ptr, BITS, SYMMETRIC)
             for span in range(SPANS):
                 y, offsets, mask = _mixed(
-                    z_ptr, hadamard_ptr, start, span, SIZE, STRIDE, ROWS, COLUMNS, PRECISION
+                    z_ptr, hadamard_ptr, start, span, SIZE, INTERLEAVE, ROWS, COLUMNS, PRECISION
                 )
-                tl.store(out_ptr + offsets, _codes(y, scale, zero_point, BITS), mask)
+                tl.store(out_ptr + offsets, _to_q(y, scale, zero_point, BITS), mask)
     if QUANTIZE:
         tl.store(scales_ptr + token, scale)
         if not SYMMETRIC:
@@ -374,17 +387,17 @@ def _mixed(
     start,
     span,
     SIZE: tl.constexpr,
-    STRIDE: tl.constexpr,
+    INTERLEAVE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A span of a token as a (SIZE, STRIDE) matrix, multiplied by H"""
+    """Multiply H by one span of a token, a (SIZE, INTERLEAVE) matrix"""
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS)
-    start += span * SIZE * STRIDE
-    offsets = start + row * STRIDE + column
-    mask = (row < SIZE) & (column < STRIDE)
+    start += span * SIZE * INTERLEAVE
+    offsets = start + row * INTERLEAVE + column
+    mask = (row < SIZE) & (column < INTERLEAVE)
     if SIZE == 1:
         product = tl.load(z_ptr + offsets, mask, other=0.0).to(tl.float32)
     else:
@@ -397,8 +410,8 @@ def _mixed(
             )
             inner = inner[:, None]
             z = tl.load(
-                z_ptr + start + inner * STRIDE + column,
-                (inner < SIZE) & (column < STRIDE),
+                z_ptr + start + inner * INTERLEAVE + column,
+                (inner < SIZE) & (column < INTERLEAVE),
                 other=0.0,
             )
             product = _dot(hadamard, z, product, PRECISION)
@@ -407,7 +420,7 @@ def _mixed(
 
 @triton.jit
 def _quantizer(low, high, clip_ptr, BITS: tl.constexpr, SYMMETRIC: tl.constexpr):
-    """Scale and zero point of a range, as in plain.py"""
+    """Compute scale and zero point of a range, as reference.py"""
     levels: tl.constexpr = 2**BITS - 1
     least: tl.constexpr = -(2 ** (BITS - 1))
     tiny: tl.constexpr = 1.1754943508222875e-38
@@ -426,17 +439,17 @@ def _quantizer(low, high, clip_ptr, BITS: tl.constexpr, SYMMETRIC: tl.constexpr)
 
 
 @triton.jit
-def _codes(x, scale, zero_point, BITS: tl.constexpr):
+def _to_q(x, scale, zero_point, BITS: tl.constexpr):
     least: tl.constexpr = -(2 ** (BITS - 1))
     greatest: tl.constexpr = 2 ** (BITS - 1) - 1
     x, scale = tl.broadcast(x, scale)
-    codes = _round(tl.div_rn(x, scale) + zero_point)
-    return tl.minimum(tl.maximum(codes, least), greatest).to(tl.int8)
+    q = _round(tl.div_rn(x, scale) + zero_point)
+    return tl.minimum(tl.maximum(q, least), greatest).to(tl.int8)
 
 
 @triton.jit
 def _round(x):
-    """To the nearest integer, ties to even: what adding 1.5 * 2^23 leaves of a float32"""
-    # larger ones have no fraction, or are clamped
+    """Round to the nearest integer, ties to even: adding 1.5 * 2^23 drops the fraction"""
+    # larger numbers have no fraction, or are clamped later
     x = tl.minimum(tl.maximum(x, -4194304.0), 4194304.0)
     return (x + 12582912.0) - 12582912.0
