@@ -4,7 +4,6 @@
 import inspect
 import json
 import os
-from contextvars import ContextVar
 from functools import wraps
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,19 +22,17 @@ from cat_modifier.integrations.transformers.atomic_folder import atomic_folder
 
 __all__ = ["save_atomically"]
 
-_is_saving: ContextVar[bool] = ContextVar("_is_saving", default=False)
-
 
 def save_atomically(model: PreTrainedModel):
     """
     Wrap ``model.save_pretrained`` so that it writes a marked CAT checkpoint atomically.
 
-    Safe to call again: the outermost wrapper does the work.
+    Safe to call again.
 
     :param model: model with CAT transforms
     """
     method = model.save_pretrained
-    if getattr(method, "wraps_of_cat", None) is getattr(method, "__func__", method):
+    if getattr(method, "_writes_cat", False):
         return
     function = getattr(method, "__func__", None)
 
@@ -43,28 +40,23 @@ def save_atomically(model: PreTrainedModel):
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
         # a copy of the model has its own weights
         save = method if function is None else MethodType(function, self)
-        if _is_saving.get():  # within an outer wrapper
-            return save(save_directory, *args, **kwargs)
         options = _name_arguments(self, save_directory, args, kwargs)
         _check(self, options)
-        token = _is_saving.set(True)
-        try:
-            if is_source_process() and options.get("is_main_process", True):
-                with atomic_folder(save_directory) as staging:
-                    save(str(staging), **options)
-                    _edit_config(self, staging)
-                logger.info(f"The checkpoint is in {save_directory}")
-            else:  # helps to gather the weights, and keeps no file
-                with TemporaryDirectory() as scratch:
-                    save(scratch, **options)
-        finally:
-            _is_saving.reset(token)
+        if is_source_process() and options.get("is_main_process", True):
+            with atomic_folder(save_directory) as staging:
+                save(str(staging), **options)
+                _edit_config(self, staging)
+            logger.info(f"The checkpoint is in {save_directory}")
+        else:  # helps to gather the weights, and keeps no file
+            with TemporaryDirectory() as scratch:
+                save(scratch, **options)
         if is_distributed():
             dist.barrier()  # no rank may look for the checkpoint before it is there
 
-    save_pretrained.wraps_of_cat = save_pretrained
-    # a method, which llm-compressor can wrap in turn
-    model.save_pretrained = MethodType(save_pretrained, model)
+    # llm-compressor leaves a method alone that is "overridden"; around ours it would write a
+    # config that is not marked
+    vars(save_pretrained).update(_writes_cat=True, _overridden=True)
+    model.save_pretrained = MethodType(save_pretrained, model)  # type: ignore[method-assign]
 
 
 def _name_arguments(

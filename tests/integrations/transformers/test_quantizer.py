@@ -32,7 +32,7 @@ def quantize(folder, scheme, cat=True, **model_options):
     quantization = QuantizationModifier(**scheme)
     oneshot(
         model=model,
-        recipe=[CATModifier(block_size=16), quantization] if cat else [quantization],
+        recipe=[CATModifier(transform_block_size=16), quantization] if cat else [quantization],
         dataset=make_loader(make_tokens()),
         output_dir=str(folder / "quantized"),
     )
