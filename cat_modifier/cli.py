@@ -1,117 +1,159 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `cat-modifier`"""
+"""
+The command `cat-modifier`.
 
-import argparse
-import signal
+This module imports nothing heavy: `--help` must answer at once.
+"""
+
 import sys
+from pathlib import Path
+from typing import Annotated
 
-_INTERRUPTED = 130
+import typer
 
+__all__ = ["main"]
 
-def _parser() -> argparse.ArgumentParser:
-    from cat_modifier.analysis.layers import DEFAULT_SCHEMES, DEFAULT_TRANSFORMS
-    from cat_modifier.analysis.transforms import TRANSFORMS
-    from cat_modifier.calibration.groups import DEFAULT_IGNORE
-    from cat_modifier.calibration.texts import EMBEDDED
-
-    parser = argparse.ArgumentParser(
-        prog="cat-modifier", description="Concentration-alignment transforms for quantization"
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    analyze = commands.add_parser(
-        "analyze",
-        help="what limits the accuracy of each Linear of a model when it is quantized",
-        description="Predict and measure the quantization error of every Linear of a causal "
-        "language model under several schemes and transforms; or, of a quantized checkpoint, "
-        "measure it against the original. Writes tables, figures and report.html. An "
-        "analysis that was interrupted goes on when its command is repeated.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    analyze.set_defaults(run=_analyze)
-    add = analyze.add_argument
-    add("model", help="folder, or id on the Hugging Face Hub")
-    add("--output", default="report", help="folder for the report")
-    add("--overwrite", action="store_true", help="replace an older report in the folder")
-    add("--original", help="of a quantized checkpoint: the model which it was made of")
-    add(
-        "--dataset",
-        default=EMBEDDED,
-        help="id on the Hub (or id:configuration), a .txt, .json, .jsonl, .csv or .parquet "
-        "file, or the documentation of Python",
-    )
-    add("--split", help="of a dataset of the Hub (default: train; test for a checkpoint)")
-    add("--column", default="text", help="of the dataset that holds the text")
-    add("--samples", type=int, default=128, help="windows of text, at most")
-    add("--length", type=int, default=512, help="tokens of a window")
-    add = analyze.add_argument_group("of models which are not quantized").add_argument
-    add(
-        "--schemes",
-        nargs="+",
-        default=list(DEFAULT_SCHEMES),
-        help="as W4A8 (channel-wise symmetric weights, token-wise asymmetric activations), "
-        "or W4G64A8G64 (groups of 64 channels); 16 bits are not quantized. The first one is "
-        "what the summary is about",
-    )
-    add(
-        "--transforms",
-        nargs="+",
-        metavar="TRANSFORM",
-        choices=list(TRANSFORMS),
-        default=list(DEFAULT_TRANSFORMS),
-        help=f"to compare, of {', '.join(TRANSFORMS)}. cat-full takes memory in the square "
-        "and time in the cube of the input size",
-    )
-    add("--block-size", type=int, default=128, help="of CAT, an upper bound")
-    add("--targets", nargs="+", default=["Linear"], help="names, classes or re: patterns")
-    add("--ignore", nargs="*", default=list(DEFAULT_IGNORE), help="exceptions from them")
-
-    allocate = commands.add_parser(
-        "allocate",
-        help="a recipe with more bits where they matter, from a report of `analyze`",
-        description="Choose W4A4, W4A8 or W8A8 for each Linear, and write a recipe of "
-        "CATModifier and QuantizationModifier. The report should have the schemes to choose "
-        "from, as it has by default.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    allocate.set_defaults(run=_allocate)
-    add = allocate.add_argument
-    add("report", help="folder which `cat-modifier analyze` has written")
-    add(
-        "--bits",
-        type=float,
-        default=4.5,
-        help="budget: mean bits of the factors of all multiply-adds, weights and activations",
-    )
-    add("--transform", default="cat", help="of the report, by which SQNR was measured")
-    add("--output", default="recipe.yaml", help="file for the recipe")
-    return parser
+app = typer.Typer(
+    help="Concentration-alignment transforms for quantization.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
 
 
-def _allocate(args: argparse.Namespace):
-    from cat_modifier.analysis.allocation import run
+@app.command()
+def analyze(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder, or id on the Hugging Face Hub.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("report"),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an older report in the folder.")
+    ] = False,
+    original: Annotated[
+        str | None,
+        typer.Option(help="Model that the quantized checkpoint MODEL was made from."),
+    ] = None,
+    dataset: Annotated[
+        str,
+        typer.Option(
+            help="Text: id on the Hub (or id:configuration); a .txt, .md, .json, .jsonl, .csv "
+            "or .parquet file; or pydoc-topics, the documentation of Python."
+        ),
+    ] = "pydoc-topics",
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="Split of a dataset on the Hub.",
+            show_default="train; with --original: test",
+        ),
+    ] = None,
+    column: Annotated[str, typer.Option(help="Column of the dataset with the text.")] = "text",
+    samples: Annotated[int, typer.Option(min=1, help="Windows of text, at most.")] = 128,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
+    schemes: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,...",
+            help="Quantization schemes, separated by commas. W4A8: symmetric 4-bit weights per "
+            "channel, asymmetric 8-bit activations per token. W4G64A8G64: per group of 64 "
+            "channels. 16 bits are not quantized. The summary is about the first scheme.",
+        ),
+    ] = "W4A4,W4A8,W8A8,W6A6",
+    transforms: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,...",
+            show_default="all but cat-full",
+            help="Transforms to compare, from the list above, separated by commas.",
+        ),
+    ] = "none,scaling,hadamard,block-hadamard,cat-scaling,cat,cat-block-hadamard,"
+    "cat-eigen-hadamard",
+    transform_block_size: Annotated[
+        int, typer.Option(min=1, help="Channels per block of CAT, an upper bound.")
+    ] = 128,
+    targets: Annotated[
+        list[str],
+        typer.Option(
+            metavar="PATTERN",
+            help="Linears to analyze: name, class or re: pattern. Repeat for several.",
+        ),
+    ] = ["Linear"],  # noqa: B006
+    ignore: Annotated[
+        list[str],
+        typer.Option(
+            metavar="PATTERN",
+            help="Linears to leave out: name, class or re: pattern. Repeat for several.",
+        ),
+    ] = ["re:.*lm_head", "re:.*vision.*", "re:.*visual.*"],  # noqa: B006
+):
+    """
+    Show what limits the accuracy of each Linear.
 
-    run(args)
+    Predicts and measures the quantization error of every Linear of a causal language model
+    under several schemes and transforms. With --original, measures a quantized checkpoint
+    against the model it was made from; schemes, transforms and patterns are not used then.
 
+    Writes tables, figures and report.html.
 
-def _analyze(args: argparse.Namespace):
+    \b
+    Transforms:
+      none                nothing
+      scaling             SmoothQuant, one scale per channel
+      hadamard            Hadamard over the whole input
+      block-hadamard      Hadamard within blocks
+      cat-scaling         CAT with blocks of one channel, then Hadamard
+      cat                 CAT with blocks, then Hadamard over the whole input
+      cat-block-hadamard  CAT with blocks, then Hadamard within blocks
+      cat-eigen-hadamard  the same, after a rotation to the eigenvectors
+      cat-full            CAT with one block over the whole input: memory grows
+                          with the square of the input size, time with the cube
+    """
+    arguments = locals()
+    arguments |= {"schemes": schemes.split(","), "transforms": transforms.split(",")}
+
     from cat_modifier.analysis.command import run
 
-    run(args)
+    run(**arguments)
+
+
+@app.command()
+def allocate(
+    report: Annotated[
+        Path, typer.Argument(metavar="REPORT", help="Folder that `cat-modifier analyze` made.")
+    ],
+    bits: Annotated[
+        float,
+        typer.Option(
+            help="Mean bits of the factors of all multiply-adds, weights and activations, at "
+            "most."
+        ),
+    ] = 4.5,
+    transform: Annotated[
+        str, typer.Option(help="Transform of the report whose measured SQNR counts.")
+    ] = "cat",
+    output: Annotated[Path, typer.Option(help="File for the recipe.")] = Path("recipe.yaml"),
+):
+    """
+    Make a recipe with more bits where they matter.
+
+    Chooses W4A4, W4A8 or W8A8 for each Linear, from a report with at least two of these
+    schemes, and writes a recipe of CATModifier and QuantizationModifier.
+    """
+    from cat_modifier.analysis.allocation import run
+
+    run(report, bits, transform, output)
 
 
 def main():
-    """Entry point: errors that a user can mend are one line, without a traceback"""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    """Run the command; an error that a user can mend is one line, without a traceback"""
     try:
-        args = _parser().parse_args()
-        args.run(args)
+        app(prog_name="cat-modifier")
     except ModuleNotFoundError as error:
         sys.exit(f"error: {error}. The command needs: pip install 'cat-modifier[analyze]'")
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("Interrupted. Repeat the command to go on.", file=sys.stderr)
-        sys.exit(_INTERRUPTED)
 
 
 if __name__ == "__main__":

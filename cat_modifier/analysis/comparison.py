@@ -1,31 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A quantized checkpoint against its original: each Linear for itself, and end to end"""
+"""A quantized checkpoint against its original, Linear by Linear and end to end."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import pandas as pd
 import torch
 from compressed_tensors import TRANSFORM_CONFIG_NAME
-from compressed_tensors.quantization import (
-    QuantizationArgs,
-    disable_quantization,
-    enable_quantization,
-)
+from compressed_tensors.quantization import disable_quantization, enable_quantization
 from compressed_tensors.quantization.utils import is_module_quantized
 from loguru import logger
 from torch import Tensor
 from torch.nn import Linear, Module
+from tqdm import tqdm
 
-from cat_modifier.analysis.experts import fused_experts
-from cat_modifier.analysis.layers import UnseenLinears
-from cat_modifier.analysis.passes import hooked, resumable
-from cat_modifier.analysis.workspace import Workspace
-from cat_modifier.mathematics.sqnr import to_db
+from cat_modifier.analysis.layers import UnseenLinearsError, call
+from cat_modifier.calibration.experts import find_fused_experts
+from cat_modifier.functional.sqnr import to_db
 
 __all__ = ["Comparison", "compare"]
 
@@ -33,33 +27,28 @@ __all__ = ["Comparison", "compare"]
 @dataclass(frozen=True)
 class Comparison:
     """
-    :param layers: a row for each quantized Linear; see :func:`compare`
-    :param perplexity: of the original and of the checkpoint
-    :param divergence: KL divergence of the checkpoint's next-token distribution from the
-        original's, mean over tokens, in nats
-    :param agreement: share of tokens for which both have the same most likely successor
-    :param tokens: which were predicted
+    :param layers: one row per quantized Linear, see :func:`compare`
+    :param perplexity: perplexity of the `original` and of the `checkpoint`
+    :param kl_divergence: mean KL divergence from the original's next-token distribution, nats
+    :param top1_agreement: share of tokens with the same most likely successor in both
+    :param tokens: number of tokens predicted
     """
 
     layers: pd.DataFrame
-    perplexity: tuple[float, float]
-    divergence: float
-    agreement: float
+    perplexity: dict[str, float]
+    kl_divergence: float
+    top1_agreement: float
     tokens: int
 
 
 @torch.no_grad()
-def compare(
-    original: Module,
-    quantized: Module,
-    batches: Sequence[Tensor],
-    workspace: Workspace | None = None,
-) -> Comparison:
+def compare(original: Module, quantized: Module, batches: Sequence[Tensor]) -> Comparison:
     """
-    Pass the same tokens through both models. Each quantized Linear is also given the input
-    which its original has, so that its own error is told from those of all before it.
+    Pass the same tokens through both models.
 
-    The columns of ``layers``: `layer`; `scheme`, as `W4A4`; and in dB
+    Each quantized Linear also gets the input of its original, which tells its own error
+    from the errors of all Linears before it. The columns of ``layers``: `layer`; `scheme`,
+    as `W4A4`; `in_features`, `out_features`; and in dB
 
     - `measured_weights_db`: SQNR with the same input, activations not quantized
     - `measured_activations_db`: ratio of the signal to what quantizing activations adds
@@ -67,105 +56,62 @@ def compare(
     - `accumulated_db`: SQNR of the outputs within both models, each with its own input
 
     :param original: a causal language model
-    :param quantized: the same with Linears that compressed-tensors has quantized
+    :param quantized: the same model, with Linears that compressed-tensors has quantized
     :param batches: token ids, each of shape (batch, length), without padding
-    :param workspace: keeps the sums, so that the comparison can be resumed
-    :raises ValueError: if nothing is quantized, or if the models do not have the same
-        Linears
-    :raises UnseenLinears: if some of them saw no tokens
+    :raises ValueError: if nothing is quantized, or the models do not have the same Linears
+    :raises UnseenLinearsError: if some Linears saw no tokens; holds the other results
     """
-    if fused := fused_experts(original):
-        logger.warning(
-            f"{fused[0]} (one of {len(fused)}) holds all experts in one parameter: they are "
-            "not among the Linears, and if they are quantized, their activations are not here"
-        )
     pairs = _match(original, quantized)
-    if folded := _folded(quantized) & pairs.keys():
-        logger.info(
-            f"{len(folded)} Linears are not compared one by one: their inputs or outputs are "
-            "not those of the original, by a transform that is folded into them"
-        )
-        pairs = {name: pair for name, pair in pairs.items() if name not in folded}
-    # of each Linear, energies of the signal and of the errors; and sums over all tokens
-    sums: Counter[str] = Counter()
-
-    def load(state: dict[str, Any]):
-        sums.clear()
-        sums.update(state)
-
-    states = (lambda: dict(sums)), load
-    with closing(resumable(batches, "Comparing", workspace, *states)) as remaining:
-        for _, ids in remaining:
-            # first, so that weights which are decompressed at the first call are in place
-            outputs: dict[str, Tensor] = {}
-            keep = {
-                module: partial(_keep_output, outputs, name)
-                for name, (_, module) in pairs.items()
-            }
-            with hooked(keep):
-                other = quantized(ids.to(quantized.device)).logits
-            add = {
-                linear: partial(_add_errors, sums, name, module, outputs)
-                for name, (linear, module) in pairs.items()
-            }
-            with hooked(add):
-                logits = original(ids.to(original.device)).logits
-            _add_predictions(sums, ids.to(logits.device), logits, other.to(logits.device))
-
-    rows = []
-    unseen = [name for name in pairs if f"{name}/signal" not in sums]
-    for name, (_, module) in pairs.items():
-        if name in unseen:
-            continue
-        signal = sums[f"{name}/signal"]
-        ratios = {
-            error: to_db(signal / noise if noise else float("inf"))
-            for error in ("weights", "activations", "joint", "accumulated")
-            for noise in (sums[f"{name}/{error}"],)
+    energies: dict[str, Counter[str]] = {name: Counter() for name in pairs}
+    totals: Counter[str] = Counter()
+    outputs: dict[str, Tensor] = {}
+    keep = {
+        module: lambda module, args, output, name=name: outputs.update({name: output})
+        for name, (_, module) in pairs.items()
+    }
+    for ids in tqdm(batches, desc="Comparing"):
+        outputs.clear()
+        # the quantized model first: its weights may be decompressed at the first call
+        other = call(quantized, ids, keep).logits
+        add = {
+            pairs[name][0]: partial(_add_errors, energies[name], pairs[name][1], output)
+            for name, output in outputs.items()
         }
-        rows.append(
-            {
-                "layer": name,
-                "scheme": _scheme_name(module),
-                "in_features": module.in_features,
-                "out_features": module.out_features,
-                "measured_weights_db": ratios["weights"],
-                "measured_activations_db": ratios["activations"],
-                "measured_db": ratios["joint"],
-                "accumulated_db": ratios["accumulated"],
-            }
-        )
-    tokens = sums["tokens"]
+        logits = call(original, ids, add).logits
+        _add_predictions(totals, ids.to(logits.device), logits, other.to(logits.device))
+
+    rows = [_row(name, pairs[name][1], sums) for name, sums in energies.items() if sums]
+    tokens = totals["tokens"]
     comparison = Comparison(
         pd.DataFrame(rows),
-        tuple(
-            torch.tensor(sums[key] / tokens, dtype=torch.float64).exp().item()
-            for key in ("original", "quantized")
-        ),
-        sums["divergence"] / tokens,
-        sums["agreement"] / tokens,
-        int(tokens),
+        {key: math.exp(totals[key] / tokens) for key in ("original", "checkpoint")},
+        totals["divergence"] / tokens,
+        totals["agreement"] / tokens,
+        tokens,
     )
-    if unseen:
-        raise UnseenLinears(unseen, comparison if rows else None)
+    if unseen := [name for name, sums in energies.items() if not sums]:
+        raise UnseenLinearsError(unseen, comparison if rows else None)
     return comparison
 
 
-def _folded(quantized: Module) -> set[str]:
-    """Linears of which one has a part of the transform of another's input in its rows"""
+def _match(original: Module, quantized: Module) -> dict[str, tuple[Linear, Linear]]:
+    """Pair the quantized Linears with their originals, by full name"""
+    if experts := find_fused_experts(original):
+        logger.warning(
+            f"{experts[0]} (one of {len(experts)}) holds all experts in one parameter: they "
+            "are not compared, as they are not Linears"
+        )
     config = getattr(getattr(quantized, "config", None), "quantization_config", None)
     transforms = getattr(config, "cat_transforms", None)
-    transforms = getattr(quantized, TRANSFORM_CONFIG_NAME, transforms)
-    folded = getattr(transforms, "folded", {})
-    return {*folded.keys(), *folded.values()}
-
-
-def _match(original: Module, quantized: Module) -> dict[str, tuple[Linear, Linear]]:
+    fused = getattr(getattr(quantized, TRANSFORM_CONFIG_NAME, transforms), "fused", {})
+    if fused:
+        logger.info(f"A transform is fused between these, which are not compared: {fused}")
     modules = dict(original.named_modules())
     pairs = {
         name: (modules.get(name), module)
         for name, module in quantized.named_modules()
         if isinstance(module, Linear) and is_module_quantized(module)
+        if name not in {*fused.keys(), *fused.values()}
     }
     if not pairs:
         raise ValueError("The checkpoint has no quantized Linears: there is nothing to compare")
@@ -179,25 +125,15 @@ def _match(original: Module, quantized: Module) -> dict[str, tuple[Linear, Linea
     return pairs
 
 
-def _keep_output(
-    outputs: dict[str, Tensor], name: str, module: Module, args: tuple, output: Tensor
-):
-    """Forward hook of a quantized Linear"""
-    outputs[name] = output
-
-
 def _add_errors(
-    sums: Counter,
-    name: str,
+    energies: Counter[str],
     quantized: Linear,
-    outputs: dict[str, Tensor],
+    accumulated: Tensor,
     linear: Linear,
     args: tuple,
     exact: Tensor,
 ):
-    """Forward hook of the Linear's original"""
-    if name not in outputs:  # the quantized model did without it
-        return
+    """Forward hook of the original of a quantized Linear"""
     device = next(quantized.parameters()).device
     x = args[0].to(device)
     both = quantized(x).float()
@@ -207,33 +143,35 @@ def _add_errors(
     finally:
         enable_quantization(quantized)
     exact = exact.to(device).float()
-    signal = exact if linear.bias is None else exact - linear.bias.to(device).float()
-    for error, tensor in {
-        "signal": signal,
-        "weights": weights_only - exact,
-        "activations": both - weights_only,
-        "joint": both - exact,
-        "accumulated": outputs[name].to(device).float() - exact,
+    for name, tensor in {
+        "signal": exact if linear.bias is None else exact - linear.bias.to(device).float(),
+        "measured_weights_db": weights_only - exact,
+        "measured_activations_db": both - weights_only,
+        "measured_db": both - exact,
+        "accumulated_db": accumulated.to(device).float() - exact,
     }.items():
-        sums[f"{name}/{error}"] += torch.linalg.vector_norm(tensor).double().square().item()
+        energies[name] += torch.linalg.vector_norm(tensor).double().square().item()
 
 
-def _add_predictions(sums: Counter, ids: Tensor, logits: Tensor, other: Tensor):
-    """All but the last token of each row predict one"""
+def _row(name: str, module: Linear, energies: Counter[str]) -> dict[str, str | int | float]:
+    scheme, parts = module.quantization_scheme, []
+    for factor, args in (("W", scheme.weights), ("A", scheme.input_activations)):
+        kind = "" if args is None or args.type == "int" else "F"
+        parts.append(f"{factor}{kind}{16 if args is None else args.num_bits}")
+    sizes = {"in_features": module.in_features, "out_features": module.out_features}
+    signal = energies.pop("signal")
+    ratios = {key: to_db(signal / e if e else math.inf) for key, e in energies.items()}
+    return {"layer": name, "scheme": "".join(parts)} | sizes | ratios
+
+
+def _add_predictions(totals: Counter[str], ids: Tensor, logits: Tensor, other: Tensor):
+    """Add up the predictions of all tokens but the last of each row"""
     original = logits[:, :-1].float().log_softmax(-1)
-    quantized = other[:, :-1].float().log_softmax(-1)
+    checkpoint = other[:, :-1].float().log_softmax(-1)
     labels = ids[:, 1:, None]
-    sums["tokens"] += labels.numel()
-    sums["original"] -= original.gather(-1, labels).sum(dtype=torch.float64).item()
-    sums["quantized"] -= quantized.gather(-1, labels).sum(dtype=torch.float64).item()
-    divergence = (original.exp() * (original - quantized)).sum(-1)
-    sums["divergence"] += divergence.sum(dtype=torch.float64).item()
-    sums["agreement"] += (original.argmax(-1) == quantized.argmax(-1)).sum().item()
-
-
-def _scheme_name(module: Module) -> str:
-    def bits(args: QuantizationArgs | None) -> str:
-        return "16" if args is None else f"{'' if args.type == 'int' else 'F'}{args.num_bits}"
-
-    scheme = module.quantization_scheme
-    return f"W{bits(scheme.weights)}A{bits(scheme.input_activations)}"
+    totals["tokens"] += labels.numel()
+    totals["original"] -= original.gather(-1, labels).sum(dtype=torch.float64).item()
+    totals["checkpoint"] -= checkpoint.gather(-1, labels).sum(dtype=torch.float64).item()
+    divergence = (original.exp() * (original - checkpoint)).sum(-1)
+    totals["divergence"] += divergence.sum(dtype=torch.float64).item()
+    totals["agreement"] += (original.argmax(-1) == checkpoint.argmax(-1)).sum().item()

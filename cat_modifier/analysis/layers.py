@@ -1,53 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The analysis itself: from a model and data to a table of numbers"""
+"""The analysis of a model: from data to a table of numbers."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pandas as pd
-import tqdm
+import torch
 from compressed_tensors import match_named_modules
+from compressed_tensors.utils import get_execution_device
+from torch import Tensor
 from torch.nn import Linear, Module
+from tqdm import tqdm
 
-from cat_modifier.analysis.experts import fused_experts
-from cat_modifier.analysis.measure import measure_group
-from cat_modifier.analysis.passes import Batch, calibrate
+from cat_modifier.analysis.measure import measure_input
 from cat_modifier.analysis.schemes import Scheme
-from cat_modifier.analysis.statistics import AnalysisStatistics
-from cat_modifier.analysis.transforms import TRANSFORMS
-from cat_modifier.analysis.workspace import Workspace
-from cat_modifier.calibration.groups import DEFAULT_IGNORE, InputGroup
-from cat_modifier.mathematics.geometry import choose_geometry
-from cat_modifier.mathematics.transform import Rotation
+from cat_modifier.analysis.transforms import TRANSFORMS, WHOLE, AnalysisStatistics
+from cat_modifier.calibration.collector import InputCollector
+from cat_modifier.calibration.experts import find_fused_experts
+from cat_modifier.calibration.shared_inputs import DEFAULT_IGNORE, SharedInput
+from cat_modifier.functional.layout import Rotation, choose_layout
 
-__all__ = [
-    "DEFAULT_SCHEMES",
-    "DEFAULT_TRANSFORMS",
-    "UnseenLinears",
-    "analyze",
-    "find_linears",
-]
+__all__ = ["DEFAULT_SCHEMES", "DEFAULT_TRANSFORMS", "Batch", "UnseenLinearsError"]
+__all__ += ["analyze", "call", "parse_names", "without_predictions"]
+
+Batch = Tensor | Mapping[str, Any]
+"""Token ids (or any first argument of the model), or keyword arguments of the model"""
 
 DEFAULT_SCHEMES = ("W4A4", "W4A8", "W8A8", "W6A6")
-DEFAULT_TRANSFORMS = tuple(
-    name for name, transform in TRANSFORMS.items() if not transform.needs_whole_moments
-)
+DEFAULT_TRANSFORMS = tuple(name for name in TRANSFORMS if name != WHOLE)
 
-_SAMPLE_SIZE = 128
-"""Tokens of each input on which SQNR is measured"""
+_SAMPLE_SIZE = 128  # tokens of each input on which SQNR is measured
 
 
-class UnseenLinears(ValueError):
-    """
-    Some Linears saw no tokens.
-
-    :param names: of them
-    :param results: of all others; None if there are none
-    """
+class UnseenLinearsError(ValueError):
+    """Some Linears saw no tokens; `results` are those of the others, None if there are none"""
 
     def __init__(self, names: list[str], results: Any):
-        self.names, self.results = names, results
+        self.results = results
         super().__init__(
             f"{len(names)} Linears saw no tokens, and are not in the results: "
             f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}. Use more data, or add "
@@ -55,28 +46,7 @@ class UnseenLinears(ValueError):
         )
 
 
-def find_linears(
-    model: Module, targets: Iterable[str] = ("Linear",), ignore: Iterable[str] = DEFAULT_IGNORE
-) -> dict[str, Linear]:
-    """
-    :param targets: by name, class or `re:` pattern, as in llm-compressor
-    :param ignore: exceptions from `targets`
-    :return: by full name, in the order of the model
-    :raises ValueError: if there are none
-    """
-    linears = {
-        name: module
-        for name, module in match_named_modules(model, targets, ignore)
-        if isinstance(module, Linear)
-    }
-    if not linears:
-        raise ValueError(
-            f"The model has no torch.nn.Linear for targets {list(targets)} and ignore "
-            f"{list(ignore)}: check the names with `model.named_modules()`"
-        )
-    return linears
-
-
+@torch.no_grad()
 def analyze(
     model: Module,
     batches: Sequence[Batch],
@@ -84,82 +54,108 @@ def analyze(
     transforms: Sequence[str] = DEFAULT_TRANSFORMS,
     targets: Iterable[str] = ("Linear",),
     ignore: Iterable[str] = DEFAULT_IGNORE,
-    block_size: int = 128,
-    workspace: Workspace | None = None,
+    transform_block_size: int = 128,
 ) -> pd.DataFrame:
     """
-    Predict and measure the quantization error of every Linear, under each transform and
-    scheme, in one pass over the data.
+    Predict and measure the quantization error of every Linear in one pass over the data.
 
-    :param model: any module; Linears are found, and grouped by the input that they read
-    :param batches: what the model is called with: token ids, or keyword arguments
-    :param schemes: see :meth:`Scheme.parse`
+    :param model: any module
+    :param batches: arguments of the model: token ids, or keyword arguments
+    :param schemes: names, see :meth:`Scheme.parse`
     :param transforms: names in ``TRANSFORMS``
-    :param targets: Linears, by name, class or `re:` pattern
+    :param targets: Linears by name, class or `re:` pattern
     :param ignore: exceptions from `targets`
-    :param block_size: of CAT, as in CATModifier
-    :param workspace: keeps what was computed, so that it can be resumed
-    :return: one row for each :class:`cat_modifier.analysis.measure.LayerResult`
-    :raises ValueError: for unknown names, if there are no Linears or no data, if experts are
-        not Linears, or if activations are not finite
-    :raises UnseenLinears: if some of the Linears saw no tokens; it holds the results
+    :param transform_block_size: k of CAT, as in CATModifier
+    :return: one row per Linear, transform and scheme; columns as in
+        :func:`cat_modifier.analysis.measure.measure_input`
+    :raises ValueError: if the arguments do not fit the model, or values are not finite
+    :raises UnseenLinearsError: if some Linears saw no tokens; holds the other results
     """
-    schemes = [Scheme.parse(name) for name in schemes]
-    if unknown := [name for name in transforms if name not in TRANSFORMS]:
-        raise ValueError(
-            f"Unknown transform {unknown[0]!r}: it should be one of {', '.join(TRANSFORMS)}"
-        )
-    if not schemes or not transforms or not len(batches):
+    parsed = parse_names(schemes, transforms)
+    if not parsed or not transforms or not len(batches):
         raise ValueError("The analysis needs a scheme, a transform and a batch at least")
-    if block_size < 1:
-        raise ValueError(f"`block_size` must be positive, got {block_size}")
-    if fused := fused_experts(model, ignore):
+    if transform_block_size < 1:
+        raise ValueError(f"`transform_block_size` must be positive, got {transform_block_size}")
+    linears = _find_linears(model, list(targets), list(ignore))
+
+    def block_size(shared: SharedInput) -> int:
+        sizes = shared.in_features, 1, transform_block_size
+        return choose_layout(shared.first, *sizes, Rotation.NONE).block_size
+
+    def new_statistics(shared: SharedInput) -> AnalysisStatistics:
+        for scheme in parsed:
+            scheme.check(shared.first, shared.in_features)
+        known = shared.in_features if WHOLE in transforms else block_size(shared)
+        return AnalysisStatistics(shared.in_features, known, _SAMPLE_SIZE)
+
+    collector = InputCollector(linears, new_statistics)
+
+    def observe(name: str, index: int, module: Module, args: tuple, output: Any):
+        collector.observe(name, args[0], index)
+
+    for index, batch in enumerate(tqdm(batches, desc="Calibrating")):
+        if not torch.is_tensor(batch):
+            collector.set_attention_mask(index, batch.get("attention_mask"))
+        hooks = {linear: partial(observe, name, index) for name, linear in linears.items()}
+        call(model, batch, hooks)
+    rows = []
+    for shared in tqdm(collector.pending(), desc="Measuring"):
+        statistics = collector.take(shared)
+        if statistics.sample.count:
+            rows += measure_input(shared, statistics, block_size(shared), parsed, transforms)
+
+    position = {name: index for index, name in enumerate(linears)}
+    frame = pd.DataFrame(sorted(rows, key=lambda row: position[row["layer"]]))
+    seen = {row["layer"] for row in rows}
+    if unseen := [name for name in linears if name not in seen]:
+        raise UnseenLinearsError(unseen, frame if rows else None)
+    return frame
+
+
+def _find_linears(model: Module, targets: list[str], ignore: list[str]) -> dict[str, Linear]:
+    """Find the Linears by full name, in the order of the model"""
+    if fused := find_fused_experts(model, ignore):
         raise ValueError(
             f"{fused[0]} (one of {len(fused)}) holds all experts in one parameter, not in "
             "Linears: call `llmcompressor.modeling.moe.linearize.linearize_moe(model)` first, "
             "or add it to `ignore`"
         )
-    linears = find_linears(model, targets, ignore)
-    _check_groups(linears, schemes)
-
-    needs_whole_moments = any(TRANSFORMS[name].needs_whole_moments for name in transforms)
-
-    def block_size_of(group: InputGroup) -> int:
-        geometry = choose_geometry(group.owner, group.features, 1, block_size, Rotation.NONE)
-        return geometry.block_size
-
-    def new_statistics(group: InputGroup) -> AnalysisStatistics:
-        known = group.features if needs_whole_moments else block_size_of(group)
-        return AnalysisStatistics(group.features, known, _SAMPLE_SIZE)
-
-    calibration = calibrate(model, linears, batches, new_statistics, workspace)
-    rows = workspace.load_rows() if workspace is not None else {}
-    for group in tqdm.tqdm(calibration.pending_groups(), desc="Measuring"):
-        statistics = calibration.take(group)
-        if group.owner in rows or not statistics.sample.count:
-            continue
-        results = measure_group(group, statistics, block_size_of(group), schemes, transforms)
-        rows[group.owner] = results = [asdict(result) for result in results]
-        if workspace is not None:
-            workspace.add_rows(group.owner, results)
-
-    frame = pd.DataFrame([row for results in rows.values() for row in results])
-    seen = set(frame["layer"]) if len(frame) else set()
-    if unseen := [name for name in linears if name not in seen]:
-        raise UnseenLinears(unseen, frame if len(frame) else None)
-    position = {name: index for index, name in enumerate(linears)}
-    return frame.sort_values("layer", key=lambda names: names.map(position), kind="stable")
+    matches = match_named_modules(model, targets, ignore)
+    linears = {name: module for name, module in matches if isinstance(module, Linear)}
+    if not linears:
+        raise ValueError(
+            f"The model has no torch.nn.Linear for targets {targets} and ignore {ignore}: "
+            "check the names with `model.named_modules()`"
+        )
+    return linears
 
 
-def _check_groups(linears: dict[str, Linear], schemes: Sequence[Scheme]):
-    """Before the pass over the data: whether groups of channels divide all inputs"""
-    for scheme in schemes:
-        for args in (scheme.weights, scheme.activations):
-            size = args and args.group_size
-            for name, linear in linears.items():
-                if size and linear.in_features % size:
-                    raise ValueError(
-                        f"Groups of {size} channels (scheme {scheme.name}) do not divide the "
-                        f"{linear.in_features} inputs of {name}: choose another size, or add "
-                        "the Linear to `ignore`"
-                    )
+def parse_names(schemes: Iterable[str], transforms: Iterable[str]) -> list[Scheme]:
+    """Refuse unknown schemes and transforms; return the schemes"""
+    if unknown := [name for name in transforms if name not in TRANSFORMS]:
+        raise ValueError(
+            f"Unknown transform {unknown[0]!r}: it should be one of {', '.join(TRANSFORMS)}"
+        )
+    return [Scheme.parse(name) for name in schemes]
+
+
+def call(model: Module, batch: Batch, hooks: Mapping[Module, Callable]) -> Any:
+    """Call a model with a batch, on any device, while modules have these forward hooks"""
+    device = get_execution_device(model)
+    handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
+    try:
+        if torch.is_tensor(batch):
+            return model(batch.to(device))
+        tensors = {k: v.to(device) for k, v in batch.items() if torch.is_tensor(v)}
+        return model(**batch | tensors)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def without_predictions(model: Module, ids: Tensor) -> Batch:
+    """Make a batch that asks a causal language model for no logits, if it can do without"""
+    batch = {"input_ids": ids, "use_cache": False}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        batch["logits_to_keep"] = 1
+    return batch

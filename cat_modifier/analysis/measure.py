@@ -1,224 +1,142 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the statistics of an input to the SQNR of the Linears that read it"""
+"""From the statistics of an input to the SQNR of the Linears that read it."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache, partial
+from typing import Any
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
+from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.utils import align_module_device, get_execution_device
 from torch import Tensor
 
 from cat_modifier.analysis.schemes import Scheme
-from cat_modifier.analysis.statistics import AnalysisStatistics
-from cat_modifier.analysis.transforms import TRANSFORMS, GroupData
-from cat_modifier.calibration.groups import InputGroup
-from cat_modifier.mathematics.sqnr import (
-    achievable_alignment,
-    alignment,
-    concentration,
-    energy,
-    measured_sqnr,
-    predicted_sqnr,
-    to_db,
-)
-from cat_modifier.mathematics.transform import matrix_power, transformed_energy
+from cat_modifier.analysis.transforms import TRANSFORMS, AnalysisStatistics, AnalyzedInput
+from cat_modifier.calibration.shared_inputs import SharedInput
+from cat_modifier.functional import sqnr
+from cat_modifier.functional.alignment import matrix_power, transformed_energy
 
-__all__ = ["LayerResult", "measure_group"]
-
-
-@dataclass(frozen=True)
-class LayerResult:
-    """
-    One Linear under one transform and one scheme. Ratios of energies are in dB, as
-    ``10 log10``: all names that end in `_db`. They are defined in
-    :mod:`cat_modifier.mathematics.sqnr`.
-
-    :param layer: full name of the Linear
-    :param input: name of the first Linear which reads the same input
-    :param in_features: d
-    :param out_features: rows of the weight
-    :param transform: name in ``TRANSFORMS``
-    :param scheme: as `W4A4`
-    :param block_size: k of the transform's blocks
-    :param weight_concentration_db: C(W), of the transformed weight
-    :param activation_concentration_db: C(x), of the transformed input
-    :param alignment_db: A(x, W)
-    :param achievable_block_db: best alignment of this Linear over transforms with blocks of
-        the analysis' size, if the Linear had its input for itself
-    :param achievable_full_db: the same over all transforms; nan unless the analysis has a
-        transform of whole inputs
-    :param predicted_weights_db: SQNR by lemma 2.3, only weights being quantized
-    :param predicted_activations_db: SQNR by lemma 2.2, only activations
-    :param predicted_db: SQNR by theorem 2.4, both
-    :param measured_weights_db: SQNR with weights quantized to the nearest integers in
-        the range of each channel
-    :param measured_activations_db: the same with activations, in the range of each token
-    :param measured_db: both
-    :param tokens: which were seen
-    :param largest_token: energy of the largest token over that of the mean one, a ratio.
-        If it is large, the prediction speaks of a few tokens, whose noise is not uniform
-    """
-
-    layer: str
-    input: str
-    in_features: int
-    out_features: int
-    transform: str
-    scheme: str
-    block_size: int
-    weight_concentration_db: float
-    activation_concentration_db: float
-    alignment_db: float
-    achievable_block_db: float
-    achievable_full_db: float
-    predicted_weights_db: float
-    predicted_activations_db: float
-    predicted_db: float
-    measured_weights_db: float
-    measured_activations_db: float
-    measured_db: float
-    tokens: int
-    largest_token: float
+__all__ = ["measure_input"]
 
 
 @torch.no_grad()
-def measure_group(
-    group: InputGroup,
+def measure_input(
+    shared: SharedInput,
     statistics: AnalysisStatistics,
     block_size: int,
     schemes: Sequence[Scheme],
     transforms: Sequence[str],
-) -> Iterator[LayerResult]:
+) -> Iterator[dict[str, Any]]:
     """
-    :param group: the Linears
-    :param statistics: of their input
+    Predict and measure the SQNR of each Linear that reads an input.
+
+    A row has the columns `layer`, the full name of the Linear; `input`, the name of the
+    first Linear with this input; `in_features`, `out_features`, `transform`, `scheme`;
+    `block_size`, k of the transform; and in dB, see :mod:`cat_modifier.functional.sqnr`:
+
+    - `weight_concentration_db`, `activation_concentration_db`: C(W) and C(x), transformed
+    - `alignment_db`: A(x, W)
+    - `achievable_block_db`: best alignment over all transforms with blocks of k, if the
+      Linear had its input for itself; `achievable_full_db`: over all transforms, or nan
+      unless all of Sx is known
+    - `predicted_weights_db`, `predicted_activations_db`, `predicted_db`: SQNR by lemma 2.3,
+      lemma 2.2 and theorem 2.4, with weights, activations or both quantized
+    - `measured_weights_db`, `measured_activations_db`, `measured_db`: measured SQNR, each
+      value rounded to the nearest integer in the range of its channel, token or group
+
+    and `tokens`, the number of tokens seen; `largest_token`, the energy of the largest over
+    the mean. If it is large, predictions speak of a few tokens, whose noise is not uniform.
+
+    :param shared: an input and the Linears that read it
+    :param statistics: statistics of the input
     :param block_size: k of CAT
-    :param schemes: to quantize with
+    :param schemes: schemes to quantize with
     :param transforms: names in ``TRANSFORMS``
     :raises ValueError: if a weight or the input is not finite
     """
-    device = get_execution_device(group.linears[group.owner])
-    weights, dtypes = {}, set()
-    for name, linear in group.linears.items():
+    device = get_execution_device(shared.linears[shared.first])
+    weights = {}
+    for name, linear in shared.linears.items():
         with align_module_device(linear):
             weights[name] = linear.weight.detach().to(device, torch.float32)
-            dtypes.add(linear.weight.dtype)
     x = statistics.sample.tokens.to(device)
     token_weights = statistics.sample.weights.to(device)
-    for what, tensor in {f"The input of {group.owner}": x, **weights}.items():
+    for name, tensor in {f"The input of {shared.first}": x, **weights}.items():
         if not torch.isfinite(tensor).all():
-            raise ValueError(f"{what} has values that are not finite")
-
-    data = GroupData(group.owner, statistics, block_size, weights)
+            raise ValueError(f"{name} has values that are not finite")
+    data = AnalyzedInput(shared, statistics, block_size, weights)
     largest = torch.linalg.vector_norm(x, dim=-1).max().item() ** 2
     mean = data.input_moments(1).sum().item()
-    common = {
-        "input": group.owner,
-        "in_features": group.features,
-        "tokens": statistics.sample.count,
-        "largest_token": largest / mean if mean else float("nan"),
-    }
     # the sample knows the ratio of the energies of output and input much better than either
-    scale = mean / (energy(x, token_weights) or float("nan"))
-    outputs = {
-        name: energy(x @ weight.T, token_weights) * scale for name, weight in weights.items()
-    }
-    best = _achievable(data, outputs)
+    scale = mean / (sqnr.energy(x, token_weights) or math.nan)
+    outputs = {n: sqnr.energy(x @ w.T, token_weights) * scale for n, w in weights.items()}
+    best_block = _achievable(data, block_size, outputs)
+    best_full = _achievable(data, shared.in_features, outputs)
     # products in the model's own dtype where that is accurate enough
-    product_dtype = torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float32
+    dtypes = {linear.weight.dtype for linear in shared.linears.values()}
+    dtype = torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float32
     for transform in transforms:
-        insertion = TRANSFORMS[transform].compute(data)
-        moments = data.input_moments(insertion.geometry.block_size)
-        input_energy = transformed_energy(insertion.blocks, moments)
-        tokens = insertion.transform_tokens(x)
+        fused = TRANSFORMS[transform].compute(data)
+        moments = data.input_moments(fused.layout.block_size)
+        input_energy = transformed_energy(fused.blocks, moments)
+        tokens = fused.transform_tokens(x)
         token_channels = token_weights.float() @ tokens.square() / token_weights.sum().float()
         for name, original in weights.items():
-            weight = insertion.transform_weight(original)
-            measured = measured_sqnr(
-                tokens,
-                weight,
-                [(scheme.weights, scheme.activations) for scheme in schemes],
-                token_weights,
-                product_dtype,
-            )
+            weight = fused.transform_weight(original)
+            pairs = [(scheme.weights, scheme.activations) for scheme in schemes]
+            measurements = sqnr.measured_sqnr(tokens, weight, pairs, token_weights, dtype)
             weight_channels = torch.linalg.vector_norm(weight, dim=0).square()
             weight_energy = weight_channels.double().sum().item()
-            aligned = alignment(outputs[name], weight_energy, input_energy)
-            # that of all schemes which differ in bits alone is the same
-            weight_concentration = cache(
-                partial(_concentration, weight, token_channels, row_weights=None)
-            )
-            token_concentration = cache(
-                partial(_concentration, tokens, weight_channels, row_weights=token_weights)
-            )
-            for scheme, measurement in zip(schemes, measured, strict=True):
+            aligned = sqnr.alignment(outputs[name], weight_energy, input_energy)
+            for scheme, measured in zip(schemes, measurements, strict=True):
                 concentrations = (
-                    weight_concentration(_layout(scheme.weights)),
-                    token_concentration(_layout(scheme.activations)),
+                    _concentration(weight, scheme.weights, token_channels),
+                    _concentration(tokens, scheme.activations, weight_channels, token_weights),
                 )
-                predicted = predicted_sqnr(*scheme.bits, *concentrations, aligned)
-                yield LayerResult(
-                    layer=name,
-                    out_features=original.shape[0],
-                    transform=transform,
-                    scheme=scheme.name,
-                    block_size=insertion.geometry.block_size,
-                    weight_concentration_db=to_db(concentrations[0]),
-                    activation_concentration_db=to_db(concentrations[1]),
-                    alignment_db=to_db(aligned),
-                    achievable_block_db=to_db(best[name][0]),
-                    achievable_full_db=to_db(best[name][1]),
-                    predicted_weights_db=to_db(predicted.weights),
-                    predicted_activations_db=to_db(predicted.activations),
-                    predicted_db=to_db(predicted.joint),
-                    measured_weights_db=to_db(measurement.weights),
-                    measured_activations_db=to_db(measurement.activations),
-                    measured_db=to_db(measurement.joint),
-                    **common,
-                )
-
-
-def _layout(args: QuantizationArgs | None) -> tuple | None:
-    """All of it but the bits, on which ranges do not depend"""
-    return args and (args.strategy, args.group_size, args.symmetric)
+                predicted = sqnr.predicted_sqnr(*scheme.bits, *concentrations, aligned)
+                yield {
+                    "layer": name,
+                    "input": shared.first,
+                    "in_features": shared.in_features,
+                    "out_features": original.shape[0],
+                    "transform": transform,
+                    "scheme": scheme.name,
+                    "block_size": fused.layout.block_size,
+                    "weight_concentration_db": sqnr.to_db(concentrations[0]),
+                    "activation_concentration_db": sqnr.to_db(concentrations[1]),
+                    "alignment_db": sqnr.to_db(aligned),
+                    "achievable_block_db": sqnr.to_db(best_block[name]),
+                    "achievable_full_db": sqnr.to_db(best_full[name]),
+                    "predicted_weights_db": sqnr.to_db(predicted.weights),
+                    "predicted_activations_db": sqnr.to_db(predicted.activations),
+                    "predicted_db": sqnr.to_db(predicted.joint),
+                    "measured_weights_db": sqnr.to_db(measured.weights),
+                    "measured_activations_db": sqnr.to_db(measured.activations),
+                    "measured_db": sqnr.to_db(measured.joint),
+                    "tokens": statistics.sample.count,
+                    "largest_token": largest / mean if mean else math.nan,
+                }
 
 
 def _concentration(
-    x: Tensor, channel_energies: Tensor, layout: tuple | None, row_weights: Tensor | None
+    x: Tensor,
+    args: QuantizationArgs | None,
+    channel_energies: Tensor,
+    row_weights: Tensor | None = None,
 ) -> float:
-    """
-    :param channel_energies: of the other factor of the product, shape (d,)
-    :return: nan if nothing is quantized
-    """
-    if layout is None:
-        return float("nan")
-    strategy, group_size, symmetric = layout
-    args = QuantizationArgs(
-        strategy=strategy,
-        group_size=group_size,
-        symmetric=symmetric,
-        dynamic=strategy == QuantizationStrategy.TOKEN,
-    )
-    shares = channel_energies.unflatten(0, (-1, group_size or x.shape[-1])).sum(-1)
-    return concentration(x, args, row_weights, shares)
+    """C(x), with the channel energies (d,) of the other factor; nan if nothing is quantized"""
+    if args is None:
+        return math.nan
+    shares = channel_energies.unflatten(0, (-1, args.group_size or x.shape[-1])).sum(-1)
+    return sqnr.concentration(x, args, row_weights, shares)
 
 
-def _achievable(data: GroupData, outputs: Mapping[str, float]) -> dict[str, list[float]]:
-    """
-    :param outputs: ``E||W x||^2`` of each Linear
-    :return: of each Linear, best alignment with blocks, and with whole inputs: nan if their
-        moments are not known
-    """
-    results: dict[str, list[float]] = {name: [] for name in outputs}
-    for size in (data.block_size, data.features):
-        is_known = size <= data.known_size
-        root = matrix_power(data.input_moments(size), 0.5) if is_known else None
-        for name, output_energy in outputs.items():
-            results[name].append(
-                achievable_alignment(output_energy, root, data.weight_moments(size)[name])
-                if is_known
-                else float("nan")
-            )
-    return results
+def _achievable(
+    data: AnalyzedInput, block_size: int, outputs: Mapping[str, float]
+) -> dict[str, float]:
+    """Best alignment of each Linear with these blocks; nan if their Sx is not known"""
+    if block_size > data.known_size:
+        return dict.fromkeys(outputs, math.nan)
+    root = matrix_power(data.input_moments(block_size), 0.5)
+    moments = data.weight_moments(block_size)
+    return {n: sqnr.achievable_alignment(e, root, moments[n]) for n, e in outputs.items()}

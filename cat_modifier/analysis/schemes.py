@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantization schemes by the names which people call them by, as W4A8"""
+"""Quantization schemes under the names people use for them, such as W4A8."""
 
 import re
 from dataclasses import dataclass
@@ -8,17 +8,17 @@ from compressed_tensors.quantization import QuantizationArgs
 
 __all__ = ["Scheme"]
 
-_NAME = re.compile(r"W(\d+)(?:G(\d+))?A(\d+)(?:G(\d+))?")
+_NAME = re.compile(r"W([2-8]|16)(?:G([1-9]\d*))?A([2-8]|16)(?:G([1-9]\d*))?")
 
 
 @dataclass(frozen=True)
 class Scheme:
     """
-    Quantization of the weights and activations of a Linear to integers.
+    Integer quantization of the weights and activations of a Linear.
 
-    :param name: for tables
-    :param weights: None if they are not quantized
-    :param activations: None if they are not quantized
+    :param name: name in tables
+    :param weights: quantization of the weights; None leaves them as they are
+    :param activations: quantization of the activations; None leaves them as they are
     """
 
     name: str
@@ -28,40 +28,44 @@ class Scheme:
     @classmethod
     def parse(cls, name: str) -> "Scheme":
         """
-        :param name: ``W4A8``: weights of 4 bits, symmetric, with a scale for each output
-            channel; activations of 8 bits, asymmetric, with a scale for each token. 16 bits
-            are not quantized. ``W4G64A4G64``: with a scale for each 64 input channels
-        :raises ValueError: if it is no such name
+        :param name: ``W4A8`` for symmetric 4-bit weights with a scale per output channel and
+            asymmetric 8-bit activations with a scale per token. ``W4G64A4G64`` for a scale
+            per 64 input channels. 16 bits are not quantized
+        :raises ValueError: if the name has another form
         """
         match = _NAME.fullmatch(name.upper())
-        bits = match and (int(match[1]), int(match[3]))
-        is_known = match is not None and all(2 <= b <= 8 or b == 16 for b in bits)
-        if not is_known or bits == (16, 16) or "0" in match.groups():
+        if match is None or match[1] == match[3] == "16":
             raise ValueError(
                 f"Unknown scheme {name!r}: it should be like W4A4, W4A8 or W4G64A4G64 (groups "
                 "of 64 channels), with 2 to 8 bits, or 16 for what is left as it is"
             )
-        weights, activations = (
-            None
-            if b == 16
-            else QuantizationArgs(
-                num_bits=b,
-                symmetric=symmetric,
-                strategy="group" if group else strategy,
-                group_size=int(group) if group else None,
-                dynamic=not symmetric,
-            )
-            for b, group, strategy, symmetric in (
-                (bits[0], match[2], "channel", True),
-                (bits[1], match[4], "token", False),
-            )
-        )
-        return cls(name.upper(), weights, activations)
+        weights = _integers(match[1], match[2], "channel")
+        return cls(name.upper(), weights, _integers(match[3], match[4], "token"))
 
     @property
     def bits(self) -> tuple[int | None, int | None]:
-        """Of weights and of activations; None if they are not quantized"""
-        return (
-            self.weights and self.weights.num_bits,
-            self.activations and self.activations.num_bits,
-        )
+        """Bits of weights and of activations; None for those that are not quantized"""
+        weights, activations = self.weights, self.activations
+        return weights and weights.num_bits, activations and activations.num_bits
+
+    def check(self, name: str, in_features: int):
+        """Refuse groups that do not divide the inputs of the Linear of this name"""
+        sizes = (args.group_size for args in (self.weights, self.activations) if args)
+        if wrong := [size for size in sizes if size and in_features % size]:
+            raise ValueError(
+                f"Groups of {wrong[0]} channels (scheme {self.name}) do not divide the "
+                f"{in_features} inputs of {name}: choose another size, or add the Linear to "
+                "`ignore`"
+            )
+
+
+def _integers(bits: str, group_size: str | None, strategy: str) -> QuantizationArgs | None:
+    if bits == "16":
+        return None
+    return QuantizationArgs(
+        num_bits=int(bits),
+        symmetric=strategy == "channel",
+        strategy="group" if group_size else strategy,
+        group_size=group_size and int(group_size),
+        dynamic=strategy == "token",
+    )

@@ -1,164 +1,136 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The transforms which the analysis compares. To add one, add it to ``TRANSFORMS``: a
-function from what is known of an input and of its readers to what is inserted between them.
+The transforms that the analysis compares.
+
+To add one, add it to ``TRANSFORMS``: a label, and a function from what is known of an input
+to the transform before the Linears that read it.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cat_modifier.analysis.statistics import AnalysisStatistics
-from cat_modifier.mathematics.geometry import choose_geometry
-from cat_modifier.mathematics.insertion import Insertion
-from cat_modifier.mathematics.transform import (
-    DEFAULT_DAMPING,
-    Rotation,
-    alignment_transform,
-    diagonal_blocks,
-    inner_blocks,
-    rotate_blocks,
-)
+from cat_modifier.calibration.collector import InputStatistics
+from cat_modifier.calibration.shared_inputs import SharedInput
+from cat_modifier.functional.alignment import DEFAULT_DAMPENING_FRAC as DAMPENING
+from cat_modifier.functional.alignment import diagonal_blocks, inner_blocks
+from cat_modifier.functional.layout import Rotation, choose_layout
+from cat_modifier.functional.transform import FusedTransform, compute_transform
 
-__all__ = ["TRANSFORMS", "GroupData", "Transform"]
+__all__ = ["TRANSFORMS", "WHOLE", "AnalysisStatistics", "AnalyzedInput"]
 
-_PRECISION = torch.bfloat16
-"""Of stored transforms, as CATModifier's default"""
+WHOLE = "cat-full"
+"""Name of the transform that needs all of Sx, not only its diagonal blocks"""
+
+_PRECISION = torch.bfloat16  # of stored transforms, CATModifier's default
+
+
+class AnalysisStatistics(InputStatistics):
+    """Second moments, a token sample and the channel maxima ``max|x_i|`` of one input"""
+
+    maxima: Tensor | None = None
+
+    def update(self, tokens: Tensor):
+        if tokens.shape[0]:
+            super().update(tokens)
+            maxima = tokens.abs().amax(0)
+            known = maxima if self.maxima is None else self.maxima.to(maxima)
+            self.maxima = maxima.maximum(known)
 
 
 @dataclass
-class GroupData:
+class AnalyzedInput:
     """
-    What is known of Linears which read the same input.
-
-    :param name: of the first of them, for messages
-    :param statistics: of the input
+    :param shared: an input and the Linears that read it
+    :param statistics: statistics of the input
     :param block_size: k of CAT
-    :param weights: of each Linear, shape (out, d), float32
+    :param weights: weights by name of the Linear, each of shape (out, d), float32
     """
 
-    name: str
+    shared: SharedInput
     statistics: AnalysisStatistics
     block_size: int
     weights: Mapping[str, Tensor]
-    _moments: dict[int, dict[str, Tensor]] = field(default_factory=dict)
-    _alignments: dict[int, Tensor] = field(default_factory=dict)
-
-    @property
-    def features(self) -> int:
-        """d, size of the input"""
-        return next(iter(self.weights.values())).shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        return next(iter(self.weights.values())).device
+    _weight_moments: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
     @property
     def known_size(self) -> int:
-        """Size of the largest blocks of Sx that are known: k, or d if all of Sx is"""
-        return self.statistics.moments.mean.shape[-1]
+        """Size of the largest known blocks of Sx: k, or d if all of Sx is known"""
+        return self.statistics.second_moments.mean.shape[-1]
 
     def input_moments(self, block_size: int) -> Tensor:
-        """
-        :param block_size: a divisor of :attr:`known_size`
-        :return: diagonal blocks of Sx, shape (d/k, k, k), float64
-        """
-        blocks = inner_blocks(self.statistics.moments.mean, block_size)
-        return blocks.to(self.device, torch.float64)
+        """Diagonal blocks of Sx, shape (d/k, k, k), float64; k divides `known_size`"""
+        blocks = inner_blocks(self.statistics.second_moments.mean, block_size)
+        return blocks.to(self.weights[self.shared.first].device, torch.float64)
 
     def weight_moments(self, block_size: int) -> dict[str, Tensor]:
-        """
-        :return: diagonal blocks of ``W^T W`` of each Linear, shape (d/k, k, k), float64
-        """
-        if block_size not in self._moments:
-            self._moments[block_size] = {
+        """Diagonal blocks of ``W^T W`` of each Linear, shape (d/k, k, k), float64"""
+        if block_size not in self._weight_moments:
+            self._weight_moments[block_size] = {
                 name: diagonal_blocks(weight, block_size).double()
                 for name, weight in self.weights.items()
             }
-        return self._moments[block_size]
-
-    def alignment_transform(self, block_size: int) -> Tensor:
-        """M, computed once for all rotations, shape (d/k, k, k), float64"""
-        if block_size not in self._alignments:
-            self._alignments[block_size] = alignment_transform(
-                self.input_moments(block_size),
-                sum(self.weight_moments(block_size).values()),
-                strength=1.0,
-                damping=DEFAULT_DAMPING,
-            )
-        return self._alignments[block_size]
+        return self._weight_moments[block_size]
 
 
 class Transform(NamedTuple):
-    """
-    :param compute: the transform of one input
-    :param needs_whole_moments: whether it needs all of Sx, and not its diagonal blocks
-    :param label: for figures
-    """
+    """A transform: its name in figures, and the function that makes it for one input"""
 
-    compute: Callable[[GroupData], Insertion]
-    needs_whole_moments: bool
     label: str
+    compute: Callable[[AnalyzedInput], FusedTransform]
 
 
-def _cat(rotation: Rotation, block_size: int | None = None, aligned: bool = True):
+def _cat(
+    rotation: Rotation, block_size: int | Literal["full"] | None = None, strength: float = 1.0
+) -> Callable[[AnalyzedInput], FusedTransform]:
     """
-    :param block_size: k; None for that of the analysis, 0 for the whole input
-    :param aligned: whether the rotation is put after the alignment transform
+    :param block_size: k; None for the analysis' own
+    :param strength: exponent of the alignment; 0 leaves the rotation alone
     """
 
-    def compute(data: GroupData) -> Insertion:
-        size = {None: data.block_size, 0: data.features}.get(block_size, block_size)
-        geometry = choose_geometry(data.name, data.features, 1, size, rotation)
-        if data.known_size % geometry.block_size:
-            # moments of blocks that are cut otherwise are not known
-            size = choose_geometry(data.name, data.known_size, 1, size, rotation).block_size
-            geometry = choose_geometry(data.name, data.features, 1, size, rotation)
-        size = geometry.block_size
-        if aligned:
-            blocks = data.alignment_transform(size)
-        else:
-            blocks = torch.eye(size, dtype=torch.float64, device=data.device)
-            blocks = blocks.expand(data.features // size, size, size)
-        moments = data.input_moments(size) if rotation is Rotation.EIGEN_HADAMARD else blocks
-        blocks = rotate_blocks(blocks, moments, rotation, geometry.inner)
-        return Insertion.from_blocks(blocks.to(_PRECISION), geometry)
+    def compute(data: AnalyzedInput) -> FusedTransform:
+        name, in_features = data.shared.first, data.shared.in_features
+        # blocks of known moments divide the known size
+        bound = block_size or data.block_size
+        bound = choose_layout(name, data.known_size, 1, bound, rotation).block_size
+        layout = choose_layout(name, in_features, 1, bound, rotation)
+        sx = data.input_moments(layout.block_size)
+        sw = sum(data.weight_moments(layout.block_size).values())
+        size = layout.stored_size
+        stored = torch.empty(
+            in_features // size, size, size, dtype=_PRECISION, device=sx.device
+        )
+        return compute_transform(sx, sw, layout, rotation, strength, DAMPENING, stored)
 
     return compute
 
 
-def _smooth_scaling(data: GroupData) -> Insertion:
+def _smooth_scaling(data: AnalyzedInput) -> FusedTransform:
     """
-    ``x_i / s_i`` with ``s_i = sqrt(max|x_i| / max|w_i|)`` (SmoothQuant, arXiv 2211.10438,
-    equation 4 with its default strength 0.5)
+    Scale each channel by ``1 / s_i`` with ``s_i = sqrt(max|x_i| / max|w_i|)`` (SmoothQuant,
+    arXiv 2211.10438, equation 4 with its default strength 0.5).
     """
-    inputs = data.statistics.maxima.to(data.device, torch.float64)
     weights = torch.stack([w.abs().amax(0) for w in data.weights.values()]).amax(0).double()
-    # channels which are always zero on either side have nothing to be scaled for
+    inputs = data.statistics.maxima.to(weights)
+    # a channel that is always zero on either side needs no scale
     floor = torch.finfo(torch.float32).tiny
     alive = (inputs > floor) & (weights > floor)
     scales = torch.where(alive, (inputs / weights.clamp_min(floor)).sqrt(), 1.0)
-    geometry = choose_geometry(data.name, data.features, 1, 1, Rotation.NONE)
-    return Insertion.from_blocks((1 / scales)[:, None, None].to(_PRECISION), geometry)
+    layout = choose_layout(data.shared.first, data.shared.in_features, 1, 1, Rotation.NONE)
+    return FusedTransform.from_blocks((1 / scales)[:, None, None].to(_PRECISION), layout)
 
 
-TRANSFORMS: dict[str, Transform] = {
-    "none": Transform(_cat(Rotation.NONE, 1, aligned=False), False, "no transform"),
-    "scaling": Transform(_smooth_scaling, False, "SmoothQuant scaling"),
-    "hadamard": Transform(_cat(Rotation.HADAMARD, 1, aligned=False), False, "Hadamard"),
-    "block-hadamard": Transform(
-        _cat(Rotation.BLOCK_HADAMARD, aligned=False), False, "block Hadamard"
-    ),
-    "cat-scaling": Transform(_cat(Rotation.HADAMARD, 1), False, "CAT, k = 1"),
-    "cat": Transform(_cat(Rotation.HADAMARD), False, "CAT"),
-    "cat-block-hadamard": Transform(
-        _cat(Rotation.BLOCK_HADAMARD), False, "CAT, block Hadamard"
-    ),
-    "cat-eigen-hadamard": Transform(
-        _cat(Rotation.EIGEN_HADAMARD), False, "CAT, eigen Hadamard"
-    ),
-    "cat-full": Transform(_cat(Rotation.HADAMARD, 0), True, "CAT, full"),
+TRANSFORMS = {
+    "none": Transform("no transform", _cat(Rotation.NONE, 1, 0.0)),
+    "scaling": Transform("SmoothQuant scaling", _smooth_scaling),
+    "hadamard": Transform("Hadamard", _cat(Rotation.HADAMARD, 1, 0.0)),
+    "block-hadamard": Transform("block Hadamard", _cat(Rotation.BLOCK_HADAMARD, None, 0.0)),
+    "cat-scaling": Transform("CAT, k = 1", _cat(Rotation.HADAMARD, 1)),
+    "cat": Transform("CAT", _cat(Rotation.HADAMARD)),
+    "cat-block-hadamard": Transform("CAT, block Hadamard", _cat(Rotation.BLOCK_HADAMARD)),
+    "cat-eigen-hadamard": Transform("CAT, eigen Hadamard", _cat(Rotation.EIGEN_HADAMARD)),
+    WHOLE: Transform("CAT, full", _cat(Rotation.HADAMARD, "full")),
 }

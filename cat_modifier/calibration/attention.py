@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Which Linear makes the values that attention mixes, found by observing the forward pass.
+Value projections of attention, found by observing the forward pass.
 
 Attention gives to each token a mean of the values of others, head by head. A matrix that
-multiplies the values of a head therefore multiplies its outputs, whatever the scores: a
-transform in front of the output projection can go into the rows of the Linear that makes
-the values (and into its bias), and costs nothing at run time. Not all attention is so: gates
-on the output, or norms on the values, do not commute with a matrix. So nothing is concluded
-from names: what each Linear makes is multiplied, and the inputs of the others are looked at.
+multiplies the values of a head therefore multiplies its outputs, whatever the scores are: a
+transform before o_proj can be fused into the rows of v_proj (and its bias), and costs
+nothing online. Not all attention is so: gates on the output, or norms on the values, do not
+commute with a matrix. So nothing is concluded from names. The output of each Linear is
+multiplied by a matrix per head, and the inputs of the others are compared.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -23,28 +23,29 @@ from torch import Tensor
 from torch.nn import Linear, Module
 from transformers import Cache
 
-from cat_modifier.mathematics.transform import apply_blocks
+from cat_modifier.functional.transform import apply_blocks
 
-__all__ = ["ValueHeads", "find_value_heads"]
+__all__ = ["ValueProjection", "find_value_projections"]
 
 _TOLERANCE = 0.02
-"""Relative error, mean over tokens: above what 16 bits lose"""
+"""Bound of the relative error, mean over tokens: above the rounding of 16 bits"""
 
 _TOLERANCE_OF_ALL = 0.2
-"""The same at the end of the model"""
+"""The same for the last input of the model"""
 
 _TOKENS = 1024
-"""Which are looked at"""
+"""Number of tokens to compare"""
 
 
 @dataclass(frozen=True)
-class ValueHeads:
+class ValueProjection:
     """
-    Where the input of an output projection comes from.
+    The Linear that makes the values before an output projection.
 
-    :param linear: full name of the Linear that makes the values
+    :param linear: its full name
     :param head_dim: channels of a head
-    :param repeats: neighbouring heads of the attention output that share a head of values
+    :param repeats: number of neighbouring heads of the attention output that share one
+        value head
     """
 
     linear: str
@@ -52,19 +53,21 @@ class ValueHeads:
     repeats: int
 
 
-def find_value_heads(
+def find_value_projections(
     model: Module, linears: Mapping[str, Linear], run: Callable[[], None]
-) -> dict[str, ValueHeads]:
+) -> dict[str, ValueProjection]:
     """
-    :param linears: which may be changed, by full name
-    :param run: passes some data through the model. Modules that have a `head_dim`, as those
-        of Transformers which compute attention, are run again on what they get
-    :return: by the name of the output projection; those for which it was seen to be so
+    Find the value projection of each output projection.
+
+    :param linears: Linears that may be changed, by full name
+    :param run: passes some data through the model. Modules with a `head_dim`, as
+        Transformers' attention has it, run again on the same inputs
+    :return: value projections by the name of the output projection, where one was found
     """
     siblings: dict[str, dict[str, Linear]] = {}
     for name, linear in linears.items():
         siblings.setdefault(name.rpartition(".")[0], {})[name] = linear
-    found: dict[str, ValueHeads] = {}
+    found: dict[str, ValueProjection] = {}
     hooks = {}
     for name, members in siblings.items():
         module = model.get_submodule(name)
@@ -77,17 +80,17 @@ def find_value_heads(
             run()
     if found and not _is_all_there_is(linears, found, run):
         logger.warning(
-            "The values of attention are read by more than its output projections, as where "
-            "layers share them: no transform is folded into them"
+            "Some values of attention are read by more than its output projections, for "
+            "example where layers share them: no transform is fused into v_proj"
         )
         return {}
     return found
 
 
 def _is_all_there_is(
-    linears: Mapping[str, Linear], found: Mapping[str, ValueHeads], run: Callable[[], None]
+    linears: Mapping[str, Linear], found: Mapping[str, ValueProjection], run: Callable[[], None]
 ) -> bool:
-    """Whether the model computes the same if all values are multiplied, and divided again"""
+    """Whether scaling v_proj and undoing it before o_proj leaves the model unchanged"""
     if len({heads.linear for heads in found.values()}) < len(found):
         return False
 
@@ -114,8 +117,9 @@ def _is_all_there_is(
 
 def _matrices(linear: Linear, head_dim: int) -> Tensor:
     """
-    For each head of the output one of its own, shape (heads, head_dim, head_dim). No
-    rotations: norms without weights would commute with them.
+    Make one matrix per head of a Linear's output, shape (heads, head_dim, head_dim).
+
+    They are no rotations: norms without weights would commute with those.
     """
     shape = (linear.out_features // head_dim, head_dim, head_dim)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -136,18 +140,19 @@ def _some_tokens(x: Tensor) -> Tensor:
 
 
 def _error(x: Tensor, expected: Tensor) -> float:
-    """Relative, mean over tokens"""
+    """Relative error, mean over tokens"""
     size = expected.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
     return ((x - expected).norm(dim=-1) / size).mean().item()
 
 
 class _Probe:
     """
-    Forward hook of an attention module: multiplies what each Linear makes by a matrix for
-    each head, and looks for another one whose input is multiplied so.
+    Forward hook of an attention module. It multiplies each Linear's output by a matrix per
+    head, and looks for another Linear whose input is multiplied the same way.
 
-    :param linears: of the module, by full name
-    :param found: to add to
+    :param linears: Linears of the module, by full name
+    :param head_dim: channels of a head
+    :param found: receives the value projections, by the name of the output projection
     """
 
     def __init__(self, linears: Mapping[str, Linear], head_dim: int, found: dict):
@@ -158,7 +163,7 @@ class _Probe:
         if self.is_done:
             return
         self.is_done = True
-        # what it adds to a cache would be seen when it is run again
+        # a cache would be filled twice when the module runs again
         kwargs = {k: None if isinstance(v, Cache) else v for k, v in kwargs.items()}
         run = partial(module, *args, **kwargs)
         before = self._inputs(run)
@@ -173,7 +178,7 @@ class _Probe:
                     continue
                 expected = apply_blocks(before[name], matrices.repeat_interleave(repeats, 0))
                 if _error(after[name], expected) < _TOLERANCE:
-                    self.found[name] = ValueHeads(value, self.head_dim, repeats)
+                    self.found[name] = ValueProjection(value, self.head_dim, repeats)
 
     def _inputs(
         self,
@@ -183,7 +188,7 @@ class _Probe:
     ) -> dict[str, Tensor]:
         """
         :param value: Linear whose output is multiplied by the matrices; None for none
-        :return: some of what each Linear reads, float32
+        :return: some tokens of each Linear's input, float32, by full name
         """
         seen: dict[str, Tensor] = {}
 
@@ -202,7 +207,7 @@ class _Probe:
 
 @contextmanager
 def _hooks() -> Iterator[list]:
-    """Handles of hooks, which are removed at the end"""
+    """Collect handles of hooks, and remove the hooks at the end"""
     handles: list = []
     try:
         yield handles

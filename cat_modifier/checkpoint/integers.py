@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which integer schemes can be served with few-bit activations"""
+"""Integer schemes: which are served with few-bit activations, and which can be clipped."""
 
 from compressed_tensors.quantization import (
     QuantizationArgs,
@@ -7,7 +7,7 @@ from compressed_tensors.quantization import (
     QuantizationType,
 )
 
-__all__ = ["INT8_PRODUCT_RULE", "is_integer", "suits_int8_product"]
+__all__ = ["INT8_PRODUCT_RULE", "is_integer", "suits_clipping", "suits_int8_product"]
 
 INT8_PRODUCT_RULE = (
     "integers of fewer than 8 bits are served with symmetric weights of strategy `channel` "
@@ -28,9 +28,12 @@ def suits_int8_product(
     weights: QuantizationArgs | None, inputs: QuantizationArgs | None
 ) -> bool:
     """
-    Whether a Linear can be computed by one int8 matrix product: the scales of weights and
-    of activations are then factors of the result.
+    Whether a Linear can be computed by one int8 matrix product.
+
+    The scales of weights and of activations are then factors of the result.
     """
+    if weights is None or inputs is None:
+        return False
     return (
         is_integer(weights, inputs)
         and max(weights.num_bits, inputs.num_bits) <= 8
@@ -39,4 +42,15 @@ def suits_int8_product(
         and not weights.dynamic
         and inputs.strategy == QuantizationStrategy.TOKEN
         and inputs.dynamic is True
+    )
+
+
+def suits_clipping(inputs: QuantizationArgs | None) -> bool:
+    """Whether activations are asymmetric integers with a dynamic scale per token"""
+    return (
+        inputs is not None
+        and inputs.type == QuantizationType.INT
+        and inputs.strategy == QuantizationStrategy.TOKEN
+        and inputs.dynamic is True
+        and not inputs.symmetric
     )

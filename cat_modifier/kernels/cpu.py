@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-On CPUs: matrix products by oneDNN, and all that is left fused by PyTorch's compiler.
+Kernels for CPUs: oneDNN multiplies matrices, PyTorch's compiler fuses the rest.
 
-A single token is latency, not work: one kernel on one thread then does everything.
+A single token is bound by latency: one compiled kernel on one thread computes everything.
 """
 
 from collections.abc import Callable
@@ -12,53 +12,62 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from cat_modifier.kernels import plain
+from cat_modifier.kernels import reference
 
 __all__ = ["quantize", "transform", "transform_quantize"]
 
 _WORK_OF_ONE_THREAD = 2**22
-"""Multiply-adds, some 50 microseconds of them, for which others are not woken"""
+"""Multiply-adds, some 50 microseconds, below which waking other threads costs more"""
 
 _OPERATIONS = 32
-"""Of the quantization of a number"""
+"""Operations to quantize one number"""
 
 _CHUNK = 2**21
-"""Numbers of a chunk of tokens: what is between its products stays in the cache"""
+"""Numbers of a chunk of tokens, whose intermediate results stay in the cache"""
 
 
-def transform(x: Tensor, blocks: Tensor | None, hadamard: Tensor | None, stride: int) -> Tensor:
+def transform(
+    x: Tensor, blocks: Tensor | None, hadamard: Tensor | None, interleave: int
+) -> Tensor:
     """
-    :param x: shape (tokens, d), dtype of all others
-    :param blocks: see :func:`cat_modifier.kernels.plain.transform`, as for the others
+    Multiply tokens by the blocks, then by the Hadamard matrix.
+
+    :param x: shape (tokens, d)
+    :param blocks: T, shape (d/k, k, k), dtype of x; None for none
+    :param hadamard: shape (p, p), dtype of x; None for none
+    :param interleave: q, distance of the channels that ``hadamard`` multiplies
     :return: shape (tokens, d)
     """
-    return _transform(x, blocks, hadamard, stride).reshape(x.shape)
+    return _transform(x, blocks, hadamard, interleave).reshape(x.shape)
 
 
 def transform_quantize(
     x: Tensor,
     blocks: Tensor | None,
     hadamard: Tensor | None,
-    stride: int,
+    interleave: int,
     num_bits: int,
     symmetric: bool,
     clip_ratio: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """
-    :param x: shape (tokens, d), dtype of all others
-    :return: see :func:`cat_modifier.kernels.plain.quantize_per_token`
+    Transform as :func:`transform`, then quantize as :func:`quantize`.
+
+    :return: see :func:`cat_modifier.kernels.reference.quantize_per_token`
     """
     if x.shape[0] == 1:
         work = 0 if blocks is None else blocks.numel()
         work += 0 if hadamard is None else x.numel() * hadamard.shape[0]
         is_parallel = work > _WORK_OF_ONE_THREAD
         shapes = tuple(None if m is None else m.shape for m in (x, blocks, hadamard))
-        kind = (shapes, stride, num_bits, symmetric, clip_ratio is None)
+        kind = (shapes, interleave, num_bits, symmetric, clip_ratio is None)
         function = _compiled(_transform_quantize_one, is_parallel, kind)
-        return function(x, blocks, hadamard, stride, num_bits, symmetric, clip_ratio)
-    # of nearly the same size: one left over of a single token would be compiled anew
+        return function(x, blocks, hadamard, interleave, num_bits, symmetric, clip_ratio)
+    # chunks of nearly equal size: a last one with a single token would compile again
     chunks = [
-        quantize(_transform(chunk, blocks, hadamard, stride), num_bits, symmetric, clip_ratio)
+        quantize(
+            _transform(chunk, blocks, hadamard, interleave), num_bits, symmetric, clip_ratio
+        )
         for chunk in x.tensor_split(max(1, ceil(x.numel() / _CHUNK)))
     ]
     if len(chunks) == 1:
@@ -72,8 +81,10 @@ def quantize(
     x: Tensor, num_bits: int, symmetric: bool, clip_ratio: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """
+    Quantize with one dynamic scale per token.
+
     :param x: shape (tokens, d), or (tokens, ...) in any layout
-    :return: see :func:`cat_modifier.kernels.plain.quantize_per_token`; codes have shape
+    :return: see :func:`cat_modifier.kernels.reference.quantize_per_token`; q has shape
         (tokens, d)
     """
     function = _compiled(_quantize, _OPERATIONS * x.numel() > _WORK_OF_ONE_THREAD)
@@ -83,54 +94,55 @@ def quantize(
 def _quantize(
     x: Tensor, num_bits: int, symmetric: bool, clip_ratio: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    codes, scales, zero_points = plain.quantize_per_token(x, num_bits, symmetric, clip_ratio)
-    return codes.flatten(1), scales, zero_points
+    q, scales, zero_points = reference.quantize_per_token(x, num_bits, symmetric, clip_ratio)
+    return q.flatten(1), scales, zero_points
 
 
 def _transform(
-    x: Tensor, blocks: Tensor | None, hadamard: Tensor | None, stride: int
+    x: Tensor, blocks: Tensor | None, hadamard: Tensor | None, interleave: int
 ) -> Tensor:
     """
-    :return: shape (tokens, d/q, q), in the layout which the products leave behind
+    :return: shape (tokens, d/q, q), in the memory layout that the products leave behind
     """
-    tokens, features = x.shape
-    size = stride if blocks is None else blocks.shape[-1]
-    count = features // size
+    tokens, in_features = x.shape
+    size = interleave if blocks is None else blocks.shape[-1]
+    count = in_features // size
     z = x.view(tokens, count, size).transpose(0, 1)
     if blocks is not None:
         z = torch.bmm(z, blocks.mT)
     if hadamard is None:
         return z.transpose(0, 1)
-    # one product for all tokens, instead of one for each
-    spans = x.shape[1] // (hadamard.shape[0] * stride)
-    z = z.view(count, tokens, size // stride, stride).transpose(1, 2)
-    z = hadamard @ z.reshape(spans, hadamard.shape[0], tokens * stride)
-    return z.view(x.shape[1] // stride, tokens, stride).transpose(0, 1)
+    # one product for all tokens, instead of one product per token
+    order = hadamard.shape[0]
+    spans = in_features // (order * interleave)
+    z = z.view(count, tokens, size // interleave, interleave).transpose(1, 2)
+    z = hadamard @ z.reshape(spans, order, tokens * interleave)
+    return z.view(in_features // interleave, tokens, interleave).transpose(0, 1)
 
 
 def _transform_quantize_one(
     x: Tensor,
     blocks: Tensor | None,
     hadamard: Tensor | None,
-    stride: int,
+    interleave: int,
     num_bits: int,
     symmetric: bool,
     clip_ratio: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """For one token; sums, which the compiler turns into loops, instead of products"""
+    """Transform and quantize one token. The compiler turns these sums into loops"""
     z = x.float()
     if blocks is not None:
         z = (blocks.float() * z.view(blocks.shape[0], 1, -1)).sum(-1)
     if hadamard is not None:
-        spans = z.view(-1, 1, hadamard.shape[0], stride)
+        spans = z.view(-1, 1, hadamard.shape[0], interleave)
         z = (hadamard.float()[:, :, None] * spans).sum(2)
-    return plain.quantize_per_token(z.reshape(1, -1), num_bits, symmetric, clip_ratio)
+    return reference.quantize_per_token(z.reshape(1, -1), num_bits, symmetric, clip_ratio)
 
 
 @cache
 def _compiled(function: Callable, is_parallel: bool, kind: tuple | None = None) -> Callable:
     """
-    :param kind: of inputs whose sizes are all known, for which loops are faster; None for any
+    :param kind: all sizes of the inputs, for faster loops; None to compile for any size
     """
     options = {"cpp.dynamic_threads": True} if is_parallel else {"cpp.threads": 1}
     return torch.compile(
@@ -138,7 +150,7 @@ def _compiled(function: Callable, is_parallel: bool, kind: tuple | None = None) 
         fullgraph=True,
         dynamic=kind is None,
         options=options,
-        # a process may serve layers of many kinds
+        # one process may serve layers of many kinds
         recompile_limit=64,
         isolate_recompiles=True,
     )

@@ -1,82 +1,82 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The kernels as operators of PyTorch, which its compiler and CUDA graphs can hold:
-``torch.ops.cat_modifier.transform``, ``.transform_quantize`` and ``.quantize``; and on GPUs
-``.transform_pack``, see gpu_packed.py.
+The kernels as PyTorch operators, which its compiler and CUDA graphs can hold:
+``torch.ops.cat_modifier.transform``, ``.transform_quantize`` and ``.quantize``.
 """
 
-from dataclasses import dataclass
 from functools import partial
 from math import log2, sqrt
 
 import torch
 from torch import Tensor
+from torch.nn import Module, Parameter
 
+from cat_modifier.functional.clipping import clip_tokens
 from cat_modifier.kernels import cpu
-from cat_modifier.mathematics.clipping import clip_tokens
 
-__all__ = ["PreparedTransform", "quantize", "warm_up"]
+__all__ = ["OnlineTransform", "quantize", "warm_up"]
 
 
-@dataclass(frozen=True)
-class PreparedTransform:
+class OnlineTransform(Module):
     """
-    A transform, prepared for inputs of one dtype.
+    The transform of one input: blocks, then the Hadamard matrix, then clipping.
 
-    :param blocks: T, shape (d/k, k, k); None if there are none
-    :param hadamard: entries +-2^-e, which every dtype holds exactly, shape (p, p); None if
-        there is none
-    :param stride: q, distance of the channels which it multiplies
-    :param gain: what is missing to an orthogonal matrix, between 1/sqrt(2) and sqrt(2)
-    :param clip_ratio: of the range to that of the values, shape (), float32; None for 1
-    :param dtype: in which all is computed
+    All its tensors are parameters or buffers, for vLLM to offload, reload and put to sleep.
+
+    :param blocks: T as stored, shape (d/k, k, k); None for none
+    :param hadamard: orthogonal matrix, shape (p, p); None for none
+    :param interleave: q, distance of the channels that ``hadamard`` multiplies
+    :param dtype: dtype of the input
+    :param clip_ratio: range to which tokens are clipped, relative to the range of their
+        values and zero; 1 does not clip
+
+    Attributes:
+        weight: parameter, T, shape (d/k, k, k), dtype :attr:`dtype`; None for none
+        hadamard: buffer, ``hadamard / norm_scale``, shape (p, p), dtype :attr:`dtype`; its
+            entries are +-2^-e, which every dtype holds exactly; None for none
+        clip_ratio: buffer, shape (), float32; None for 1
+        norm_scale: factor between 1/sqrt(2) and sqrt(2) that the buffer leaves out
+        dtype: dtype to compute in, see :func:`_compute_dtype`
     """
 
-    blocks: Tensor | None
-    hadamard: Tensor | None
-    stride: int
-    gain: float
-    clip_ratio: Tensor | None
-    dtype: torch.dtype
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         blocks: Tensor | None,
         hadamard: Tensor | None,
-        stride: int,
+        interleave: int,
         dtype: torch.dtype,
-        clip_ratio: Tensor | None = None,
-    ) -> "PreparedTransform":
-        """
-        :param blocks: as stored
-        :param hadamard: orthogonal, shape (p, p); None if there is none
-        :param dtype: of inputs. The transform is computed in it if it holds the stored
-            blocks, down to 2^-24, and in float32 if not
-        """
+        clip_ratio: float = 1.0,
+    ):
+        super().__init__()
+        self.interleave = interleave
+        self.dtype = dtype if blocks is None else _compute_dtype(blocks.dtype, dtype)
+        self.weight = None
         if blocks is not None:
-            rounded = blocks.to(dtype).to(blocks.dtype)
-            # float16 has no smaller numbers; next to others in a row they count for nothing
-            is_exact = torch.allclose(rounded, blocks, rtol=0, atol=2**-24)
-            dtype = dtype if is_exact else torch.float32
-            blocks = blocks.to(dtype).contiguous()
-        gain = 1.0
+            data = blocks.to(self.dtype).contiguous()
+            self.weight = Parameter(data, requires_grad=False)
+        self.norm_scale, clip = 1.0, None
         if hadamard is not None:
             root = sqrt(hadamard.shape[0])
-            gain = 2 ** round(log2(root)) / root
-            hadamard = (hadamard / gain).to(dtype)
-        return cls(blocks, hadamard, stride, gain, clip_ratio, dtype)
+            self.norm_scale = 2 ** round(log2(root)) / root
+            hadamard = (hadamard / self.norm_scale).to(self.dtype)
+        if clip_ratio < 1:
+            clip = torch.tensor(clip_ratio, dtype=torch.float32)
+        # not persistent: no checkpoint holds them, and vLLM's weight reload keeps them
+        self.register_buffer("hadamard", hadamard, persistent=False)
+        self.register_buffer("clip_ratio", clip, persistent=False)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """
-        :param x: shape (..., d)
+        :param x: shape (..., d), floating point
         :return: shape and dtype of x
         """
         out = x.reshape(-1, x.shape[-1]).to(self.dtype)
-        if self.blocks is not None or self.hadamard is not None:
-            out = torch.ops.cat_modifier.transform(out, self.blocks, self.hadamard, self.stride)
-        if self.gain != 1:
-            out = out * self.gain
+        if self.weight is not None or self.hadamard is not None:
+            out = torch.ops.cat_modifier.transform(
+                out, self.weight, self.hadamard, self.interleave
+            )
+        if self.norm_scale != 1:
+            out = out * self.norm_scale
         if self.clip_ratio is not None:
             out = clip_tokens(out.float(), self.clip_ratio)
         return out.to(x.dtype).reshape(x.shape)
@@ -87,61 +87,70 @@ class PreparedTransform:
         """
         Transform, then quantize.
 
-        :param x: shape (tokens, d)
+        :param x: shape (tokens, d), floating point
         :return: see :func:`quantize`
         """
-        codes, scales, zero_points = torch.ops.cat_modifier.transform_quantize(
+        q, scales, zero_points = torch.ops.cat_modifier.transform_quantize(
             x.to(self.dtype),
-            self.blocks,
+            self.weight,
             self.hadamard,
-            self.stride,
+            self.interleave,
             num_bits,
             symmetric,
             self.clip_ratio,
         )
-        if self.gain != 1:
-            scales = scales * self.gain
-        return codes, scales, None if symmetric else zero_points
+        if self.norm_scale != 1:
+            scales = scales * self.norm_scale
+        return q, scales, None if symmetric else zero_points
+
+
+def _compute_dtype(stored: torch.dtype, inputs: torch.dtype) -> torch.dtype:
+    """Choose the dtype of the inputs if it holds the stored blocks, else float32"""
+    # all but bfloat16's extremes: smaller numbers than 2^-24 vanish beside others in a row
+    if (stored, inputs) == (torch.bfloat16, torch.float16):
+        return inputs
+    return torch.promote_types(stored, inputs)
 
 
 def quantize(x: Tensor, num_bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """
-    See :func:`cat_modifier.kernels.plain.quantize_per_token`, which this computes.
+    Compute :func:`cat_modifier.kernels.reference.quantize_per_token`.
 
     :param x: shape (tokens, d), floating point
-    :return: codes, shape (tokens, d), int8; scales, shape (tokens, 1), float32; zero
-        points, shape (tokens, 1), int32, or None if symmetric
+    :param num_bits: bits of an integer, at most 8
+    :param symmetric: whether there are no zero points
+    :return: q, shape (tokens, d), int8; scales, shape (tokens, 1), float32; zero points,
+        shape (tokens, 1), int32, or None if symmetric
     """
-    codes, scales, zero_points = torch.ops.cat_modifier.quantize(x, num_bits, symmetric, None)
-    return codes, scales, None if symmetric else zero_points
+    q, scales, zero_points = torch.ops.cat_modifier.quantize(x, num_bits, symmetric, None)
+    return q, scales, None if symmetric else zero_points
 
 
 _WARM_UP_TOKENS = {"cpu": (1, 2, 256), "cuda": (1, 32, 2048)}
-"""One number for each of the ways in which kernels are launched"""
+"""One number of tokens for each way to launch the kernels"""
 
 _warm: set[tuple] = set()
-"""Inputs and transforms for which the kernels were compiled in this process"""
+"""Inputs and transforms for which this process has compiled the kernels"""
 
 
-def warm_up(x: Tensor, num_bits: int, symmetric: bool, transform: PreparedTransform | None):
+def warm_up(x: Tensor, num_bits: int, symmetric: bool, transform: OnlineTransform | None):
     """
-    Compile the kernels before requests wait for them, once for all layers that are alike.
+    Compile the kernels before requests wait for them, once for all layers of one kind.
 
     :param x: like the inputs, shape (any, d)
-    :param transform: of the input before it is quantized; None if there is none
+    :param transform: transform of the input; None to quantize it as it is
     """
-    alike = (x.shape[1], x.dtype, x.device, num_bits, symmetric)
+    kind = (x.shape[1], x.dtype, x.device, num_bits, symmetric)
     quantizer = quantize
     if transform is not None:
         quantizer = transform.quantize
-        alike += (transform.stride, transform.dtype, transform.clip_ratio is None)
-        for matrix in (transform.blocks, transform.hadamard):
-            alike += (None if matrix is None else matrix.shape,)
-    if alike in _warm:
+        kind += (transform.interleave, transform.dtype, transform.clip_ratio is None)
+        for matrix in (transform.weight, transform.hadamard):
+            kind += (None if matrix is None else matrix.shape,)
+    if kind in _warm:
         return
-    _warm.add(alike)
-    # what is compiled holds for one gradient mode and one default dtype: those of requests,
-    # and not those of loading
+    _warm.add(kind)
+    # compile under the grad mode and default dtype used at inference, not those of loading
     default_dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -152,24 +161,24 @@ def warm_up(x: Tensor, num_bits: int, symmetric: bool, transform: PreparedTransf
         torch.set_default_dtype(default_dtype)
 
 
-# operators return tensors and nothing else
+# operators return tensors only, never None
 def _with_zero_points(
-    codes: Tensor, scales: Tensor, zero_points: Tensor | None
+    q: Tensor, scales: Tensor, zero_points: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     if zero_points is None:
         zero_points = scales.new_empty((0, 1), dtype=torch.int32)
-    return codes, scales, zero_points
+    return q, scales, zero_points
 
 
 def _on_gpu(function, *args):
     # Triton may not be installed on a machine without GPUs
-    from cat_modifier.kernels import gpu
+    from cat_modifier.kernels import triton
 
-    return function(gpu, *args)
+    return function(triton, *args)
 
 
-def _transform(kernels, x, blocks, hadamard, stride):
-    return kernels.transform(x, blocks, hadamard, stride)
+def _transform(kernels, *args):
+    return kernels.transform(*args)
 
 
 def _transform_quantize(kernels, *args):
@@ -180,11 +189,11 @@ def _quantize(kernels, *args):
     return _with_zero_points(*kernels.quantize(*args))
 
 
-def _fake_transform(x, blocks, hadamard, stride):
+def _fake_transform(x, *args):
     return torch.empty_like(x)
 
 
-def _fake_codes(x, *args):
+def _fake_quantize(x, *args):
     tokens, (_, symmetric, _) = x.shape[0], args[-3:]
     return (
         x.new_empty(x.shape, dtype=torch.int8),
@@ -193,7 +202,7 @@ def _fake_codes(x, *args):
     )
 
 
-_TRANSFORM = "Tensor x, Tensor? blocks, Tensor? hadamard, int stride"
+_TRANSFORM = "Tensor x, Tensor? blocks, Tensor? hadamard, int interleave"
 _FORMAT = "int num_bits, bool symmetric, Tensor? clip_ratio"
 
 for _name, _schema, _function, _fake in (
@@ -202,13 +211,13 @@ for _name, _schema, _function, _fake in (
         "transform_quantize",
         f"({_TRANSFORM}, {_FORMAT}) -> (Tensor, Tensor, Tensor)",
         _transform_quantize,
-        _fake_codes,
+        _fake_quantize,
     ),
     (
         "quantize",
         f"(Tensor x, {_FORMAT}) -> (Tensor, Tensor, Tensor)",
         _quantize,
-        _fake_codes,
+        _fake_quantize,
     ),
 ):
     # not `torch.library.custom_op`: it would keep the compiler out of the kernels for CPUs
@@ -217,28 +226,3 @@ for _name, _schema, _function, _fake in (
     torch.library.register_fake(_name, _fake)
     torch.library.impl(_name, "CPU", partial(_function, cpu))
     torch.library.impl(_name, "CUDA", partial(_on_gpu, _function))
-
-
-def _transform_pack(x, blocks, hadamard, stride, gain, format, global_scale):
-    from cat_modifier.kernels import gpu_packed
-
-    return gpu_packed.transform_pack(x, blocks, hadamard, stride, gain, format, global_scale)
-
-
-def _fake_pack(x, blocks, hadamard, stride, gain, format, global_scale):
-    tokens, features = x.shape
-    codes = x.new_empty((tokens, features // 2), dtype=torch.uint8)
-    if format == "int4":
-        return codes, x.new_empty((tokens, 1), dtype=torch.float32)
-    group, dtype = (16, torch.float8_e4m3fn) if format == "nvfp4" else (32, torch.uint8)
-    # in tiles of 128 x 4: see gpu_packed.py
-    shape = ((tokens + 127) // 128 * 128, (features // group + 3) // 4 * 4)
-    return codes, x.new_empty(shape, dtype=dtype)
-
-
-torch.library.define(
-    "cat_modifier::transform_pack",
-    f"({_TRANSFORM}, float gain, str format, Tensor? global_scale) -> (Tensor, Tensor)",
-)
-torch.library.register_fake("cat_modifier::transform_pack", _fake_pack)
-torch.library.impl("cat_modifier::transform_pack", "CUDA", _transform_pack)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
+from cat_modifier.analysis.workspace import Workspace
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from tiny_models import int_scheme, make_loader, make_model, make_tokens
@@ -8,9 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from cat_modifier import CATModifier
 from cat_modifier.analysis import compare
-from cat_modifier.analysis.layers import UnseenLinears
-from cat_modifier.analysis.workspace import Workspace
-from cat_modifier.mathematics.sqnr import measured_sqnr, to_db
+from cat_modifier.analysis.layers import UnseenLinearsError
+from cat_modifier.functional.sqnr import measured_sqnr, to_db
 
 
 def quantize(folder, family, scheme, *modifiers):
@@ -77,7 +77,7 @@ def test_end_to_end_numbers_are_those_of_the_logits(checkpoint):
 
 
 def test_linears_which_a_transform_is_folded_into_are_left_out(checkpoint, tmp_path):
-    options = {"block_size": 16, "fold_attention": False}
+    options = {"block_size": 16, "fuse_attention": False}
     unfolded = quantize(tmp_path, "qwen2", int_scheme(4, 4), CATModifier(**options))
     names = [
         set(compare(*pair, [make_tokens(2)]).layers["layer"]) for pair in (unfolded, checkpoint)
@@ -132,7 +132,9 @@ def test_linears_that_saw_nothing_are_named_and_the_others_kept(tmp_path):
     original, quantized = quantize(tmp_path, "llama", int_scheme(4, 8))
     for model in (original, quantized):
         model.model.layers[1].mlp.forward = torch.zeros_like
-    with pytest.raises(UnseenLinears, match="3 Linears saw no tokens.*layers.1.mlp") as caught:
+    with pytest.raises(
+        UnseenLinearsError, match="3 Linears saw no tokens.*layers.1.mlp"
+    ) as caught:
         compare(original, quantized, [make_tokens(2, 32)])
     assert len(caught.value.results.layers) == 11
     assert caught.value.results.layers["measured_db"].max() < 100

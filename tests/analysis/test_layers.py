@@ -9,19 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from cat_modifier.analysis.experts import make_experts_linears
+from cat_modifier.analysis.workspace import Workspace
 from pandas.testing import assert_frame_equal
 from tiny_models import FAMILIES, make_model, make_tokens
 from torch.nn import Linear, ReLU, Sequential
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cat_modifier.analysis import TRANSFORMS, analyze
-from cat_modifier.analysis.experts import make_experts_linears
-from cat_modifier.analysis.layers import UnseenLinears
+from cat_modifier.analysis.layers import UnseenLinearsError
 from cat_modifier.analysis.schemes import Scheme
 from cat_modifier.analysis.summary import best_transform, diagnose, sentences, unpredictable
-from cat_modifier.analysis.workspace import Workspace
 from cat_modifier.calibration.texts import EMBEDDED, load_texts, windows
-from cat_modifier.mathematics.sqnr import alignment, energy, to_db
+from cat_modifier.functional.sqnr import alignment, energy, to_db
 
 ALL = list(TRANSFORMS)
 
@@ -282,7 +282,9 @@ def test_linears_that_saw_nothing_are_an_error_which_holds_the_other_results():
             return self[0](x)
 
     model = Model(Linear(24, 8), Linear(24, 8))
-    with pytest.raises(UnseenLinears, match="1 Linears saw no tokens.*: 1. Use more") as caught:
+    with pytest.raises(
+        UnseenLinearsError, match="1 Linears saw no tokens.*: 1. Use more"
+    ) as caught:
         analyze(model, [torch.randn(50, 24)], ["W4A4"], ["none"])
     assert list(caught.value.results["layer"]) == ["0"]
 
@@ -315,7 +317,7 @@ class Batches(list):
 
 measure = layers.measure_group
 def measure_group(group, *args):
-    if when == "measuring" and group.owner == "2":
+    if when == "measuring" and group.first == "2":
         os.kill(os.getpid(), signal.SIGKILL)
     return measure(group, *args)
 layers.measure_group = measure_group

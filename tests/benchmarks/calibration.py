@@ -34,7 +34,7 @@ def run(side: str, path: str, samples: int, length: int) -> dict:
 
     from cat_modifier import CATModifier
     from cat_modifier.calibration.texts import EMBEDDED, load_texts, windows
-    from cat_modifier.compress import modifier
+    from cat_modifier.modifiers.cat import base as modifier
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
     tokenizer = AutoTokenizer.from_pretrained(path)

@@ -37,19 +37,19 @@ from cat_modifier.calibration.texts import EMBEDDED, load_texts, windows  # noqa
 
 OPTIONS = {
     "no transform": None,
-    "Hadamard": {"strength": 0.0},
+    "Hadamard": {"alignment_strength": 0.0},
     "default": {},
     "block-hadamard": {"rotation": "block-hadamard"},
     "eigen-hadamard": {"rotation": "eigen-hadamard"},
-    "blocks of 1": {"block_size": 1},
-    "blocks of 64": {"block_size": 64},
-    "full blocks": {"block_size": "full"},
+    "blocks of 1": {"transform_block_size": 1},
+    "blocks of 64": {"transform_block_size": 64},
+    "full blocks": {"transform_block_size": "full"},
     "tensor parallel 2": {"tensor_parallel_size": 2},
     "tensor parallel 4": {"tensor_parallel_size": 4},
     "tensor parallel 8": {"tensor_parallel_size": 8},
-    "damping 0.0001": {"damping": 1e-4},
-    "damping 0.1": {"damping": 0.1},
-    "strength 0.75": {"strength": 0.75},
+    "dampening_frac 0.0001": {"dampening_frac": 1e-4},
+    "dampening_frac 0.1": {"dampening_frac": 0.1},
+    "strength 0.75": {"alignment_strength": 0.75},
     "float32 transforms": {"precision": "float32"},
 }
 

@@ -17,10 +17,9 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from cat_modifier.functional.hadamard import hadamard_matrix
+from cat_modifier.functional.layout import Rotation, choose_layout
 from cat_modifier.kernels import ops, plain
-from cat_modifier.mathematics.geometry import choose_geometry
-from cat_modifier.mathematics.hadamard import hadamard_matrix
-from cat_modifier.mathematics.transform import Rotation
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16
@@ -59,19 +58,19 @@ def sides(tokens: int, features: int, block_size: int) -> dict:
         ("blocks", Rotation.BLOCK_HADAMARD),
         ("blocks, Hadamard", Rotation.HADAMARD),
     ):
-        geometry = choose_geometry("x", features, 1, block_size, rotation)
-        count, size = features // geometry.stored_size, geometry.stored_size
+        layout = choose_layout("x", features, 1, block_size, rotation)
+        count, size = features // layout.stored_size, layout.stored_size
         blocks = torch.randn(count, size, size, device=DEVICE, dtype=DTYPE) / size**0.5
         hadamard = None
-        if geometry.outer > 1:
-            hadamard = hadamard_matrix(geometry.outer).to(DEVICE, torch.float32)
-        prepared = ops.PreparedTransform.of(blocks, hadamard, geometry.inner, DTYPE)
+        if layout.online_hadamard_size > 1:
+            hadamard = hadamard_matrix(layout.online_hadamard_size).to(DEVICE, torch.float32)
+        prepared = ops.PreparedTransform.of(blocks, hadamard, layout.fused_hadamard_size, DTYPE)
         unfused = None if hadamard is None else hadamard.to(DTYPE)
         result[f"fused: {name}"] = lambda p=prepared: p.quantize(x, 4, False)
         result[f"unfused: {name}"] = lambda p=prepared: ops.quantize(p(x), 4, False)
         result[f"torch.bmm, separate quantization: {name}"] = (
-            lambda b=blocks, h=unfused, g=geometry: plain.quantize_per_token(
-                plain.transform(x, b, h, g.inner), 4, False
+            lambda b=blocks, h=unfused, g=layout: plain.quantize_per_token(
+                plain.transform(x, b, h, g.fused_hadamard_size), 4, False
             )
         )
     if features <= 8192:
@@ -124,12 +123,12 @@ def main():
                     ("blocks", Rotation.BLOCK_HADAMARD),
                     ("blocks, Hadamard", Rotation.HADAMARD),
                 ):
-                    geometry = choose_geometry("x", features, 1, block_size, rotation)
+                    layout = choose_layout("x", features, 1, block_size, rotation)
                     bound = roofline(
                         tokens,
                         features,
-                        geometry.stored_size,
-                        geometry.outer,
+                        layout.stored_size,
+                        layout.online_hadamard_size,
                         bandwidth,
                         peak,
                     )

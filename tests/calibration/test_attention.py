@@ -4,7 +4,7 @@ import torch
 from tiny_models import FAMILIES, make_model, make_tokens
 from torch.nn import Linear
 
-from cat_modifier.calibration.attention import find_value_heads
+from cat_modifier.calibration.attention import find_value_projections
 
 
 def linears_of(model) -> dict[str, Linear]:
@@ -19,7 +19,7 @@ def find(model, **linears):
     def run():
         model(make_tokens(1, length=16), use_cache=False)
 
-    return find_value_heads(model, linears or linears_of(model), run)
+    return find_value_projections(model, linears or linears_of(model), run)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -72,7 +72,7 @@ def test_a_cache_does_not_get_in_the_way(tmp_path):
     def run():
         model(make_tokens(1, length=16), use_cache=True)
 
-    assert len(find_value_heads(model, linears_of(model), run)) == 2
+    assert len(find_value_projections(model, linears_of(model), run)) == 2
 
 
 def test_values_which_other_layers_read_are_left_alone(tmp_path):
@@ -90,7 +90,7 @@ def test_values_which_other_layers_read_are_left_alone(tmp_path):
     def run():
         model(make_tokens(1, length=16), use_cache=False)
 
-    assert find_value_heads(model, linears_of(model), run) == {}
+    assert find_value_projections(model, linears_of(model), run) == {}
 
 
 def test_linears_which_are_not_to_be_changed_are_not_found(tmp_path):

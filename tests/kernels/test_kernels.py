@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels against a float64 reference: those for CPUs, and Triton's in its interpreter"""
+"""The kernels against float64: those for CPUs, and Triton's in its interpreter"""
 
 import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -16,13 +15,15 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 
-from cat_modifier.kernels import cpu, gpu, ops, plain
-from cat_modifier.mathematics.hadamard import hadamard_matrix
+from cat_modifier.functional.hadamard import hadamard_matrix
+from cat_modifier.functional.transform import apply_transform
+from cat_modifier.kernels import cpu, ops, triton
+from cat_modifier.kernels.reference import quantize_per_token
 
-KERNELS = {"cpu": cpu, "gpu": gpu}
+KERNELS = {"cpu": cpu, "triton": triton}
 
 
-def inputs(tokens, count, size, outer, inner, dtype, outliers, seed=0):
+def inputs(tokens, count, size, order, interleave, dtype, outliers, seed=0):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, count * (size or 1), generator=generator)
     if outliers:
@@ -32,20 +33,20 @@ def inputs(tokens, count, size, outer, inner, dtype, outliers, seed=0):
     if size is not None:
         blocks = torch.randn(count, size, size, generator=generator) / size**0.5
         blocks = blocks.bfloat16().to(dtype)
-    hadamard = hadamard_matrix(outer).float() if outer > 1 else None
-    return x.to(dtype), ops.PreparedTransform.of(blocks, hadamard, inner, dtype), hadamard
+    hadamard = hadamard_matrix(order).float() if order > 1 else None
+    return x.to(dtype), ops.OnlineTransform(blocks, hadamard, interleave, dtype), hadamard
 
 
-def dequantize(codes, scales, zero_points):
-    return (codes.double() - (0 if zero_points is None else zero_points)) * scales.double()
+def dequantize(q, scales, zero_points):
+    return (q.double() - (0 if zero_points is None else zero_points)) * scales.double()
 
 
 def error(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.double() - b).norm() / b.norm().clamp_min(1e-300)).item()
 
 
-# (blocks, size of a block, order of H, its stride); or channels, without blocks
-GEOMETRIES = [
+# (blocks, size of a block, order of H, interleave); without blocks: (channels, None, ...)
+LAYOUTS = [
     (6, 96, 12, 48),
     (12, 16, 1, 1),
     (3, 48, 1, 1),
@@ -61,23 +62,22 @@ RATIO = torch.tensor(0.8)
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
-@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("tokens", [1, 2, 33])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_transform_is_as_exact_as_plain_pytorch(kernels, geometry, tokens, dtype):
-    x, prepared, hadamard = inputs(tokens, *geometry, dtype, outliers=tokens == 33)
-    stride = geometry[3]
-    expected = plain.transform(
-        x.double(), prepared.blocks, None if hadamard is None else hadamard.double(), stride
-    )
-    allowed = 2 * error(plain.transform(x, prepared.blocks, hadamard, stride), expected)
-    out = KERNELS[kernels].transform(x, prepared.blocks, prepared.hadamard, stride)
+def test_transform_is_as_exact_as_plain_pytorch(kernels, layout, tokens, dtype):
+    x, online, hadamard = inputs(tokens, *layout, dtype, outliers=tokens == 33)
+    interleave = layout[3]
+    expected = apply_transform(x.double(), online.weight, hadamard, interleave)
+    plain = apply_transform(x, online.weight, hadamard, interleave)
+    allowed = 2 * error(plain, expected)
+    out = KERNELS[kernels].transform(x, online.weight, online.hadamard, interleave)
     assert out.dtype == dtype
-    assert error(out.double() * prepared.gain, expected) <= max(allowed, 1e-7)
+    assert error(out.double() * online.norm_scale, expected) <= max(allowed, 1e-7)
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
-@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("tokens", [1, 5, 40])
 @pytest.mark.parametrize(
     "bits, symmetric, clip_ratio",
@@ -89,24 +89,22 @@ def test_transform_is_as_exact_as_plain_pytorch(kernels, geometry, tokens, dtype
         (4, False, RATIO),
     ],
 )
-def test_codes_are_those_of_the_transformed_input(
-    kernels, geometry, tokens, bits, symmetric, clip_ratio, monkeypatch
+def test_transformed_inputs_are_quantized_like_exact_ones(
+    kernels, layout, tokens, bits, symmetric, clip_ratio, monkeypatch
 ):
-    monkeypatch.setattr(gpu, "_FUSED_FROM", 30)
-    x, prepared, hadamard = inputs(tokens, *geometry, torch.bfloat16, outliers=tokens == 40)
-    stride = geometry[3]
-    exact = plain.transform(
-        x.double(), prepared.blocks, None if hadamard is None else hadamard.double(), stride
+    monkeypatch.setattr(triton, "_FUSED_FROM", 30)
+    x, online, hadamard = inputs(tokens, *layout, torch.bfloat16, outliers=tokens == 40)
+    interleave = layout[3]
+    exact = apply_transform(x.double(), online.weight, hadamard, interleave)
+    q, scales, zero_points = KERNELS[kernels].transform_quantize(
+        x, online.weight, online.hadamard, interleave, bits, symmetric, clip_ratio
     )
-    codes, scales, zero_points = KERNELS[kernels].transform_quantize(
-        x, prepared.blocks, prepared.hadamard, stride, bits, symmetric, clip_ratio
-    )
-    assert codes.shape == x.shape and codes.dtype == torch.int8
+    assert q.shape == x.shape and q.dtype == torch.int8
     assert scales.shape == (tokens, 1) and scales.dtype == torch.float32
     assert (zero_points is None) == symmetric
-    found = dequantize(codes, scales * prepared.gain, zero_points)
+    found = dequantize(q, scales * online.norm_scale, zero_points)
     # as far from the exact values as their own quantization, up to rounding in bfloat16
-    allowed = dequantize(*plain.quantize_per_token(exact, bits, symmetric, clip_ratio))
+    allowed = dequantize(*quantize_per_token(exact, bits, symmetric, clip_ratio))
     assert error(found, exact) < 1.02 * error(allowed, exact) + 0.006
 
 
@@ -116,28 +114,28 @@ def test_codes_are_those_of_the_transformed_input(
 @example(1, 1, 4, False, 0.0, None)
 @given(
     tokens=st.integers(1, 20),
-    features=st.integers(1, 200),
+    in_features=st.integers(1, 200),
     bits=st.sampled_from([4, 8]),
     symmetric=st.booleans(),
     shift=st.sampled_from([0.0, 3.0, -1e4, 1e-30]),
     clip_ratio=st.sampled_from([None, RATIO]),
 )
-def test_codes_without_a_transform_are_exactly_those_of_plain_pytorch(
-    kernels, dtype, tokens, features, bits, symmetric, shift, clip_ratio
+def test_quantization_without_a_transform_is_exactly_the_reference(
+    kernels, dtype, tokens, in_features, bits, symmetric, shift, clip_ratio
 ):
-    generator = torch.Generator().manual_seed(features)
-    x = torch.randn(tokens, features, generator=generator) + shift
+    generator = torch.Generator().manual_seed(in_features)
+    x = torch.randn(tokens, in_features, generator=generator) + shift
     x[0] = 0 if shift else 1e30
     x = x.to(dtype)
     found = KERNELS[kernels].quantize(x, bits, symmetric, clip_ratio)
-    expected = plain.quantize_per_token(x, bits, symmetric, clip_ratio)
+    expected = quantize_per_token(x, bits, symmetric, clip_ratio)
     for a, b in zip(found, expected, strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
 
 
 def test_operators_have_fakes_and_can_be_compiled():
-    x, prepared, _ = inputs(5, 6, 96, 12, 48, torch.bfloat16, False)
-    arguments = (x, prepared.blocks, prepared.hadamard, 48)
+    x, online, _ = inputs(5, 6, 96, 12, 48, torch.bfloat16, False)
+    arguments = (x, online.weight, online.hadamard, 48)
     tests = ("test_schema", "test_faketensor")
     namespace = torch.ops.cat_modifier
     torch.library.opcheck(namespace.transform, arguments, test_utils=tests)
@@ -146,8 +144,8 @@ def test_operators_have_fakes_and_can_be_compiled():
         arguments = (*arguments[:4], *format)
         torch.library.opcheck(namespace.transform_quantize, arguments, test_utils=tests)
         torch.library.opcheck(namespace.quantize, (x, *format), test_utils=tests)
-    compiled = torch.compile(lambda x: prepared.quantize(x, 4, False), fullgraph=True)
-    for found, expected in zip(compiled(x), prepared.quantize(x, 4, False), strict=True):
+    compiled = torch.compile(lambda x: online.quantize(x, 4, False), fullgraph=True)
+    for found, expected in zip(compiled(x), online.quantize(x, 4, False), strict=True):
         assert torch.equal(found, expected)
 
 
@@ -155,18 +153,18 @@ def test_requests_find_the_kernels_compiled(monkeypatch):
     """Loaded as vLLM does: with gradients, and with another default dtype"""
     monkeypatch.setattr(ops, "_warm", set())
     monkeypatch.setattr(cpu, "_CHUNK", 4 * 576)  # 9 tokens would leave one over
-    _, prepared, _ = inputs(1, 6, 96, 12, 48, torch.bfloat16, False)
+    _, online, _ = inputs(1, 6, 96, 12, 48, torch.bfloat16, False)
     x = torch.randn(300, 576).bfloat16()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        for transform in (prepared, None):
+        for transform in (online, None):
             ops.warm_up(x[:0], 4, False, transform)
     finally:
         torch.set_default_dtype(torch.float32)
     graphs = counters["stats"]["unique_graphs"]
     with torch.inference_mode():
         for tokens in (1, 2, 9, 33, 300):
-            prepared.quantize(x[:tokens].clone(), 4, False)
+            online.quantize(x[:tokens].clone(), 4, False)
             ops.quantize(x[:tokens].clone(), 4, False)
     assert counters["stats"]["unique_graphs"] == graphs
 
@@ -177,37 +175,54 @@ def test_layers_which_are_alike_are_warmed_up_once(monkeypatch):
     monkeypatch.setattr(
         cpu, "transform_quantize", lambda *args: calls.append(args) or (args[0],) * 3
     )
-    for geometry, bits in (((6, 96, 1, 1), 4), ((6, 96, 12, 48), 4), ((6, 96, 12, 48), 8)):
+    for layout, bits in (((6, 96, 1, 1), 4), ((6, 96, 12, 48), 4), ((6, 96, 12, 48), 8)):
         for seed in range(3):
-            x, prepared, _ = inputs(1, *geometry, torch.bfloat16, False, seed)
-            ops.warm_up(x, bits, False, prepared)
+            x, online, _ = inputs(1, *layout, torch.bfloat16, False, seed)
+            ops.warm_up(x, bits, False, online)
     assert len(calls) == 3 * len(ops._WARM_UP_TOKENS["cpu"])
 
 
 def test_blocks_which_the_dtype_cannot_hold_are_applied_in_float32():
     blocks = torch.randn(2, 16, 16)
     x = torch.randn(3, 32).bfloat16()
-    prepared = ops.PreparedTransform.of(blocks, None, 1, torch.bfloat16)
-    assert prepared.blocks.dtype == torch.float32
-    assert torch.equal(prepared(x), plain.transform(x.float(), blocks).bfloat16())
+    online = ops.OnlineTransform(blocks, None, 1, torch.bfloat16)
+    assert online.weight.dtype == torch.float32
+    assert torch.equal(online(x), apply_transform(x.float(), blocks).bfloat16())
+    assert ops.OnlineTransform(blocks.bfloat16(), None, 1, torch.half).dtype == torch.half
+    assert ops.OnlineTransform(blocks.half(), None, 1, torch.bfloat16).dtype == torch.float32
+
+
+def test_tensors_are_parameters_and_buffers():
+    x, online, _ = inputs(3, 6, 96, 12, 48, torch.bfloat16, False)
+    online = ops.OnlineTransform(online.weight.data, online.hadamard, 48, x.dtype, 0.8)
+    names = {name for name, _ in (*online.named_parameters(), *online.named_buffers())}
+    assert names == {"weight", "hadamard", "clip_ratio"}
+    before = online(x), online.quantize(x, 4, False)[1]
+    for name in names:
+        changed = torch.func.functional_call(online, {name: getattr(online, name) / 2}, x)
+        assert not torch.equal(changed, before[0]), name
+        getattr(online, name).data.div_(2)
+        assert not torch.equal(online.quantize(x, 4, False)[1], before[1]), name
+        getattr(online, name).data.mul_(2)
 
 
 @pytest.mark.parametrize("blocks, hadamard", [(True, True), (False, True), (False, False)])
-def test_what_is_clipped_before_is_quantized_as_what_is_clipped_within(blocks, hadamard):
-    geometry = (6 if blocks else 576, 96 if blocks else None, 12 if hadamard else 1, 48)
-    x, prepared, matrix = inputs(7, *geometry, torch.float32, False)
-    prepared = ops.PreparedTransform.of(prepared.blocks, matrix, 48, torch.float32, RATIO)
-    outside = prepared(x)
-    assert outside.abs().max() < 0.9 * replace(prepared, clip_ratio=None)(x).abs().max()
-    within, before = prepared.quantize(x, 4, False), ops.quantize(outside, 4, False)
+def test_clipping_before_quantization_equals_clipping_within(blocks, hadamard):
+    layout = (6 if blocks else 576, 96 if blocks else None, 12 if hadamard else 1, 48)
+    x, online, matrix = inputs(7, *layout, torch.float32, False)
+    arguments = (online.weight, matrix, 48, torch.float32)
+    online, unclipped = ops.OnlineTransform(*arguments, 0.8), ops.OnlineTransform(*arguments)
+    outside = online(x)
+    assert outside.abs().max() < 0.9 * unclipped(x).abs().max()
+    within, before = online.quantize(x, 4, False), ops.quantize(outside, 4, False)
     assert torch.equal(within[0], before[0])
     assert torch.allclose(within[1], before[1]) and torch.equal(within[2], before[2])
 
 
 def test_no_tokens_are_no_error():
-    x, prepared, _ = inputs(0, 6, 96, 12, 48, torch.bfloat16, False)
+    x, online, _ = inputs(0, 6, 96, 12, 48, torch.bfloat16, False)
     for kernels in KERNELS.values():
-        arguments = (x, prepared.blocks, prepared.hadamard, 48)
+        arguments = (x, online.weight, online.hadamard, 48)
         assert kernels.transform(*arguments).shape == x.shape
         assert kernels.transform_quantize(*arguments, 4, False)[0].shape == x.shape
         assert kernels.quantize(x, 4, True)[1].shape == (0, 1)
@@ -221,6 +236,6 @@ def test_triton_kernels_compile_for_gpus_and_fit_in_their_shared_memory():
     )
     assert run.returncode == 0, run.stderr
     kernels = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(kernels) == 6 * (3 + 10)
-    smallest = 99 * 1024  # of the GPUs for which they are compiled: Ada
+    assert len(kernels) == 6 * (3 + 4)
+    smallest = 99 * 1024  # Ada, the smallest of these GPUs
     assert all(memory < smallest for *_, memory in kernels), kernels

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Linears that read the same input, found by observing the forward pass.
+
+A transform belongs to an input, not to a Linear: q, k and v read one tensor, so do gate and
+up, or the gates of all experts of a mixture. They share a transform.
+"""
+
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import Linear
+
+__all__ = ["DEFAULT_IGNORE", "SharedInput", "SharedInputObserver", "padding_mask"]
+
+DEFAULT_IGNORE = ("re:.*lm_head", "re:.*vision.*", "re:.*visual.*")
+"""Linears that are left alone by default: the lm_head and vision towers"""
+
+
+@dataclass
+class SharedInput:
+    """
+    An input and the Linears that read it.
+
+    :param linears: Linears by full name, in the order of the model
+    :param is_closed: whether no further Linear may join, whatever its input
+    """
+
+    linears: dict[str, Linear] = field(default_factory=dict)
+    is_closed: bool = False
+
+    @property
+    def first(self) -> str:
+        """Name of the first Linear, under which the transform is stored"""
+        return next(iter(self.linears))
+
+    @property
+    def in_features(self) -> int:
+        """d, size of the input"""
+        return self.linears[self.first].in_features
+
+
+class SharedInputObserver:
+    """
+    Finds shared inputs as Linears are called.
+
+    Two Linears share an input if they are called with one and the same tensor: the same
+    memory, seen in the same way, not written to in between, and still alive.
+
+    :param linears: Linears by full name, in the order of the model
+    """
+
+    def __init__(self, linears: Mapping[str, Linear]):
+        self._position = {name: index for index, name in enumerate(linears)}
+        self._linears = linears
+        self._input_of: dict[str, SharedInput] = {}
+        self._seen: dict[tuple, tuple[weakref.ref, SharedInput]] = {}
+
+    @property
+    def inputs(self) -> list[SharedInput]:
+        """All inputs, in the order of the model"""
+        unique = {id(one): one for one in self._input_of.values()}
+        return sorted(unique.values(), key=lambda one: self._position[one.first])
+
+    def observe(self, name: str, x: Tensor) -> tuple[SharedInput, bool]:
+        """
+        Record the call of a Linear.
+
+        :param name: full name of the Linear
+        :param x: its input
+        :return: the shared input, and whether ``x`` is new to it: True for the first Linear
+            that is called with ``x``, False for the others
+        """
+        key = (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version)
+        reference, shared = self._seen.get(key, (None, None))
+        is_new = reference is None or reference() is None
+        if name not in self._input_of:
+            if is_new or shared is None or shared.is_closed:
+                shared = SharedInput()
+            self._add(shared, name)
+        # Linears may be called with one tensor by chance after the first batch: count it
+        # for each of their inputs
+        is_new = is_new or shared is not self._input_of[name]
+        if is_new:
+            self._forget_dead()
+            self._seen[key] = (weakref.ref(x), self._input_of[name])
+        return self._input_of[name], is_new
+
+    def set_inputs(self, inputs: Iterable[Iterable[str]]):
+        """
+        Declare shared inputs in advance; no further Linear joins them.
+
+        :param inputs: names of the Linears of each
+        """
+        for names in inputs:
+            shared = SharedInput()
+            for name in names:
+                self._add(shared, name)
+            shared.is_closed = True
+
+    def _add(self, shared: SharedInput, name: str):
+        members = [*shared.linears, name]
+        members.sort(key=self._position.__getitem__)
+        shared.linears = {member: self._linears[member] for member in members}
+        self._input_of[name] = shared
+
+    def _forget_dead(self):
+        self._seen = {key: entry for key, entry in self._seen.items() if entry[0]() is not None}
+
+
+def padding_mask(attention_mask: object) -> Tensor | None:
+    """
+    Find the real tokens in any attention mask that a model passes on.
+
+    :param attention_mask: mask of shape (batch, tokens), true or 1 for real tokens; or of
+        shape (batch, heads, queries, keys), where a real token can attend to itself: true,
+        or 0 added to its score
+    :return: shape (batch, tokens), bool, true for real tokens; None if the mask is of
+        another kind
+    """
+    if not isinstance(attention_mask, Tensor):
+        return None
+    if attention_mask.ndim == 2:
+        return attention_mask.bool()
+    if attention_mask.ndim == 4 and attention_mask.shape[-1] == attention_mask.shape[-2]:
+        to_itself = attention_mask[:, 0].diagonal(dim1=-2, dim2=-1)
+        if to_itself.dtype == torch.bool:
+            return to_itself
+        return to_itself == 0
+    return None

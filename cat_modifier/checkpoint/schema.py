@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The part of ``config.json`` that describes the online transforms of a checkpoint, version 1.
+
+A CAT checkpoint is a compressed-tensors checkpoint whose ``quantization_config`` differs in
+two places. Its ``transform_config`` is a :class:`CATTransformConfig`; a stock reader of
+transforms refuses its unknown fields. The ``format`` of every config group carries a
+prefix; a reader that ignores ``transform_config`` refuses it as an unknown format. Both
+errors name this package: weights that expect transformed inputs must never run without the
+transform. The README beside the package's modules specifies the format.
+"""
+
+from copy import deepcopy
+from typing import Annotated, Any, Literal
+
+import torch
+from compressed_tensors.transform import (
+    TransformArgs,
+    TransformConfig,
+    TransformLocation,
+    TransformScheme,
+)
+from compressed_tensors.utils import TorchDtype
+from packaging.requirements import InvalidRequirement, Requirement
+from pydantic import (
+    Field,
+    Strict,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+
+from cat_modifier.functional.hadamard import is_hadamard_order
+from cat_modifier.functional.layout import TransformLayout
+from cat_modifier.version import __version__
+
+__all__ = [
+    "CATScheme",
+    "CATTransformConfig",
+    "TENSOR_SUFFIX",
+    "TRANSFORM_NAME",
+    "TRANSFORM_TYPE",
+    "mark_quantization_config",
+    "read_quantization_config",
+]
+
+TRANSFORM_TYPE = "cat"
+"""Name of the transform in compressed-tensors' registry"""
+
+TRANSFORM_NAME = "cat_input"
+"""Name of the submodule of a Linear that holds the transform of its input"""
+
+TENSOR_SUFFIX = f".{TRANSFORM_NAME}.weight"
+"""End of the name of every transform tensor of a checkpoint"""
+
+_FORMAT_PREFIX = "cat-modifier/"
+_PACKAGE = "cat-modifier"
+_VERSION = 1
+_REQUIRES = "cat-modifier>=0.1.0"
+"""Oldest release that reads version 1"""
+
+_PRECISIONS = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+
+# JSON's `true` and "16" are no sizes
+_Size = Annotated[int, Strict(), Field(gt=0)]
+
+
+class CATScheme(TransformScheme):
+    """
+    All inputs whose transforms have the same sizes and clipping.
+
+    :param type: always ``cat``
+    :param apply: one entry for each input. Its targets are the full names of the Linears
+        that read the input; the first holds the tensor ``<name>.cat_input.weight``
+    :param block_size: k; the tensor has shape (d/k, k, k). None if the transform has no
+        blocks, and no tensor, but the Hadamard matrix alone
+    :param online_hadamard_size: p, order of the Hadamard matrix after the blocks; 1 for none
+    :param interleave: q, distance of the channels that the Hadamard matrix multiplies, in
+        each span of p * q channels; 1 if p is 1
+    :param clip_ratio: range to which each token is clipped after the transform, relative to
+        the range of its values and zero; 1 does not clip
+    :param precision: dtype of the stored tensors: bfloat16, float16 or float32
+    """
+
+    type: Literal["cat"]
+    apply: list[TransformArgs]
+    block_size: _Size | None
+    online_hadamard_size: _Size
+    interleave: _Size
+    clip_ratio: Annotated[float, Strict(), Field(gt=0, le=1)]
+    precision: TorchDtype
+
+    @property
+    def hadamard_size(self) -> int:
+        """p * q, neighbouring channels that the Hadamard matrix mixes; 1 for none"""
+        return self.online_hadamard_size * self.interleave
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _check_precision(cls, value: Any) -> torch.dtype:
+        precision = _PRECISIONS.get(value, value) if isinstance(value, str) else value
+        if not any(precision is one for one in _PRECISIONS.values()):
+            raise ValueError(
+                f"`precision` must be one of {', '.join(_PRECISIONS)}, not {value!r}"
+            )
+        return precision
+
+    @model_validator(mode="after")
+    def _check(self) -> "CATScheme":
+        if self.head_dim is not None or self.randomize or self.requires_grad:
+            raise ValueError("`head_dim`, `randomize` and `requires_grad` have no meaning here")
+        if not is_hadamard_order(self.online_hadamard_size):
+            raise ValueError(
+                f"{self.online_hadamard_size} is no known order of a Hadamard matrix"
+            )
+        if self.online_hadamard_size == 1 and self.interleave != 1:
+            raise ValueError("`interleave` must be 1 without a Hadamard matrix")
+        if self.block_size is None and self.online_hadamard_size == 1 and self.clip_ratio == 1:
+            raise ValueError("A scheme has blocks, or a Hadamard matrix, or clips")
+        if self.block_size is not None and self.block_size % self.interleave:
+            raise ValueError(
+                f"Blocks of {self.block_size} do not hold the fused Hadamard matrix of order "
+                f"{self.interleave}"
+            )
+        for args in self.apply:
+            if args.location != TransformLocation.INPUT or args.inverse or args.ignore:
+                raise ValueError("CAT transforms apply to inputs, without exceptions")
+            if not args.targets or any(":" in target for target in args.targets):
+                raise ValueError("CAT transforms target Linears by their full names")
+        return self
+
+    @model_serializer
+    def _write(self) -> dict[str, Any]:
+        # the fields of version 1 alone, whatever compressed-tensors adds to its own
+        return {
+            "type": self.type,
+            "apply": [
+                {"targets": list(args.targets), "location": TransformLocation.INPUT.value}
+                for args in self.apply
+            ],
+            "block_size": self.block_size,
+            "online_hadamard_size": self.online_hadamard_size,
+            "interleave": self.interleave,
+            "clip_ratio": self.clip_ratio,
+            "precision": str(self.precision).removeprefix("torch."),
+        }
+
+
+class CATTransformConfig(TransformConfig):
+    """
+    Online transforms of a model.
+
+    :param config_groups: schemes by an arbitrary name
+    :param fused: Linears whose blocks are fused into the rows of another Linear: their
+        names, and the name of the other. For readers of single Linears; not needed to run
+    :param requires: requirement, as for pip, of the oldest release that can read the
+        checkpoint. Stock readers show it in their error
+    :param version: version of this layout
+    """
+
+    config_groups: dict[str, CATScheme]
+    fused: dict[str, str]
+    requires: str
+    version: int
+
+    @classmethod
+    def empty(cls) -> "CATTransformConfig":
+        """Make a config of this release without transforms"""
+        return cls(config_groups={}, fused={}, requires=_REQUIRES, version=_VERSION)
+
+    @field_validator("requires")
+    @classmethod
+    def _check_requires(cls, value: str) -> str:
+        try:
+            requirement = Requirement(value)
+        except InvalidRequirement as error:
+            raise ValueError(f"`requires` is no requirement: {value!r}") from error
+        if requirement.name != _PACKAGE or requirement.url is not None:
+            raise ValueError(f"`requires` must name a release of {_PACKAGE}, not {value!r}")
+        if not requirement.specifier.contains(__version__, prereleases=True):
+            raise ValueError(
+                f"this is cat-modifier {__version__}, and the checkpoint needs {value}: "
+                f"pip install '{value}'"
+            )
+        return value
+
+    @field_validator("version", mode="before")
+    @classmethod
+    def _check_version(cls, value: Any) -> int:
+        if type(value) is not int or value != _VERSION:
+            raise ValueError(
+                f"cat-modifier {__version__} reads version {_VERSION} of the format, "
+                f"not {value!r}"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _check_targets(self) -> "CATTransformConfig":
+        names = [name for _, args in self.inputs() for name in args.targets]
+        if len(names) != len(set(names)):
+            repeated = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"{repeated} is targeted by more than one transform")
+        return self
+
+    def inputs(self) -> list[tuple[CATScheme, TransformArgs]]:
+        """List all transformed inputs: the scheme of each, and its entry in the scheme"""
+        return [
+            (scheme, args) for scheme in self.config_groups.values() for args in scheme.apply
+        ]
+
+    def add_input(
+        self,
+        names: list[str],
+        layout: TransformLayout,
+        has_blocks: bool,
+        clip_ratio: float,
+        precision: torch.dtype,
+    ) -> tuple[CATScheme, TransformArgs]:
+        """
+        Add the transform of an input.
+
+        :param names: Linears that read the input, the one that holds the tensor first
+        :param layout: sizes of the transform
+        :param has_blocks: whether blocks are applied online
+        :param clip_ratio: see :class:`CATScheme`
+        :param precision: dtype of the stored blocks
+        :return: scheme of the input, and its entry in the scheme
+        """
+        block_size = layout.stored_size if has_blocks else None
+        sizes = (block_size or 0, layout.online_hadamard_size, layout.interleave)
+        dtype = str(precision).removeprefix("torch.")
+        key = "_".join(map(str, (TRANSFORM_TYPE, *sizes, clip_ratio, dtype)))
+        if key not in self.config_groups:
+            self.config_groups[key] = CATScheme(
+                type=TRANSFORM_TYPE,
+                apply=[],
+                block_size=block_size,
+                online_hadamard_size=layout.online_hadamard_size,
+                interleave=layout.interleave,
+                clip_ratio=clip_ratio,
+                precision=precision,
+            )
+        scheme = self.config_groups[key]
+        args = TransformArgs(targets=list(names), location=TransformLocation.INPUT)
+        scheme.apply.append(args)
+        return scheme, args
+
+
+def mark_quantization_config(quantization_config: dict[str, Any]) -> dict[str, Any]:
+    """
+    Mark a quantization config that holds a :class:`CATTransformConfig`, so that readers
+    that do not know this package refuse it.
+
+    :param quantization_config: as in ``config.json``
+    :return: a marked copy; the config itself if it holds no CAT transforms
+    """
+    if not _has_transform(quantization_config):
+        return quantization_config
+    marked = deepcopy(quantization_config)
+    for group in marked["config_groups"].values():
+        group_format = group.get("format") or marked["format"]
+        if not group_format.startswith(_FORMAT_PREFIX):
+            group["format"] = _FORMAT_PREFIX + group_format
+    return marked
+
+
+def read_quantization_config(
+    quantization_config: dict[str, Any] | None,
+) -> tuple[dict[str, Any], CATTransformConfig] | None:
+    """
+    Split the CAT part off a quantization config.
+
+    :param quantization_config: as in ``config.json``
+    :return: a stock compressed-tensors config, and the transforms; None if the checkpoint
+        is no CAT checkpoint
+    :raises ValueError: if the config is damaged, or needs a later release
+    """
+    config = quantization_config or {}
+    # configs of other methods can have entries of these names and of any type
+    config_groups = config.get("config_groups")
+    groups = config_groups.values() if isinstance(config_groups, dict) else []
+    is_marked = [
+        isinstance(group, dict) and str(group.get("format")).startswith(_FORMAT_PREFIX)
+        for group in groups
+    ]
+    if not (_has_transform(config) or any(is_marked)):
+        return None
+    if not (_has_transform(config) and is_marked and all(is_marked)):
+        raise ValueError(
+            "The quantization_config of this checkpoint is damaged: `transform_config` and "
+            f"the `{_FORMAT_PREFIX}` formats of `config_groups` must come together"
+        )
+
+    stock = deepcopy(config)
+    transform_config = stock.pop("transform_config")
+    for group in stock["config_groups"].values():
+        group["format"] = group["format"].removeprefix(_FORMAT_PREFIX)
+    try:
+        return stock, CATTransformConfig.model_validate(transform_config)
+    except ValidationError as error:
+        raise ValueError(
+            f"The transform_config of this checkpoint cannot be read by cat-modifier "
+            f"{__version__}: {error}"
+        ) from error
+
+
+def _has_transform(quantization_config: dict[str, Any]) -> bool:
+    transform_config = quantization_config.get("transform_config")
+    return isinstance(transform_config, dict) and str(
+        transform_config.get("requires")
+    ).startswith(_PACKAGE)

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The online transform of an input, as a module and as a compressed-tensors type."""
+
+import torch
+from compressed_tensors.offload import register_offload_module
+from compressed_tensors.transform import TransformArgs, TransformFactory
+from compressed_tensors.transform.factory.base import TransformBase
+from compressed_tensors.utils import get_offloaded_device
+from torch import Tensor
+from torch.nn import Linear, Module, Parameter
+
+from cat_modifier.checkpoint.integers import suits_clipping
+from cat_modifier.checkpoint.schema import (
+    TRANSFORM_NAME,
+    TRANSFORM_TYPE,
+    CATScheme,
+    CATTransformConfig,
+)
+from cat_modifier.functional.hadamard import hadamard_matrix
+from cat_modifier.functional.transform import apply_transform
+
+__all__ = [
+    "CATFactory",
+    "CATTransform",
+    "attach_transforms",
+    "online_hadamard",
+    "validate_transform",
+]
+
+
+def online_hadamard(scheme: CATScheme, device: torch.device) -> Tensor | None:
+    """
+    Make the Hadamard matrix that follows the blocks.
+
+    :param scheme: has its order
+    :param device: device of the matrix
+    :return: shape (p, p), float32; None if the scheme has none
+    """
+    if scheme.online_hadamard_size == 1:
+        return None
+    return hadamard_matrix(scheme.online_hadamard_size).to(device, torch.float32)
+
+
+def validate_transform(name: str, blocks: Tensor, shape: tuple[int, ...]):
+    """
+    Check a transform tensor as loaded.
+
+    :param name: name of the tensor, for the error
+    :param blocks: T as loaded
+    :param shape: shape that the model needs
+    :raises ValueError: if the shape differs, or if an element is not finite
+    """
+    if tuple(blocks.shape) != tuple(shape):
+        raise ValueError(
+            f"Transform tensor {name} has shape {tuple(blocks.shape)}, but the model needs "
+            f"{tuple(shape)}: the checkpoint is damaged"
+        )
+    if not torch.isfinite(blocks).all():
+        raise ValueError(
+            f"Transform tensor {name} is missing from the checkpoint or holds values that "
+            "are not finite: the checkpoint is damaged"
+        )
+
+
+class CATTransform(TransformBase):
+    """
+    Transforms the input that one or several Linears share.
+
+    The module is a submodule of the first Linear; the others call it through their hooks.
+
+    :param weight: T, shape (d/k, k, k), dtype ``scheme.precision``; None for no blocks
+    :param scheme: sizes and clipping
+    :param args: entry of the input in ``scheme.apply``
+    """
+
+    def __init__(self, weight: Parameter | None, scheme: CATScheme, args: TransformArgs):
+        super().__init__()
+        self.weight = weight
+        self.scheme = scheme
+        self.args = args
+        self._hadamard: Tensor | None = None
+
+    def forward(self, value: Tensor, is_clipped: bool = True) -> Tensor:
+        """
+        Transform and clip tokens.
+
+        :param value: shape (..., d)
+        :param is_clipped: whether tokens are clipped; they are if they are quantized next
+        :return: shape and dtype of value
+        """
+        if self._hadamard is None or self._hadamard.device != value.device:
+            self._hadamard = online_hadamard(self.scheme, value.device)
+        blocks = None if self.weight is None else self.weight.to(value.device)
+        # float32 whatever the dtype of the model: 16 bits would round twice
+        transformed = apply_transform(
+            value.float(),
+            blocks,
+            self._hadamard,
+            self.scheme.interleave,
+            self.scheme.clip_ratio if is_clipped else 1.0,
+        )
+        return transformed.to(value.dtype)
+
+    def input_hook(self, module: Module, args: tuple) -> tuple:
+        """Transform the input of a Linear, as its forward pre-hook"""
+        # the condition under which compressed-tensors quantizes the input
+        is_quantized = getattr(module, "quantization_enabled", True) and all(
+            getattr(module, f"quantization_{what}", None) is not None
+            for what in ("scheme", "status")
+        )
+        return (self(args[0], is_quantized), *args[1:])
+
+    def attach(self, linears: list[Linear]):
+        """
+        Make the transform a submodule of the first Linear, and hook all.
+
+        :param linears: Linears that read the input, the one that holds the tensor first
+        """
+        register_offload_module(linears[0], TRANSFORM_NAME, self)
+        for linear in linears:
+            # other hooks must see the input that is quantized
+            linear.register_forward_pre_hook(self.input_hook, prepend=True)
+
+
+@TransformFactory.register(TRANSFORM_TYPE)
+class CATFactory(TransformFactory):
+    """Attaches the transforms of one scheme to a model whose weights are not loaded yet."""
+
+    scheme: CATScheme
+
+    def create_transform(self, module: Linear, args: TransformArgs) -> CATTransform:
+        """
+        Make the transform of an input, with a tensor to be loaded.
+
+        :param module: Linear that holds the tensor
+        :param args: entry of the input in the scheme
+        :raises ValueError: if the transform does not fit the Linear
+        """
+        size = self.scheme.block_size
+        for what, span in (
+            ("blocks", size or 1),
+            ("Hadamard spans", self.scheme.hadamard_size),
+        ):
+            if module.in_features % span:
+                raise ValueError(
+                    f"{args.targets[0]} has {module.in_features} inputs, which cannot be "
+                    f"divided into {what} of {span}"
+                )
+        if size is None:
+            return CATTransform(None, self.scheme, args)
+        data = torch.empty(
+            (module.in_features // size, size, size),
+            dtype=self.scheme.precision,
+            device=get_offloaded_device(module),
+        )
+        weight = Parameter(data, requires_grad=self.scheme.requires_grad)
+        return CATTransform(weight, self.scheme, args)
+
+    def apply_to_model(self, model: Module, use_tqdm: bool = True):
+        """
+        Attach the transforms of all inputs of the scheme.
+
+        :raises ValueError: if a targeted Linear does not exist, or does not suit the scheme
+        """
+        modules = dict(model.named_modules())
+        for args in self.scheme.apply:
+            for name in args.targets:
+                if not hasattr(modules.get(name), "in_features"):
+                    raise ValueError(
+                        f"The checkpoint has a transform for {name}, but the model has no "
+                        "Linear of this name"
+                    )
+                self._check_clipping(name, modules[name])
+            linears = [modules[name] for name in args.targets]
+            self.create_transform(linears[0], args).attach(linears)
+
+    def _check_clipping(self, name: str, linear: Module):
+        quantization = getattr(linear, "quantization_scheme", None)
+        inputs = None if quantization is None else quantization.input_activations
+        if self.scheme.clip_ratio < 1 and not suits_clipping(inputs):
+            raise ValueError(
+                f"The checkpoint clips the input of {name}, but does not quantize it to "
+                "asymmetric integers per token: the checkpoint is damaged"
+            )
+
+
+def attach_transforms(model: Module, config: CATTransformConfig):
+    """
+    Attach all transforms of a checkpoint to a model whose weights are not loaded yet.
+
+    :param model: with the quantization schemes of its Linears
+    :raises ValueError: if the transforms do not fit the model
+    """
+    for name, scheme in config.config_groups.items():
+        TransformFactory.from_scheme(scheme, name=name).apply_to_model(model)

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The transform T of one input: how it is computed, applied, inverted, and fused into weights.
+
+CAT multiplies an input by blocks, then by a Hadamard matrix (arXiv 2603.04359). Blocks are
+``T_i = H_q M_i``: the alignment transform of a block and the fused part of the Hadamard
+matrix. The online part of order p multiplies channels that are q apart; both together are
+one Hadamard product over p * q channels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cat_modifier.functional.alignment import (
+    DEFAULT_DAMPENING_FRAC,
+    alignment_transform,
+    dampen,
+)
+from cat_modifier.functional.clipping import clip_tokens
+from cat_modifier.functional.hadamard import apply_hadamard, hadamard_matrix
+from cat_modifier.functional.layout import Rotation, TransformLayout
+
+__all__ = [
+    "FusedTransform",
+    "apply_blocks",
+    "apply_transform",
+    "compute_blocks",
+    "compute_transform",
+    "invert_blocks",
+    "multiply_heads",
+    "rotate_blocks",
+]
+
+
+def apply_blocks(x: Tensor, blocks: Tensor) -> Tensor:
+    """
+    Multiply each vector of a tensor by a block-diagonal matrix.
+
+    :param x: shape (..., d)
+    :param blocks: shape (d/k, k, k), dtype of x
+    :return: shape (..., d)
+    """
+    count, size, _ = blocks.shape
+    rows = x.reshape(-1, count, size).transpose(0, 1)
+    return torch.bmm(rows, blocks.mT).transpose(0, 1).reshape(x.shape)
+
+
+def apply_transform(
+    x: Tensor,
+    blocks: Tensor | None,
+    hadamard: Tensor | None = None,
+    interleave: int = 1,
+    clip_ratio: float | Tensor = 1.0,
+) -> Tensor:
+    """
+    Multiply tokens by the blocks, then by the online Hadamard matrix, then clip them.
+
+    :param x: shape (..., d), the dtype to compute in
+    :param blocks: T, shape (d/k, k, k), any dtype; None for no blocks
+    :param hadamard: online Hadamard matrix, shape (p, p), any dtype; None for none
+    :param interleave: q, distance of the channels that ``hadamard`` multiplies
+    :param clip_ratio: see :func:`cat_modifier.functional.clipping.clip_tokens`; 1 does not
+        clip
+    :return: shape and dtype of x
+    """
+    if blocks is not None:
+        x = apply_blocks(x, blocks.to(x.dtype))
+    if hadamard is not None:
+        x = apply_hadamard(x, hadamard.to(x.dtype), interleave)
+    if isinstance(clip_ratio, Tensor) or clip_ratio < 1:
+        x = clip_tokens(x, clip_ratio)
+    return x
+
+
+def multiply_heads(rows: Tensor, blocks: Tensor) -> Tensor:
+    """
+    Multiply the rows of a weight, or a bias, by one block per head.
+
+    Used to fuse the transform before o_proj into v_proj.
+
+    :param rows: shape (heads * head_dim, ...)
+    :param blocks: shape (heads, head_dim, head_dim), dtype of rows
+    :return: shape and dtype of rows
+    """
+    heads = rows.unflatten(0, (blocks.shape[0], -1))
+    return torch.einsum("hij,hj...->hi...", blocks, heads).flatten(0, 1)
+
+
+def rotate_blocks(
+    transform: Tensor,
+    sx: Tensor,
+    rotation: Rotation,
+    fused_hadamard_size: int,
+    dampening_frac: float = DEFAULT_DAMPENING_FRAC,
+) -> Tensor:
+    """
+    Multiply the alignment transform by the part of the rotation that is fused into blocks.
+
+    :param transform: M, shape (d/k, k, k), float64
+    :param sx: diagonal blocks of Sx, shape (d/k, k, k), float64; read by `eigen-hadamard`
+        alone
+    :param rotation: see :class:`Rotation`
+    :param fused_hadamard_size: q, a divisor or multiple of k
+    :param dampening_frac: see :func:`cat_modifier.functional.alignment.dampen`
+    :return: shape (d/s, s, s) with s the larger of k and q, float64
+    :raises ValueError: if no Hadamard matrix of order q is known
+    """
+    if rotation is Rotation.EIGEN_HADAMARD:
+        second_moments = transform @ dampen(sx, dampening_frac) @ transform.mT
+        symmetric = (second_moments + second_moments.mT) / 2
+        transform = torch.linalg.eigh(symmetric)[1].mT @ transform
+    if fused_hadamard_size > transform.shape[-1]:
+        transform = _merge_blocks(transform, fused_hadamard_size)
+    hadamard = hadamard_matrix(fused_hadamard_size).to(transform.device)
+    return (hadamard @ transform.unflatten(1, (-1, fused_hadamard_size))).flatten(1, 2)
+
+
+def _merge_blocks(blocks: Tensor, size: int) -> Tensor:
+    """Write the same block-diagonal matrix with blocks of ``size``, a multiple of k"""
+    count = size // blocks.shape[-1]
+    identity = torch.eye(count, dtype=blocks.dtype, device=blocks.device)
+    neighbours = blocks.unflatten(0, (-1, count))
+    # (b, i, r, c) -> (b, i, r, j, c), zero unless i = j
+    merged = neighbours[:, :, :, None, :] * identity[:, None, :, None]
+    return merged.flatten(3, 4).flatten(1, 2)
+
+
+def compute_blocks(
+    sx: Tensor,
+    sw: Tensor,
+    rotation: Rotation,
+    fused_hadamard_size: int,
+    alignment_strength: float = 1.0,
+    dampening_frac: float = DEFAULT_DAMPENING_FRAC,
+) -> Tensor:
+    """
+    Compute the blocks of CAT: the alignment transform, then the fused part of the rotation.
+
+    :param sx: diagonal blocks of Sx, shape (d/k, k, k), float64
+    :param sw: diagonal blocks of Sw, shape (d/k, k, k), float64
+    :param fused_hadamard_size: q, a divisor or multiple of k
+    :return: shape (d/s, s, s) with s the larger of k and q, float64
+    :raises ValueError: if the second moments are not finite, or no Hadamard matrix of order
+        q is known
+    """
+    transform = alignment_transform(sx, sw, alignment_strength, dampening_frac)
+    return rotate_blocks(transform, sx, rotation, fused_hadamard_size, dampening_frac)
+
+
+def invert_blocks(blocks: Tensor) -> Tensor:
+    """
+    Invert the blocks of a transform as they are stored.
+
+    :param blocks: shape (d/k, k, k), any floating point dtype
+    :return: shape (d/k, k, k), float64
+    :raises ValueError: if a block is singular or not finite
+    """
+    blocks = blocks.to(torch.float64)
+    inverse, info = torch.linalg.inv_ex(blocks)
+    if info.any() or not torch.isfinite(inverse).all():
+        raise ValueError(
+            "A transform block is singular after its cast to the stored dtype: raise "
+            "`dampening_frac` or store the transform with a higher `precision`"
+        )
+    return inverse
+
+
+@dataclass(frozen=True)
+class FusedTransform:
+    """
+    A transform whose inverse is fused into the weights of the Linears that read the input.
+
+    The inverse is taken of T *as stored*, so that rounding T leaves the function of the
+    model exact.
+
+    :param blocks: T as stored, shape (d/s, s, s), dtype of the checkpoint; float64 where
+        T itself is fused into the rows of another Linear
+    :param inverse: inverse of ``blocks``, shape (d/s, s, s), float64
+    :param layout: sizes of the blocks and of the Hadamard product
+    """
+
+    blocks: Tensor
+    inverse: Tensor
+    layout: TransformLayout
+
+    @classmethod
+    def from_blocks(cls, blocks: Tensor, layout: TransformLayout) -> "FusedTransform":
+        """
+        :param blocks: T as stored, shape (d/s, s, s)
+        :raises ValueError: if T is singular
+        """
+        return cls(blocks, invert_blocks(blocks), layout)
+
+    def transform_tokens(self, tokens: Tensor) -> Tensor:
+        """
+        Compute ``H T x``.
+
+        :param tokens: shape (tokens, d), the dtype to compute in
+        """
+        return apply_transform(tokens, self.blocks, self._hadamard(), self.layout.interleave)
+
+    def transform_weight(self, weight: Tensor) -> Tensor:
+        """
+        Compute ``W T^-1 H^T``.
+
+        :param weight: shape (out, d), the dtype to compute in
+        """
+        return apply_transform(
+            weight, self.inverse.mT, self._hadamard(), self.layout.interleave
+        )
+
+    def _hadamard(self) -> Tensor | None:
+        if self.layout.online_hadamard_size == 1:
+            return None
+        return hadamard_matrix(self.layout.online_hadamard_size).to(self.blocks.device)
+
+
+def compute_transform(
+    sx: Tensor | None,
+    sw: Tensor,
+    layout: TransformLayout,
+    rotation: Rotation,
+    alignment_strength: float,
+    dampening_frac: float,
+    stored: Tensor,
+    repeats: int = 1,
+) -> FusedTransform:
+    """
+    Compute the transform of an input, round it to its stored dtype, and invert it.
+
+    :param sx: diagonal blocks of Sx, shape (d/k, k, k); None if the input was never seen.
+        The transform is then the rotation alone
+    :param sw: diagonal blocks of Sw, shape (d/k, k, k), float64
+    :param layout: its ``block_size`` is k
+    :param stored: receives the blocks, shape (d/s, s, s), dtype of the checkpoint
+    :param repeats: number of neighbouring blocks that must be equal, as attention heads
+        that share one value head
+    :raises ValueError: if the second moments are not finite, or the stored transform is
+        singular
+    """
+    if sx is None:
+        identity = torch.eye(layout.block_size, dtype=torch.float64, device=sw.device)
+        sx, alignment_strength = identity.expand_as(sw), 0.0
+    # the best transform for several blocks at once depends on the sums of their moments
+    sx, sw = (
+        one.unflatten(0, (-1, repeats)).sum(1) for one in (sx.to(sw.device, torch.float64), sw)
+    )
+    blocks = compute_blocks(
+        sx, sw, rotation, layout.fused_hadamard_size, alignment_strength, dampening_frac
+    )
+    stored.copy_(blocks.repeat_interleave(repeats, 0))
+    return FusedTransform.from_blocks(stored, layout)

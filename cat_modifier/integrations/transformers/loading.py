@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Check that a load found exactly the tensors that a CAT checkpoint must hold.
+
+Transformers fills tensors that a checkpoint lacks with random values, skips those that the
+model does not know, and takes any shape for a quantized model. It warns at most. It also
+renames tensors while it loads them, so that their names in the files prove nothing: only
+the loader knows which tensor went where.
+"""
+
+from typing import Any
+
+import torch
+import transformers
+from compressed_tensors.quantization.utils import is_module_quantized
+from torch.nn import Linear
+from transformers import PreTrainedModel
+
+from cat_modifier.checkpoint.schema import TRANSFORM_NAME
+from cat_modifier.checkpoint.transform_module import CATTransform
+
+__all__ = ["LoadingCheck"]
+
+_REPORT_METHOD = "_adjust_missing_and_unexpected_keys"
+"""Method of a model to which the loader hands its report; there is no public one"""
+
+
+class LoadingCheck:
+    """
+    Compares the tensors of one load with those that the model needs.
+
+    :param model: with transforms and quantized Linears, before its weights are loaded
+    :raises NotImplementedError: if this Transformers reports in another way
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        if not hasattr(model, _REPORT_METHOD):
+            raise NotImplementedError(
+                f"Transformers {transformers.__version__} does not report which tensors it "
+                "loaded, so that missing ones would go unnoticed: load CAT checkpoints with "
+                "a version that this release of cat-modifier supports"
+            )
+        self._model = model
+        self._pass_on = getattr(model, _REPORT_METHOD)
+        self._shapes = {name: tensor.shape for name, tensor in _needed(model).items()}
+        self._missing: set[str] | None = None
+        self._unexpected: set[str] = set()
+        setattr(model, _REPORT_METHOD, self._receive)
+
+    def _receive(self, report: Any):
+        """Take the report on its way through the model"""
+        # before the model strikes out names that it can do without
+        self._missing = set(report.missing_keys)
+        self._pass_on(report)
+        self._unexpected = set(report.unexpected_keys)
+
+    def finish(self):
+        """
+        Check the tensors after they are loaded.
+
+        :raises ValueError: if a tensor is missing, unexpected, or of another shape
+        """
+        delattr(self._model, _REPORT_METHOD)
+        if self._missing is None:
+            raise NotImplementedError(
+                f"Transformers {transformers.__version__} loaded the model without a report, "
+                "so that missing tensors would go unnoticed: load CAT checkpoints with a "
+                "version that this release of cat-modifier supports"
+            )
+        loaded = _needed(self._model)
+        problems = [
+            f"{name} is missing" for name in sorted(self._shapes.keys() & self._missing)
+        ]
+        problems += [
+            f"{name} has shape {tuple(loaded[name].shape)}, not {tuple(shape)}"
+            for name, shape in sorted(self._shapes.items())
+            if loaded[name].shape != shape
+        ]
+        problems += [
+            f"{name} belongs to no transform of the config"
+            for name in sorted(self._unexpected)
+            if f".{TRANSFORM_NAME}." in f".{name}"
+        ]
+        if problems:
+            raise ValueError(
+                "The tensors of this checkpoint do not fit its quantization_config, it is "
+                "damaged:\n" + "\n".join(problems)
+            )
+
+
+def _needed(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """List the tensors of all transforms, and of Linears that are quantized or transformed"""
+    targets = {
+        name
+        for module in model.modules()
+        if isinstance(module, CATTransform)
+        for name in module.args.targets
+    }
+    # a tied weight is stored once, under another name
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return {
+        f"{name}.{key}": tensor
+        for name, module in model.named_modules()
+        if isinstance(module, CATTransform)
+        or isinstance(module, Linear)
+        and (name in targets or is_module_quantized(module))
+        for key, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None and f"{name}.{key}" not in tied
+    }

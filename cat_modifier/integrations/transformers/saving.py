@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``save_pretrained`` of a model with CAT transforms."""
+
+import inspect
+import json
+import os
+from functools import wraps
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import MethodType
+from typing import Any
+
+import torch.distributed as dist
+from compressed_tensors.distributed import is_distributed, is_source_process
+from compressed_tensors.quantization.utils import is_module_quantized
+from loguru import logger
+from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME
+
+from cat_modifier.checkpoint.schema import mark_quantization_config
+from cat_modifier.integrations.transformers.atomic_folder import atomic_folder
+
+__all__ = ["save_atomically"]
+
+
+def save_atomically(model: PreTrainedModel):
+    """
+    Wrap ``model.save_pretrained`` so that it writes a marked CAT checkpoint atomically.
+
+    Safe to call again.
+
+    :param model: model with CAT transforms
+    """
+    method = model.save_pretrained
+    if getattr(method, "_writes_cat", False):
+        return
+    function = getattr(method, "__func__", None)
+
+    @wraps(method)
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        # a copy of the model has its own weights
+        save = method if function is None else MethodType(function, self)
+        options = _name_arguments(self, save_directory, args, kwargs)
+        _check(self, options)
+        if is_source_process() and options.get("is_main_process", True):
+            with atomic_folder(save_directory) as staging:
+                save(str(staging), **options)
+                _edit_config(self, staging)
+            logger.info(f"The checkpoint is in {save_directory}")
+        else:  # helps to gather the weights, and keeps no file
+            with TemporaryDirectory() as scratch:
+                save(scratch, **options)
+        if is_distributed():
+            dist.barrier()  # no rank may look for the checkpoint before it is there
+
+    # llm-compressor leaves a method alone that is "overridden"; around ours it would write a
+    # config that is not marked
+    vars(save_pretrained).update(_writes_cat=True, _overridden=True)
+    model.save_pretrained = MethodType(save_pretrained, model)  # type: ignore[method-assign]
+
+
+def _name_arguments(
+    model: PreTrainedModel, save_directory: str | os.PathLike, args: tuple, kwargs: dict
+) -> dict[str, Any]:
+    """
+    Name the arguments of a call of ``save_pretrained``.
+
+    llm-compressor's wrapper has other positional arguments than Transformers' method.
+    """
+    signature = inspect.signature(type(model).save_pretrained)
+    bound = signature.bind(model, save_directory, *args, **kwargs)
+    named = {name: value for name, value in bound.arguments.items() if name != "kwargs"}
+    return dict(list(named.items())[2:]) | bound.arguments.get("kwargs", {})
+
+
+def _check(model: PreTrainedModel, options: dict[str, Any]):
+    """
+    Check that a checkpoint can be made of a model.
+
+    :param options: arguments of ``save_pretrained``
+    :raises ValueError: if it cannot
+    """
+    if options.get("push_to_hub"):
+        # it would upload the staging folder, and before it is marked
+        raise ValueError(
+            "`push_to_hub=True` is not supported by CAT checkpoints: call "
+            "`model.push_to_hub(repo_id)` instead"
+        )
+    if options.get("distributed_checkpoint"):
+        raise ValueError("`distributed_checkpoint=True` is not supported by CAT checkpoints")
+    if not any(is_module_quantized(module) for module in model.modules()):
+        raise ValueError(
+            "The model has CAT transforms, but nothing is quantized: add a "
+            "QuantizationModifier or a GPTQModifier to the recipe after CATModifier"
+        )
+
+
+def _edit_config(model: PreTrainedModel, folder: Path):
+    """
+    Edit the ``quantization_config`` of a checkpoint that was just written.
+
+    Mark it, and add all Linears that are not quantized to `ignore`, by their names in the
+    model. compressed-tensors lists them by their names in the files, which differ for some
+    models, and leaves out subclasses of Linear: a reader would then take them for quantized.
+
+    :param folder: holds the checkpoint, or an adapter, which has no config
+    :raises ValueError: if there are no weights, or if the transforms are lost
+    """
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError("Nothing was saved: `state_dict` is empty")
+    path = folder / CONFIG_NAME
+    if not path.exists():
+        return
+    config = json.loads(path.read_text())
+    if "quantization_config" not in config:
+        raise ValueError(
+            "The model has CAT transforms, but its quantization config was removed, as "
+            "`dequantize=True` does: it cannot be saved without losing its transforms"
+        )
+    marked = mark_quantization_config(config["quantization_config"])
+    ignore = marked.get("ignore") or []
+    marked["ignore"] = [*ignore, *(name for name in _unquantized(model) if name not in ignore)]
+    config["quantization_config"] = marked
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _unquantized(model: PreTrainedModel) -> list[str]:
+    """List the modules that are not quantized, although others of their class are"""
+    modules = dict(model.named_modules())
+    quantized = {type(module) for module in modules.values() if is_module_quantized(module)}
+    return [
+        name
+        for name, module in modules.items()
+        if isinstance(module, tuple(quantized)) and not is_module_quantized(module)
+    ]

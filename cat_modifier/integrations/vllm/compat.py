@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+All imports from vLLM, 0.32 and 0.33: their paths move between releases, and only this module
+has to follow.
+"""
+
+# isort: off
+from vllm import _custom_ops as ops
+from vllm.config import get_current_vllm_config_or_none
+from vllm.distributed import get_pp_group
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+    CompressedTensorsConfig,
+)
+from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+    CompressedTensorsScheme,
+)
+from vllm.model_executor.layers.quantization.compressed_tensors.transform.linear import (
+    get_layer_partition_names,
+)
+from vllm.model_executor.models.utils import WeightsMapper
+from vllm.model_executor.parameter import (
+    BasevLLMParameter,
+    ChannelQuantScaleParameter,
+    ModelWeightParameter,
+    PackedvLLMParameter,
+)
+from vllm.platforms import current_platform
+
+__all__ = [
+    "BasevLLMParameter",
+    "ChannelQuantScaleParameter",
+    "CompressedTensorsConfig",
+    "CompressedTensorsScheme",
+    "LinearBase",
+    "LinearMethodBase",
+    "ModelWeightParameter",
+    "PackedvLLMParameter",
+    "QuantizeMethodBase",
+    "RoutedExperts",
+    "WeightsMapper",
+    "current_platform",
+    "get_current_vllm_config_or_none",
+    "get_layer_partition_names",
+    "get_pp_group",
+    "init_logger",
+    "map_name",
+    "ops",
+    "register_quantization_config",
+    "register_weight_loader_v2_supported_method",
+]
+
+
+def map_name(mapper: WeightsMapper, name: str) -> str | None:
+    """
+    Map the name of a module as vLLM maps those of tensors.
+
+    :param mapper: mapper from names of the checkpoint to those of vLLM's model
+    :return: None for a module that vLLM leaves out
+    """
+    # public since vLLM 0.33
+    map_tensor_name = getattr(mapper, "map_name", None) or mapper._map_name
+    # some rules match a module's name only where something follows it, as ".fc1."
+    mapped = map_tensor_name(f"{name}.weight")
+    return None if mapped is None else mapped.removesuffix(".weight")

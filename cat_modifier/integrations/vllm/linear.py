@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear method that transforms the input, then lets vLLM's own method compute."""
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from cat_modifier.integrations.vllm.compat import (
+    LinearMethodBase,
+    register_weight_loader_v2_supported_method,
+)
+from cat_modifier.integrations.vllm.registry import TransformedInput, TransformRegistry
+
+__all__ = ["TransformLinearMethod"]
+
+
+@register_weight_loader_v2_supported_method
+class TransformLinearMethod(LinearMethodBase):
+    """
+    Applies an input transform, then another linear method.
+
+    :param method: method that vLLM uses without the transform
+    :param source: the transformed input
+    :param is_first: whether this layer holds the transform; others use it from there
+    :param registry: all transforms of the model
+    """
+
+    def __init__(
+        self,
+        method: LinearMethodBase,
+        source: TransformedInput,
+        is_first: bool,
+        registry: TransformRegistry,
+    ):
+        self.method = method
+        self.source = source
+        self.is_first = is_first
+        self.registry = registry
+
+    def create_weights(
+        self,
+        layer: Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs,
+    ):
+        self.method.create_weights(
+            layer,
+            input_size_per_partition,
+            output_partition_sizes,
+            input_size,
+            output_size,
+            params_dtype,
+            **extra_weight_attrs,
+        )
+        # vLLM may quantize an input before the layer sees it, which would be too early
+        layer.requires_unquantized_input = True
+        if self.is_first:
+            self.source.add_to(layer, input_size, input_size_per_partition, params_dtype)
+
+    def process_weights_after_loading(self, layer: Module):
+        self.registry.check_claimed()
+        if self.is_first:
+            device = next(layer.parameters()).device
+            self.source.module.process_weights_after_loading(device)
+        self.method.process_weights_after_loading(layer)
+
+    def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.method.apply(layer, self.source.module(x), bias)

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Apply planned transforms: write weights, attach what runs online, extend the config."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from compressed_tensors.utils import (
+    align_module_device,
+    get_execution_device,
+    update_offload_parameter,
+)
+from torch import Tensor
+from torch.nn import Linear, Parameter
+
+from cat_modifier.checkpoint.schema import CATTransformConfig
+from cat_modifier.checkpoint.transform_module import CATTransform
+from cat_modifier.functional.transform import multiply_heads
+from cat_modifier.modifiers.cat.distributed import barrier
+from cat_modifier.modifiers.cat.plan import PlannedTransform
+
+__all__ = ["LinearWeights", "apply_transforms"]
+
+
+class LinearWeights(Mapping[str, Tensor]):
+    """
+    Weights of Linears, read one at a time: each access makes a copy on the device that
+    computes, shape (out, d), float64.
+
+    :param linears: Linears by full name
+    """
+
+    def __init__(self, linears: Mapping[str, Linear]):
+        self._linears = linears
+
+    def __getitem__(self, name: str) -> Tensor:
+        return _read(self._linears[name], "weight")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._linears)
+
+    def __len__(self) -> int:
+        return len(self._linears)
+
+
+def apply_transforms(
+    transforms: list[PlannedTransform],
+    linears: Mapping[str, Linear],
+    config: CATTransformConfig,
+    precision: torch.dtype,
+):
+    """
+    Write the weights of one Linear after the other, then attach the transforms.
+
+    :param transforms: transforms that were planned together
+    :param linears: Linears by full name, value projections included
+    :param config: receives the transforms
+    :param precision: dtype of stored blocks
+    """
+    readers = {name: one for one in transforms for name in one.source.names}
+    values = {}
+    for one in transforms:
+        if one.source.value_projection is not None:
+            values[one.source.value_projection.linear] = one
+    for name in linears:
+        if name in readers or name in values:
+            _write_weight(linears[name], readers.get(name), values.get(name))
+    for one in transforms:
+        _attach(one, [linears[name] for name in one.source.names], config, precision)
+
+
+def _write_weight(
+    linear: Linear, reader: PlannedTransform | None, value: PlannedTransform | None
+):
+    """
+    :param reader: transform of the Linear's input
+    :param value: transform to be fused into the Linear's rows
+    """
+    weight = _read(linear, "weight")
+    new = {"weight": weight}
+    if value is not None:
+        assert value.source.value_projection is not None
+        heads = value.transform.blocks[:: value.source.value_projection.repeats]
+        new["weight"] = multiply_heads(weight, heads)
+        if linear.bias is not None:
+            new["bias"] = multiply_heads(_read(linear, "bias"), heads)
+    if reader is not None:
+        new["weight"] = reader.transform.transform_weight(new["weight"])
+    # offloaded weights can be shared between ranks: all read before any writes
+    barrier()
+    for name, tensor in new.items():
+        update_offload_parameter(linear, name, tensor.to(getattr(linear, name).dtype))
+    barrier()
+
+
+def _attach(
+    one: PlannedTransform,
+    linears: list[Linear],
+    config: CATTransformConfig,
+    precision: torch.dtype,
+):
+    """
+    Attach the part of a transform that runs online, and note it in the config.
+
+    :param linears: Linears that read the input, the one that holds the transform first
+    """
+    source, layout = one.source, one.layout
+    if source.value_projection is not None:
+        config.fused |= dict.fromkeys(source.names, source.value_projection.linear)
+        if layout.online_hadamard_size == 1 and one.clip_ratio == 1:
+            return
+    blocks = None if one.is_fused else one.transform.blocks
+    scheme, args = config.add_input(
+        list(source.names), layout, blocks is not None, one.clip_ratio, precision
+    )
+    weight = None if blocks is None else Parameter(blocks, requires_grad=False)
+    CATTransform(weight, scheme, args).attach(linears)
+
+
+def _read(linear: Linear, name: str) -> Tensor:
+    """Copy a parameter to the device that computes, in float64"""
+    device = get_execution_device(linear)
+    with align_module_device(linear):
+        return getattr(linear, name).detach().to(device, torch.float64)

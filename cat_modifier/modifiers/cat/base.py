@@ -1,0 +1,426 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CATModifier: its options and its lifecycle."""
+
+from collections.abc import Sized
+from itertools import islice
+from typing import Literal
+
+import torch
+import tqdm
+from compressed_tensors import TRANSFORM_CONFIG_NAME, CompressionFormat
+from compressed_tensors.distributed import is_source_process
+from compressed_tensors.offload import OffloadCache
+from compressed_tensors.utils import TorchDtype, get_execution_device
+from llmcompressor.core import Event, State
+from llmcompressor.modifiers import Modifier
+from llmcompressor.utils import untie_word_embeddings
+from loguru import logger
+from pydantic import Field, PrivateAttr, field_validator
+from torch.nn import Linear, Module
+
+from cat_modifier.calibration.attention import ValueProjection, find_value_projections
+from cat_modifier.calibration.collector import InputCollector, InputStatistics
+from cat_modifier.calibration.shared_inputs import DEFAULT_IGNORE, SharedInput
+from cat_modifier.checkpoint.integers import suits_int8_product
+from cat_modifier.checkpoint.schema import CATTransformConfig
+from cat_modifier.functional.alignment import DEFAULT_DAMPENING_FRAC
+from cat_modifier.functional.layout import (
+    Rotation,
+    TransformLayout,
+    choose_attention_layout,
+    choose_layout,
+)
+from cat_modifier.integrations.transformers.saving import save_atomically
+from cat_modifier.modifiers.cat import pipeline
+from cat_modifier.modifiers.cat.apply import LinearWeights, apply_transforms
+from cat_modifier.modifiers.cat.distributed import gather, rank
+from cat_modifier.modifiers.cat.inputs import PlanningUnit, describe_input, planning_units
+from cat_modifier.modifiers.cat.log import log_overhead, log_transform
+from cat_modifier.modifiers.cat.matching import (
+    match_linears,
+    match_mappings,
+    may_be_sharded,
+)
+from cat_modifier.modifiers.cat.pipeline import is_resident, run_batch
+from cat_modifier.modifiers.cat.plan import PlanOptions, plan_transforms
+from cat_modifier.modifiers.cat.validation import (
+    check_earlier_transforms,
+    check_later_transforms,
+    check_quantized,
+    check_same_inputs,
+    check_shared_pass,
+    warn_if_not_served,
+)
+from cat_modifier.modifiers.decoding_layers import find_decoding_layers
+
+__all__ = ["CATModifier"]
+
+_SAMPLE_SIZE = 64
+"""Tokens of each input that are kept, to clip ranges and to predict noise"""
+
+pipeline.register()
+
+
+class CATModifier(Modifier):
+    """
+    Inserts concentration-alignment transforms (CAT, arXiv 2603.04359) before Linears, so
+    that weights and activations lose less to quantization at low bit widths.
+
+    For each input that Linears share, the block-diagonal transform ``T`` of best alignment
+    is computed in closed form from the second moments of the input and of the weights, and
+    followed by a Hadamard rotation for concentration. The inverse of ``T`` is fused into
+    the weights; ``T`` itself runs online, before the activations are quantized. The
+    function of the model does not change; clipping of activations is part of their
+    quantization. Put a QuantizationModifier or GPTQModifier after it.
+
+    Sample yaml:
+    ```yaml
+    quant_stage:
+      quant_modifiers:
+        CATModifier:
+          transform_block_size: 128
+          rotation: hadamard
+        QuantizationModifier:
+          ignore: [lm_head]
+          config_groups:
+            group_0:
+              targets: [Linear]
+              format: pack-quantized
+              weights: {num_bits: 4, type: int, strategy: channel, observer: memoryless_mse}
+              input_activations:
+                {num_bits: 4, type: int, strategy: token, symmetric: false, dynamic: true}
+    ```
+
+    Lifecycle:
+
+    - on_initialize
+        - find the targeted Linears
+    - on_calibration_start
+        - check the recipe and the model
+        - pass one batch through the model, to find value projections
+        - hook the Linears, to collect statistics of their inputs
+    - on_sequential_epoch_end
+        - for each input whose Linears have all run: plan its transform, then apply it
+    - on_calibration_end
+        - the same for inputs that are left, and for Linears that saw no tokens
+    - on_finalize
+        - make `save_pretrained` write a marked checkpoint, atomically
+
+    :param transform_block_size: k, number of input channels that a block of T mixes. Upper
+        bound: if it does not divide the input of a Linear, the largest usable divisor below
+        it is taken. 1 scales channels. "full" is one block over the whole input; it needs
+        memory and run time in the square of the input size
+    :param rotation: rotation after the blocks. `"hadamard"`: Hadamard over the whole input;
+        part is fused into the blocks, the rest runs online. `"block-hadamard"` and
+        `"eigen-hadamard"` mix the channels of a block and are fused. `"none"`: blocks alone
+    :param alignment_strength: exponent of the alignment transform. 1 is optimal for uniform
+        rounding noise (integers), 0 leaves the rotation alone. Finite and not negative
+    :param dampening_frac: fraction of the mean eigenvalue of each block of second moments
+        that is added to its diagonal; positive
+    :param targets: Linears to transform, by name, class or `re:` pattern
+    :param ignore: exceptions from `targets`. Default: the lm_head and vision towers
+    :param mappings: Linears that share a transform, as lists of patterns, one list for each
+        input, e.g. `[["re:.*q_proj", "re:.*k_proj", "re:.*v_proj"]]`. Default: the Linears
+        that are observed to read the same input
+    :param fuse_attention: fuse the transform before o_proj into v_proj, one block per KV
+        head. Only the Hadamard product of `rotation: hadamard` stays online. Where attention
+        is observed to do more than mix values, and with `transform_block_size: full`, that
+        input is treated as all others. LoRA adapters of the original model do not fit these
+        two Linears
+    :param clip_activations: clip each token's range to a ratio in [0.6, 1], searched per
+        input. Asymmetric per-token integer activations only
+    :param precision: dtype of the stored T: bfloat16, float16 or float32. The inverse is
+        taken of T as stored
+    :param max_overhead: limit for the multiply-adds that the transforms of a decoding layer
+        add online, relative to those of its Linears, for the tokens of the calibration (with
+        experts, pass `moe_calibrate_all_experts=False` to oneshot). Blocks then have several
+        sizes up to `transform_block_size`: larger where predicted noise falls most for the
+        cost. Default: no limit
+    :param tensor_parallel_size: largest tensor parallel size at which the checkpoint can be
+        served. Blocks and Hadamard products of inputs that may be sharded (o_proj,
+        down_proj, and all that the model's `tp_plan` does not call `colwise`) then stay
+        within one shard
+    """
+
+    requires_calibration_data: bool = True
+
+    transform_block_size: int | Literal["full"] = 128
+    rotation: Literal["hadamard", "block-hadamard", "eigen-hadamard", "none"] = "hadamard"
+    alignment_strength: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
+    dampening_frac: float = Field(default=DEFAULT_DAMPENING_FRAC, gt=0.0, allow_inf_nan=False)
+    targets: str | list[str] = Field(default_factory=lambda: ["Linear"])
+    ignore: str | list[str] = Field(default_factory=lambda: list(DEFAULT_IGNORE))
+    mappings: list[list[str]] | None = None
+    fuse_attention: bool = True
+    clip_activations: bool = True
+    precision: TorchDtype = Field(default=torch.bfloat16)
+    max_overhead: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    tensor_parallel_size: int = Field(default=1, ge=1)
+
+    _linears: dict[str, Linear] = PrivateAttr(default_factory=dict)
+    _layers: dict[str, Module] = PrivateAttr(default_factory=dict)
+    _value_projections: dict[str, ValueProjection] = PrivateAttr(default_factory=dict)
+    _collector: InputCollector[InputStatistics] | None = PrivateAttr(default=None)
+    _config: CATTransformConfig | None = PrivateAttr(default=None)
+    _finished: set[Module] = PrivateAttr(default_factory=set)
+    _transformed: set[str] = PrivateAttr(default_factory=set)
+    _is_resident: bool = PrivateAttr(default=False)
+
+    @field_validator("targets", "ignore", mode="before")
+    @classmethod
+    def _wrap_singleton(cls, value):
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("transform_block_size")
+    @classmethod
+    def _validate_block_size(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError(
+                f"`transform_block_size` must be a positive integer or 'full', got {value}"
+            )
+        return value
+
+    @field_validator("precision")
+    @classmethod
+    def _validate_precision(cls, value: torch.dtype) -> torch.dtype:
+        if value not in (torch.bfloat16, torch.float16, torch.float32):
+            raise ValueError(f"`precision` must be bfloat16, float16 or float32, got {value}")
+        return value
+
+    @property
+    def prefers_basic_pipeline(self) -> bool:
+        """Whether one pass over the whole model is best: see :mod:`.pipeline`"""
+        return self._is_resident
+
+    ## Lifecycle ##
+
+    def on_initialize(self, state: State, **kwargs) -> bool:
+        """
+        :raises ValueError: if there is nothing to transform or to calibrate on, a target
+            cannot be transformed, a later modifier would undo the transforms, or
+            `max_overhead` is set for a model without decoding layers
+        """
+        data = state.data.calib
+        if data is None:
+            raise ValueError("CATModifier needs calibration data: pass a `dataset` to oneshot")
+        if isinstance(data, Sized) and len(data) == 0:
+            raise ValueError("The calibration dataset is empty")
+        self._linears = match_linears(state.model, self.targets, self.ignore)
+        check_later_transforms(self)
+        if self.max_overhead is not None:
+            self._layers = find_decoding_layers(state.model)
+        # statistics of all inputs are held at once then: they must be smaller than the model
+        is_small = self._statistics_size() < _size(state.model)
+        # all ranks take the same way
+        self._is_resident = all(gather(is_resident(state.model) and is_small))
+        return True
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs):
+        """
+        :raises ValueError: if another modifier shares the calibration pass, an input has a
+            transform, or weights are quantized already
+        """
+        check_shared_pass(self)
+        self._config = check_earlier_transforms(state.model, self._linears)
+        check_quantized(self._linears, self)
+        warn_if_not_served(self._linears)
+        # the weight of an lm_head that is tied to the embedding cannot change alone
+        if state.model.get_output_embeddings() in self._linears.values():
+            untie_word_embeddings(state.model)
+        if self.fuse_attention and self.transform_block_size != "full":
+            self._value_projections = self._find_value_projections(state)
+        self._collector = self._start_collecting(state)
+
+    def on_sequential_epoch_end(
+        self, state: State, event: Event, modules: list[Module], **kwargs
+    ):
+        self._finished.update(modules)
+        ready = [
+            one
+            for one in self._collector.pending()
+            if self._finished.issuperset(one.linears.values())
+        ]
+        self._plan_and_apply(state, ready, set(modules))
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs):
+        """
+        :raises ValueError: if no Linear saw any tokens
+        """
+        self.remove_hooks()
+        self._plan_and_apply(state, self._collector.pending(), set(state.model.modules()))
+        if not self._transformed:
+            raise ValueError(
+                "CATModifier saw no tokens: pass a calibration `dataset` of more than padding"
+            )
+        self._rotate_unseen(state)
+        setattr(state.model, TRANSFORM_CONFIG_NAME, self._config)
+        self._collector = None
+
+    def on_finalize(self, state: State, **kwargs) -> bool:
+        for linear in self._linears.values():
+            scheme = getattr(linear, "quantization_scheme", None)
+            # by default compressed-tensors stores integer weights in 8 bits if activations
+            # are integers as well
+            if (
+                scheme is not None
+                and scheme.format is None
+                and suits_int8_product(scheme.weights, scheme.input_activations)
+                and scheme.weights.num_bits < 8
+            ):
+                scheme.format = CompressionFormat.pack_quantized
+        save_atomically(state.model)
+        return True
+
+    ## Calibration ##
+
+    def _statistics_size(self) -> int:
+        """Bytes of the second moments of all inputs, counted once for each Linear"""
+        k = self.transform_block_size
+        sizes = [one.in_features for one in self._linears.values()]
+        return sum(4 * d * (d if k == "full" else min(k, d)) for d in sizes)
+
+    def _find_value_projections(self, state: State) -> dict[str, ValueProjection]:
+        """Find them on one batch; those that all ranks agree on"""
+        # one and the same batch: by default, oneshot shuffles the data anew for each pass
+        batch = next(islice(state.data.calib, 1))
+        found = find_value_projections(
+            state.model, self._linears, lambda: run_batch(state, batch)
+        )
+        everywhere = gather(found)
+        return {
+            name: projection
+            for name, projection in found.items()
+            if all(of_rank.get(name) == projection for of_rank in everywhere)
+        }
+
+    def _start_collecting(self, state: State) -> InputCollector[InputStatistics]:
+        def new_statistics(shared: SharedInput) -> InputStatistics:
+            block_size = self._layout(state, shared).block_size
+            return InputStatistics(shared.in_features, block_size, _SAMPLE_SIZE, rank())
+
+        collector = InputCollector(self._linears, new_statistics)
+        if self.mappings is not None:
+            collector.observer.set_inputs(
+                match_mappings(state.model, self.mappings, self.ignore, self._linears)
+            )
+        names = {linear: name for name, linear in self._linears.items()}
+
+        def input_hook(linear: Linear, args: tuple):
+            collector.observe(names[linear], args[0], state.current_batch_idx)
+
+        def mask_hook(module: Module, args: tuple, kwargs: dict):
+            collector.set_attention_mask(state.current_batch_idx, kwargs.get("attention_mask"))
+
+        for module in state.model.modules():
+            if module in names:
+                self.register_hook(module, input_hook, "forward_pre")
+            elif any(child in names for child in module.modules()):
+                self.register_hook(module, mask_hook, "forward_pre", with_kwargs=True)
+        return collector
+
+    def _shards(self, state: State, shared: SharedInput) -> int:
+        is_sharded = self.tensor_parallel_size > 1 and may_be_sharded(
+            state.model, shared.linears
+        )
+        return self.tensor_parallel_size if is_sharded else 1
+
+    def _layout(self, state: State, shared: SharedInput) -> TransformLayout:
+        """Choose the largest layout"""
+        shards, rotation = self._shards(state, shared), Rotation(self.rotation)
+        sizes = (shared.first, shared.in_features, shards)
+        if projection := self._value_projection(shared):
+            return choose_attention_layout(*sizes, projection.head_dim, rotation)
+        return choose_layout(*sizes, self.transform_block_size, rotation)
+
+    def _value_projection(self, shared: SharedInput) -> ValueProjection | None:
+        found = (self._value_projections.get(name) for name in shared.linears)
+        return next((one for one in found if one is not None), None)
+
+    ## Transforms ##
+
+    def _plan_and_apply(self, state: State, ready: list[SharedInput], modules: set[Module]):
+        """
+        :param ready: inputs whose statistics are complete
+        :param modules: modules whose outputs are computed anew after this
+        """
+        check_same_inputs(ready)
+        projections = {}
+        for one in ready:
+            projection = self._value_projection(one)
+            # values that were computed before would meet an o_proj that expects others
+            if projection is not None and self._linears[projection.linear] in modules:
+                projections[one.first] = projection
+        units = planning_units(ready, projections, self._layers, self._transformed)
+        is_quiet = not units or not is_source_process()
+        for unit in tqdm.tqdm(units, desc="Transforming", disable=is_quiet):
+            self._transform_unit(state, unit, projections)
+
+    def _transform_unit(
+        self, state: State, unit: PlanningUnit, projections: dict[str, ValueProjection]
+    ):
+        inputs = []
+        is_anything_quantized = any(
+            getattr(one, "quantization_scheme", None) for one in self._linears.values()
+        )
+        for shared in unit.inputs:
+            statistics = None
+            if unit.is_seen:
+                statistics = self._collector.take(shared)
+                device = get_execution_device(shared.linears[shared.first])
+                statistics.reduce(device)
+                if not statistics.second_moments.count:
+                    continue  # all padding: treated as unseen in the end
+            inputs.append(
+                describe_input(
+                    shared,
+                    self._shards(state, shared),
+                    self._layout(state, shared),
+                    statistics,
+                    projections.get(shared.first),
+                    is_anything_quantized,
+                )
+            )
+        if not inputs:
+            return
+        options = PlanOptions(
+            Rotation(self.rotation),
+            self.alignment_strength,
+            self.dampening_frac,
+            self.clip_activations,
+            self.precision,
+            self.max_overhead if unit.layer else None,
+        )
+        plan = plan_transforms(inputs, LinearWeights(self._linears), options, unit.layer or "")
+        apply_transforms(plan.transforms, self._linears, self._config, self.precision)
+        for one in plan.transforms:
+            self._transformed.update(one.source.names)
+            if is_source_process():
+                log_transform(one)
+        if plan.overhead is not None and is_source_process():
+            log_overhead(unit.layer, plan.overhead, self.max_overhead)
+
+    def _rotate_unseen(self, state: State):
+        """Rotate Linears that saw no tokens, such as unused experts, without alignment"""
+        unseen = [name for name in self._linears if name not in self._transformed]
+        if not unseen:
+            return
+        logger.warning(
+            f"{len(unseen)} of {len(self._linears)} Linears saw no calibration tokens, and "
+            f"are rotated without alignment: {', '.join(unseen[:10])}"
+            + (", ..." if len(unseen) > 10 else "")
+        )
+        known = [
+            one for one in self._collector.observer.inputs if one.first not in self._transformed
+        ]
+        names = {name for one in known for name in one.linears}
+        alone = [SharedInput({n: self._linears[n]}) for n in unseen if n not in names]
+        for shared in [*known, *alone]:
+            projection = self._value_projection(shared)
+            projections = {} if projection is None else {shared.first: projection}
+            self._transform_unit(state, PlanningUnit([shared], is_seen=False), projections)
+
+
+def _size(model: Module) -> int:
+    """Bytes of the parameters of a model"""
+    with OffloadCache.disable_onloading():  # onloading would make copies
+        return sum(p.numel() * p.element_size() for p in model.parameters())

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From observed inputs to what :func:`plan_transforms` needs of them."""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationStrategy,
+    QuantizationType,
+)
+from compressed_tensors.utils import get_execution_device
+from torch.nn import Linear
+
+from cat_modifier.calibration.attention import ValueProjection
+from cat_modifier.calibration.collector import InputStatistics
+from cat_modifier.calibration.shared_inputs import SharedInput
+from cat_modifier.functional.layout import TransformLayout
+from cat_modifier.modifiers.cat.plan import InputToPlan
+
+__all__ = ["PlanningUnit", "describe_input", "planning_units"]
+
+
+@dataclass(frozen=True)
+class PlanningUnit:
+    """
+    Inputs whose transforms depend on each other.
+
+    :param inputs: the inputs, in the order of the model
+    :param layer: full name of the decoding layer that shares a limit of overhead; None
+        without a limit
+    :param is_seen: whether there are statistics of the inputs
+    """
+
+    inputs: list[SharedInput]
+    layer: str | None = None
+    is_seen: bool = True
+
+
+def planning_units(
+    inputs: list[SharedInput],
+    value_projections: Mapping[str, ValueProjection],
+    layers: Iterable[str],
+    transformed: Collection[str],
+) -> list[PlanningUnit]:
+    """
+    Divide inputs into units that can be planned one after the other.
+
+    An attention output and the input of its value projection belong together, and so do all
+    inputs of a decoding layer under a limit of overhead.
+
+    :param value_projections: value projections to fuse blocks into, by the first Linear of
+        the attention output
+    :param layers: full names of the decoding layers with a limit of overhead
+    :param transformed: names of the Linears whose inputs are transformed already
+    :raises ValueError: if a part of a decoding layer was transformed before
+    """
+    reader_of = {name: one.first for one in inputs for name in one.linears}
+    units: dict[str, list[SharedInput]] = {}
+    for one in inputs:
+        layer = next((name for name in layers if one.first.startswith(f"{name}.")), None)
+        key = one.first
+        if layer is not None:
+            key = f"{layer}."
+        elif one.first in value_projections:
+            key = reader_of.get(value_projections[one.first].linear, one.first)
+        units.setdefault(key, []).append(one)
+    for key in units:
+        is_layer = key.endswith(".")
+        if is_layer and any(name.startswith(key) for name in transformed):
+            raise ValueError(
+                f"{key[:-1]} is calibrated in parts, which cannot share `max_overhead`: leave "
+                "`sequential_targets` of oneshot at its default"
+            )
+    return [
+        PlanningUnit(members, key[:-1] if key.endswith(".") else None)
+        for key, members in units.items()
+    ]
+
+
+def describe_input(
+    shared: SharedInput,
+    shards: int,
+    layout: TransformLayout,
+    statistics: InputStatistics | None,
+    value_projection: ValueProjection | None,
+    is_anything_quantized: bool,
+) -> InputToPlan:
+    """
+    :param shards: tensor parallel shards of the input
+    :param layout: largest layout of the transform
+    :param statistics: statistics of all ranks; None if the input was never seen
+    :param value_projection: Linear to fuse the blocks into; None to apply them online
+    :param is_anything_quantized: whether the recipe quantizes any Linear of the model
+    """
+    schemes = [getattr(one, "quantization_scheme", None) for one in shared.linears.values()]
+    one = InputToPlan(
+        names=tuple(shared.linears),
+        in_features=shared.in_features,
+        shards=shards,
+        layout=layout,
+        value_projection=value_projection,
+        # a recipe of CATModifier alone says nothing: it may be quantized later
+        is_quantized=any(schemes) or not is_anything_quantized,
+        is_clippable=_is_clippable(shared.linears),
+    )
+    changes: dict = {}
+    if schemes[0] is not None:
+        changes["weight_args"] = schemes[0].weights
+        changes["activation_args"] = schemes[0].input_activations
+    if statistics is not None:
+        device = get_execution_device(shared.linears[shared.first])
+        moments, sample = statistics.second_moments, statistics.sample
+        changes["second_moments"] = moments.mean.to(device)
+        changes["token_count"] = moments.count
+        if sample.tokens is not None:
+            changes["tokens"] = sample.tokens.to(device)
+            changes["token_weights"] = sample.weights.to(device)
+    return replace(one, **changes)
+
+
+def _is_clippable(linears: Mapping[str, Linear]) -> bool:
+    """
+    Whether all Linears quantize their input alike, to asymmetric integers with a dynamic
+    scale for each token.
+    """
+    schemes = [getattr(one, "quantization_scheme", None) for one in linears.values()]
+    inputs: list[QuantizationArgs | None] = [one and one.input_activations for one in schemes]
+    return all(
+        args is not None
+        and args == inputs[0]
+        and args.type == QuantizationType.INT
+        and args.strategy == QuantizationStrategy.TOKEN
+        and args.dynamic is True
+        and not args.symmetric
+        for args in inputs
+    )

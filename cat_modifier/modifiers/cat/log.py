@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Log lines about planned transforms."""
+
+from compressed_tensors.quantization import QuantizationArgs, QuantizationType
+from loguru import logger
+
+from cat_modifier.functional.alignment import condition_number
+from cat_modifier.functional.sqnr import to_db
+from cat_modifier.modifiers.cat.plan import Overhead, PlannedTransform
+
+__all__ = ["log_overhead", "log_transform"]
+
+
+def log_transform(one: PlannedTransform):
+    """Log one line, and a warning if there were too few tokens; nothing of an unseen input"""
+    if one.before is None or one.after is None:
+        return
+    source, layout = one.source, one.layout
+    members = [name.rpartition(".")[2] for name in source.names]
+    shown = "/".join(members[:4]) + ("/..." if len(members) > 4 else "")
+    prefix = source.first.rpartition(".")[0]
+    weights, activations = source.weight_args, source.activation_args
+    # theorem 2.4 speaks of integers
+    is_float = weights is not None and weights.type == QuantizationType.FLOAT
+    logger.info(
+        f"{prefix}.{shown}: predicted W{_bits(weights)}A{_bits(activations)} SQNR"
+        f"{' as integers' if is_float else ''} "
+        f"{to_db(one.before.sqnr):.1f} -> {to_db(one.after.sqnr):.1f} dB, alignment "
+        f"{to_db(one.before.alignment):.1f} -> {to_db(one.after.alignment):.1f} dB, "
+        f"block size {layout.block_size}, Hadamard size {layout.hadamard_size}, "
+        f"condition number {condition_number(one.transform.blocks):.1f}"
+        + (f", range clipped to {one.clip_ratio:.2f}" if one.clip_ratio < 1 else "")
+        + (f" ({layout.remark})" if layout.remark else "")
+    )
+    if source.token_count < layout.block_size:
+        logger.warning(
+            f"{source.first}: {source.token_count} calibration tokens do not determine "
+            f"blocks of {layout.block_size} channels, which then depend on "
+            "`dampening_frac`: use more or longer samples"
+        )
+
+
+def log_overhead(layer: str, overhead: Overhead, max_overhead: float):
+    """
+    :param layer: full name of the decoding layer
+    """
+    logger.info(
+        f"{layer}: transforms add {overhead.planned:.2%} to the multiply-adds, at most "
+        f"{max_overhead:.2%}; the largest would add {overhead.largest:.2%}"
+    )
+
+
+def _bits(args: QuantizationArgs | None) -> int:
+    return 16 if args is None else args.num_bits

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modules that the options of CATModifier name, and inputs that tensor parallelism splits."""
+
+import re
+from collections.abc import Iterable, Mapping
+
+from compressed_tensors import match_modules_set, match_named_modules
+from compressed_tensors.offload import OffloadCache
+from torch.nn import Linear, Module
+
+__all__ = ["match_linears", "match_mappings", "may_be_sharded"]
+
+
+def match_linears(model: Module, targets: list[str], ignore: list[str]) -> dict[str, Linear]:
+    """
+    Find the Linears to transform.
+
+    :param targets: names, classes or `re:` patterns
+    :param ignore: exceptions from `targets`
+    :return: Linears by full name
+    :raises ValueError: if there are none, or one of them cannot have a transform
+    """
+    matched = dict(match_named_modules(model, targets, ignore))
+    if not matched:
+        raise ValueError(
+            f"CATModifier found no modules for targets {targets} and ignore {ignore}: check "
+            "the names with `model.named_modules()`"
+        )
+    first_of: dict[int, str] = {}
+    for name, module in matched.items():
+        if not isinstance(module, Linear):
+            raise ValueError(
+                f"CATModifier can transform the inputs of torch.nn.Linear, but {name} is a "
+                f"{type(module).__name__}: add it to `ignore`"
+            )
+        with OffloadCache.disable_onloading():  # onloading would make a copy
+            first = first_of.setdefault(id(module.weight), name)
+        if first != name:
+            raise ValueError(
+                f"{name} and {first} share their weight, so that their inputs cannot have "
+                "transforms of their own: add both to `ignore`"
+            )
+    return matched
+
+
+def match_mappings(
+    model: Module, mappings: list[list[str]], ignore: list[str], linears: Mapping[str, Linear]
+) -> list[list[str]]:
+    """
+    Find the Linears that share an input according to `mappings`.
+
+    :param mappings: lists of patterns, one list for each input
+    :param linears: targeted Linears by full name
+    :return: names of the Linears of each input
+    :raises ValueError: if a mapping matches nothing, modules that are not targeted, or
+        Linears that cannot read the same input
+    """
+    names = {linear: name for name, linear in linears.items()}
+    inputs = []
+    for mapping in mappings:
+        matches = list(match_modules_set(model, mapping, ignore))
+        if not matches:
+            raise ValueError(f"No modules match the mapping {mapping} of CATModifier")
+        for match in matches:
+            members = [module for modules in match for module in modules]
+            if unknown := [module for module in members if module not in names]:
+                raise ValueError(
+                    f"The mapping {mapping} of CATModifier matches {unknown[0]}, which is "
+                    "not among its `targets`"
+                )
+            if len({linear.in_features for linear in members}) > 1:
+                raise ValueError(
+                    f"The mapping {mapping} of CATModifier matches Linears of different "
+                    "input sizes, which cannot read the same input"
+                )
+            inputs.append([names[module] for module in members])
+    return inputs
+
+
+def may_be_sharded(model: Module, names: Iterable[str]) -> bool:
+    """
+    Whether a tensor parallel rank may get a part of an input instead of all of it.
+
+    :param names: Linears that read the input
+    """
+    plan = getattr(model, "tp_plan", None) or {}
+    # the plan is Transformers', and vLLM's can differ: trust nothing but a clear yes
+    column_parallel = [
+        re.compile(r"(^|\.)" + re.escape(pattern).replace(r"\*", r"\d+") + "$")
+        for pattern, style in plan.items()
+        if style == "colwise"
+    ]
+    return not all(any(pattern.search(name) for pattern in column_parallel) for name in names)

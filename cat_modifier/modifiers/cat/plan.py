@@ -1,0 +1,423 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Plan transforms from statistics, weights and options: pure functions on tensors.
+
+Nothing here knows llm-compressor, changes a weight, or writes a file. Weights are read one
+at a time, so that one Linear in float64 is the peak of memory, however many Linears read an
+input. Each transform is computed once, also where block sizes are chosen under a limit.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from torch import Tensor
+
+from cat_modifier.calibration.attention import ValueProjection
+from cat_modifier.functional.alignment import diagonal_blocks, inner_blocks
+from cat_modifier.functional.clipping import best_clip_ratio
+from cat_modifier.functional.knapsack import spend
+from cat_modifier.functional.layout import Rotation, TransformLayout, cheaper_layouts
+from cat_modifier.functional.sqnr import alignment, concentration, energy, predicted_sqnr
+from cat_modifier.functional.transform import (
+    FusedTransform,
+    compute_transform,
+    multiply_heads,
+)
+
+__all__ = [
+    "InputToPlan",
+    "Overhead",
+    "Plan",
+    "PlanOptions",
+    "PlannedTransform",
+    "Prediction",
+    "plan_transforms",
+]
+
+_ROW = QuantizationArgs(num_bits=4, strategy="channel")
+"""Assumed quantization where a recipe names none: 4 bits, one scale a row"""
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """
+    Options of CATModifier that decide about transforms; documented there.
+
+    :param max_overhead: limit for the inputs that are planned together; None for none
+    """
+
+    rotation: Rotation
+    alignment_strength: float
+    dampening_frac: float
+    clip_activations: bool
+    precision: torch.dtype
+    max_overhead: float | None
+
+
+@dataclass(frozen=True)
+class InputToPlan:
+    """
+    What is known of one shared input.
+
+    :param names: Linears that read the input, the one that holds the transform first
+    :param in_features: d, size of the input
+    :param shards: tensor parallel shards of the input
+    :param layout: largest layout of the transform
+    :param second_moments: diagonal blocks of Sx, shape (d/k, k, k) with k the block size of
+        the layout; None if the input was never seen
+    :param token_count: number of tokens behind the second moments
+    :param tokens: sample of tokens, shape (n, d), float32; None if there is none
+    :param token_weights: weight of each token of the sample, shape (n,), float64
+    :param weight_args: quantization of the weights; None for 16 bits
+    :param activation_args: quantization of the input; None for 16 bits
+    :param is_quantized: whether the recipe quantizes these Linears, or may do so
+    :param is_clippable: whether ranges of the input may be clipped
+    :param value_projection: Linear into whose rows the blocks are fused; None to apply
+        them online
+    """
+
+    names: tuple[str, ...]
+    in_features: int
+    shards: int
+    layout: TransformLayout
+    second_moments: Tensor | None = None
+    token_count: int = 0
+    tokens: Tensor | None = None
+    token_weights: Tensor | None = None
+    weight_args: QuantizationArgs | None = field(default_factory=lambda: _ROW)
+    activation_args: QuantizationArgs | None = field(default_factory=lambda: _ROW)
+    is_quantized: bool = True
+    is_clippable: bool = False
+    value_projection: ValueProjection | None = None
+
+    @property
+    def first(self) -> str:
+        """Name of the Linear that holds the transform"""
+        return self.names[0]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """
+    SQNR and alignment of all Linears of an input together, as theorem 2.4 predicts them
+    without clipping. Ratios of energies, without a unit.
+    """
+
+    sqnr: float
+    alignment: float
+
+    @property
+    def noise(self) -> float:
+        """Noise-to-signal ratio; 0 if nothing is quantized or there is no signal"""
+        return 1 / self.sqnr if self.sqnr > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class PlannedTransform:
+    """
+    The transform of one shared input, ready to be applied.
+
+    :param source: the input
+    :param transform: T and its inverse
+    :param clip_ratio: range of a token relative to its values; 1 does not clip
+    :param before: prediction without the transform; None if no token was seen
+    :param after: prediction with it
+    """
+
+    source: InputToPlan
+    transform: FusedTransform
+    clip_ratio: float
+    before: Prediction | None
+    after: Prediction | None
+
+    @property
+    def layout(self) -> TransformLayout:
+        return self.transform.layout
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the blocks are fused into a value projection"""
+        return self.source.value_projection is not None
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """
+    Multiply-adds of transforms at run time, relative to those of the Linears they belong to.
+
+    :param planned: sum over the planned transforms
+    :param largest: sum if all blocks were as large as they can be
+    """
+
+    planned: float
+    largest: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    :param transforms: one for each input
+    :param overhead: None without a limit
+    """
+
+    transforms: list[PlannedTransform]
+    overhead: Overhead | None
+
+
+@dataclass
+class _Candidate:
+    """A transform that an input can have, and its prediction"""
+
+    transform: FusedTransform
+    multiply_adds: int
+    prediction: Prediction | None = None
+
+
+@dataclass
+class _Choice:
+    """
+    :param source: the input
+    :param weight_count: number of weights of its Linears
+    :param candidates: transforms to choose from, the largest first
+    :param before: prediction without a transform; None if no token was seen
+    """
+
+    source: InputToPlan
+    weight_count: int
+    candidates: list[_Candidate]
+    before: Prediction | None
+
+
+class _PlannedWeights(Mapping[str, Tensor]):
+    """
+    Weights in float64, with the transforms that are planned to be fused into their rows.
+
+    :param weights: weights by the name of the Linear, shape (out, d), any dtype
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor]):
+        self._weights = weights
+        self._heads: dict[str, Tensor] = {}
+
+    def fuse(self, projection: ValueProjection, blocks: Tensor):
+        self._heads[projection.linear] = blocks[:: projection.repeats]
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight = self._weights[name].to(torch.float64)
+        heads = self._heads.get(name)
+        return weight if heads is None else multiply_heads(weight, heads)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+def plan_transforms(
+    inputs: Sequence[InputToPlan],
+    weights: Mapping[str, Tensor],
+    options: PlanOptions,
+    layer: str = "",
+) -> Plan:
+    """
+    Plan the transforms of inputs that depend on each other: an attention output and the
+    input of its value projection, or all inputs of a decoding layer under a limit.
+
+    :param inputs: inputs whose transforms are planned together
+    :param weights: weights by the name of the Linear, shape (out, d), any dtype. They are
+        read one at a time
+    :param options: see :class:`PlanOptions`
+    :param layer: name of the decoding layer, for messages
+    :raises ValueError: if second moments are not finite, a transform is singular as stored,
+        or even the cheapest transforms exceed the limit
+    """
+    # attention outputs first: their transforms change the weights of value projections
+    ordered = sorted(inputs, key=lambda one: one.value_projection is None)
+    planned = _PlannedWeights(weights)
+    choices = []
+    for one in ordered:
+        try:
+            choice = _compute_candidates(one, planned, options)
+        except ValueError as error:
+            raise ValueError(f"Cannot transform the input of {one.first}: {error}") from error
+        if one.value_projection is not None:
+            planned.fuse(one.value_projection, choice.candidates[0].transform.blocks)
+        choices.append(choice)
+
+    chosen, overhead = [0] * len(choices), None
+    if options.max_overhead is not None:
+        chosen, overhead = _choose(choices, options.max_overhead, layer)
+    transforms = [
+        _finish(choice, index, options) for choice, index in zip(choices, chosen, strict=True)
+    ]
+    return Plan(transforms, overhead)
+
+
+def _compute_candidates(
+    one: InputToPlan, weights: Mapping[str, Tensor], options: PlanOptions
+) -> _Choice:
+    """Compute each transform that the input can have"""
+    layouts = [one.layout]
+    if options.max_overhead is not None and one.value_projection is None:
+        layouts = cheaper_layouts(
+            one.first, one.in_features, one.shards, one.layout, options.rotation
+        )
+        # blocks larger than the token count would overfit
+        layouts = [x for x in layouts if x.block_size <= one.token_count] or layouts
+
+    is_fused = one.value_projection is not None
+    dtype = torch.float64 if is_fused else options.precision
+    stored = []
+    for layout in layouts:
+        size = layout.stored_size
+        shape = (one.in_features // size, size, size)
+        # first of all: stored blocks outlive all temporaries, and among them would leave gaps
+        # that add up to as much memory as the model takes
+        stored.append(torch.empty(shape, dtype=dtype, device=_device(one, weights)))
+
+    sw = torch.zeros((), dtype=torch.float64)
+    weight_count = 0
+    for name in one.names:
+        weight = weights[name]
+        sw = diagonal_blocks(weight, one.layout.block_size) + sw.to(weight.device)
+        weight_count += weight.numel()
+    found = []
+    for layout, blocks in zip(layouts, stored, strict=True):
+        size, sx = layout.block_size, one.second_moments
+        transform = compute_transform(
+            None if sx is None else inner_blocks(sx, size),
+            inner_blocks(sw, size),
+            layout,
+            options.rotation,
+            options.alignment_strength,
+            options.dampening_frac,
+            blocks,
+            1 if one.value_projection is None else one.value_projection.repeats,
+        )
+        found.append(_Candidate(transform, layout.multiply_adds(one.in_features, is_fused)))
+    before = _predict(one, weights, found) if one.tokens is not None else None
+    return _Choice(one, weight_count, found, before)
+
+
+def _device(one: InputToPlan, weights: Mapping[str, Tensor]) -> torch.device:
+    if one.second_moments is not None:
+        return one.second_moments.device
+    return weights[one.first].device
+
+
+class _Prediction:
+    """
+    Sums over the Linears of an input, to which Linears are added one at a time.
+
+    :param tokens: sample of the input, shape (n, d), float64
+    """
+
+    def __init__(self, one: InputToPlan, tokens: Tensor):
+        self._one, self._tokens = one, tokens
+        self._weight_energy = self._output_energy = self._squared_ranges = 0.0
+
+    def add(self, weight: Tensor):
+        """
+        :param weight: shape (out, d), float64
+        """
+        weight_energy = weight.square().sum().item()
+        self._weight_energy += weight_energy
+        self._output_energy += energy(self._tokens @ weight.T, self._one.token_weights)
+        # squared ranges are summed over the Linears, as energies are
+        if weight_energy:
+            args = self._one.weight_args or _ROW
+            self._squared_ranges += weight_energy / concentration(weight, args)
+
+    def result(self) -> Prediction:
+        one, tokens = self._one, self._tokens
+        aligned = alignment(
+            self._output_energy, self._weight_energy, energy(tokens, one.token_weights)
+        )
+        ranges = self._squared_ranges
+        sqnr = predicted_sqnr(
+            one.weight_args and one.weight_args.num_bits,
+            one.activation_args and one.activation_args.num_bits,
+            self._weight_energy / ranges if ranges else math.nan,
+            concentration(tokens, one.activation_args or _ROW, one.token_weights),
+            aligned,
+        )
+        return Prediction(sqnr.joint, aligned)
+
+
+def _predict(
+    one: InputToPlan, weights: Mapping[str, Tensor], candidates: list[_Candidate]
+) -> Prediction:
+    """Predict SQNR with each candidate, into the candidates, and without a transform"""
+    assert one.tokens is not None
+    tokens = one.tokens.to(torch.float64)
+    before = _Prediction(one, tokens)
+    after = [
+        _Prediction(one, candidate.transform.transform_tokens(tokens))
+        for candidate in candidates
+    ]
+    for name in one.names:
+        weight = weights[name]
+        before.add(weight)
+        for prediction, candidate in zip(after, candidates, strict=True):
+            prediction.add(candidate.transform.transform_weight(weight))
+    for prediction, candidate in zip(after, candidates, strict=True):
+        candidate.prediction = prediction.result()
+    return before.result()
+
+
+def _choose(
+    choices: Sequence[_Choice], max_overhead: float, layer: str
+) -> tuple[list[int], Overhead]:
+    """
+    Choose the transforms of least predicted noise under a limit of multiply-adds.
+
+    :return: index of the candidate of each input
+    :raises ValueError: if even the cheapest transforms exceed the limit
+    """
+    products = sum(one.source.token_count * one.weight_count for one in choices)
+    most = max(one.source.token_count for one in choices)
+    options = []
+    for one in choices:
+        count = one.source.token_count
+        # an input of few tokens adds as little to the noise of the layer as to its cost
+        options.append(
+            [
+                (count * x.multiply_adds / products, count * _noise(one.source, x) / most)
+                for x in one.candidates
+            ]
+        )
+    chosen = spend(options, max_overhead)
+    if chosen is None:
+        least = sum(min(cost for cost, _ in found) for found in options)
+        raise ValueError(
+            f"The cheapest transforms add {least:.2%} to the multiply-adds of {layer}, more "
+            f"than `max_overhead`, {max_overhead:.2%}: raise it, or, if the `rotation` is "
+            "`hadamard`, choose `block-hadamard`, which costs nothing beside the blocks"
+        )
+    return chosen, Overhead(
+        sum(found[index][0] for found, index in zip(options, chosen, strict=True)),
+        sum(max(cost for cost, _ in found) for found in options),
+    )
+
+
+def _noise(one: InputToPlan, candidate: _Candidate) -> float:
+    if not one.is_quantized or candidate.prediction is None:
+        return 0.0
+    return candidate.prediction.noise
+
+
+def _finish(choice: _Choice, index: int, options: PlanOptions) -> PlannedTransform:
+    """Choose the clip ratio of the input as it is transformed"""
+    one, candidate = choice.source, choice.candidates[index]
+    clip_ratio = 1.0
+    args = one.activation_args
+    if options.clip_activations and one.is_clippable and args and one.tokens is not None:
+        tokens = candidate.transform.transform_tokens(one.tokens.to(torch.float64))
+        clip_ratio = best_clip_ratio(tokens, args, one.token_weights)
+    return PlannedTransform(
+        one, candidate.transform, clip_ratio, choice.before, candidate.prediction
+    )

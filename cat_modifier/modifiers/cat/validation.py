@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of recipes, models and data that our modifiers would do harm with."""
+
+from collections.abc import Mapping
+
+from compressed_tensors import TRANSFORM_CONFIG_NAME
+from compressed_tensors.distributed import is_distributed
+from compressed_tensors.quantization import QuantizationStatus
+from compressed_tensors.transform.factory.base import TransformBase
+from llmcompressor.core import active_session
+from llmcompressor.modifiers import Modifier
+from loguru import logger
+from torch.nn import Linear, Module
+
+from cat_modifier.calibration.shared_inputs import SharedInput
+from cat_modifier.checkpoint.integers import (
+    INT8_PRODUCT_RULE,
+    is_integer,
+    suits_int8_product,
+)
+from cat_modifier.checkpoint.schema import CATTransformConfig
+from cat_modifier.modifiers.cat.distributed import gather
+
+__all__ = [
+    "check_earlier_transforms",
+    "check_later_transforms",
+    "check_quantized",
+    "check_same_inputs",
+    "check_shared_pass",
+    "warn_if_not_served",
+]
+
+
+def check_later_transforms(modifier: Modifier):
+    """
+    :raises ValueError: if one of llm-compressor's transforms follows the modifier
+    """
+    modifiers = active_session().lifecycle.recipe.modifiers
+    position = next((i for i, other in enumerate(modifiers) if other is modifier), 0)
+    later = [
+        type(other).__name__
+        for other in modifiers[position + 1 :]
+        if any(
+            base.__module__.startswith("llmcompressor.modifiers.transform.")
+            for base in type(other).__mro__
+        )
+    ]
+    if later:
+        raise ValueError(
+            f"{', '.join(later)} would change weights or inputs that CATModifier has "
+            "transformed: put it before CATModifier in the recipe"
+        )
+
+
+def check_shared_pass(modifier: Modifier):
+    """
+    :raises ValueError: if other modifiers calibrate in the same pass
+    """
+    sharing = [
+        type(other).__name__
+        for other in active_session().lifecycle.recipe.modifiers
+        if other is not modifier
+    ]
+    if sharing:
+        raise ValueError(
+            f"CATModifier cannot share a calibration pass with {', '.join(sharing)}, "
+            "which would be calibrated on inputs that are not transformed yet. Use "
+            "`oneshot(..., pipeline='independent')`, the default"
+        )
+
+
+def check_earlier_transforms(
+    model: Module, linears: Mapping[str, Linear]
+) -> CATTransformConfig:
+    """
+    Check the transforms that the model has already.
+
+    :return: config to add transforms to: that of an earlier CATModifier, or an empty one
+    :raises ValueError: if the input of a Linear has a transform, or online transforms of
+        another modifier would be lost
+    """
+    config = getattr(model, TRANSFORM_CONFIG_NAME, None)
+    transformed: set[str] = set()
+    if isinstance(config, CATTransformConfig):
+        transformed = {name for _, args in config.inputs() for name in args.targets}
+        transformed |= config.fused.keys()
+    elif config is not None and any(
+        args.is_online() for one in config.config_groups.values() for args in one.apply
+    ):
+        raise ValueError(
+            "The model has online transforms of another modifier, which a CAT checkpoint "
+            "cannot hold: leave one of the two modifiers out, or the online transforms"
+        )
+    for name, linear in linears.items():
+        if name in transformed or any(
+            isinstance(child, TransformBase) for child in linear.children()
+        ):
+            raise ValueError(
+                f"The input of {name} has a transform already, and a second one cannot be "
+                "applied: leave one of the two modifiers out, or choose other `targets`"
+            )
+    return config if isinstance(config, CATTransformConfig) else CATTransformConfig.empty()
+
+
+def check_quantized(linears: Mapping[str, Linear], modifier: Modifier):
+    """
+    :raises ValueError: if a Linear is quantized, so that the modifier comes too late
+    """
+    for name, linear in linears.items():
+        status = getattr(linear, "quantization_status", None)
+        if status is not None and status > QuantizationStatus.CALIBRATION:
+            raise ValueError(
+                f"{name} is quantized already: put {type(modifier).__name__} before the "
+                "quantization modifier in the recipe"
+            )
+
+
+def check_same_inputs(inputs: list[SharedInput]):
+    """
+    Compare the shared inputs of all ranks. A collective call.
+
+    :raises ValueError: if the ranks saw different Linears share an input
+    """
+    if not is_distributed():
+        return
+    names = [list(one.linears) for one in inputs]
+    if any(other != names for other in gather(names)):
+        raise ValueError(
+            "The ranks saw different Linears share an input, so that their second moments "
+            "cannot be summed: give every rank data for all Linears, or set `mappings`"
+        )
+
+
+def warn_if_not_served(linears: Mapping[str, Linear]):
+    """Warn once, of the first Linear whose integers vLLM may have no kernel for"""
+    for name, linear in linears.items():
+        scheme = getattr(linear, "quantization_scheme", None)
+        args = getattr(scheme, "weights", None), getattr(scheme, "input_activations", None)
+        if (
+            is_integer(*args)
+            and min(quantization.num_bits for quantization in args) < 8
+            and not suits_int8_product(*args)
+        ):
+            logger.warning(
+                f"{name} and others will load in Transformers, but vLLM may not serve "
+                f"them: {INT8_PRODUCT_RULE}"
+            )
+            return

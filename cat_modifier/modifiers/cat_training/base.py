@@ -1,0 +1,402 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CATTrainingModifier, which trains the transforms that CATModifier has inserted"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import tqdm
+from compressed_tensors import TRANSFORM_CONFIG_NAME
+from compressed_tensors.distributed import is_distributed
+from compressed_tensors.quantization import (
+    DynamicType,
+    QuantizationStrategy,
+    QuantizationType,
+)
+from compressed_tensors.utils import update_offload_parameter
+from llmcompressor.core import Event, State, active_session
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.utils.hooks import HooksMixin
+from loguru import logger
+from pydantic import Field, PrivateAttr
+from torch import Tensor
+from torch.nn import Linear, Module
+from transformers import Cache
+
+from cat_modifier.calibration.attention import ValueProjection
+from cat_modifier.calibration.shared_inputs import padding_mask
+from cat_modifier.checkpoint.schema import TRANSFORM_NAME, CATTransformConfig
+from cat_modifier.functional.alignment import condition_number
+from cat_modifier.modifiers.cat.validation import check_quantized
+from cat_modifier.modifiers.cat_training.fit import Sample, call_layer, fit
+from cat_modifier.modifiers.cat_training.layer import LayerInput, TrainableLayer
+from cat_modifier.modifiers.cat_training.resume import CorrectionStore
+from cat_modifier.modifiers.decoding_layers import find_decoding_layers
+
+__all__ = ["CATTrainingModifier"]
+
+_HELD_OUT = 8
+"""One of so many samples is for early stopping, not for training"""
+
+
+class CATTrainingModifier(Modifier):
+    """
+    Trains the transforms of a CATModifier, the trained variant of CAT (arXiv 2603.04359).
+
+    Layer by layer, corrections of the transforms are fitted by gradient descent, so that the
+    quantized layer, fed by the quantized layers before it, returns what the layer of the
+    original model does. Transforms keep their form: serving costs the same. As before, their
+    inverses go into the weights. Put it between CATModifier and a QuantizationModifier or
+    GPTQModifier, whose scheme is what it trains for.
+
+    Sample yaml:
+    ```yaml
+    quant_stage:
+      quant_modifiers:
+        CATModifier:
+          transform_block_size: 128
+        CATTrainingModifier:
+          steps: 120
+        QuantizationModifier:
+          ignore: [lm_head]
+          config_groups:
+            group_0:
+              targets: [Linear]
+              format: pack-quantized
+              weights: {num_bits: 4, type: int, strategy: channel, observer: memoryless_mse}
+              input_activations:
+                {num_bits: 4, type: int, strategy: token, symmetric: false, dynamic: true}
+    ```
+
+    Lifecycle:
+
+    - on_initialize
+        - refuse a recipe without a CATModifier before
+    - on_calibration_start
+        - refuse what cannot be trained for
+        - hook the decoding layers, to capture what they are called with
+    - on_sequential_epoch_end
+        - train the transforms of each decoding layer of the subgraph, put them in place, and
+          compute what the quantized layer returns
+    - on_calibration_end
+        - remove hooks; refuse to go on if a layer could not be trained
+
+    Inputs and outputs of a layer, of all calibration data, are held on the device that
+    computes, and its weights a few times in float32.
+
+    :param steps: of gradient descent for each layer, at most
+    :param batch_size: batches of the calibration data in a step
+    :param learning_rate: of Adam at the start; decays to 0 as a cosine
+    :param patience: evaluations without progress after which a layer is left; the error on
+        held-out samples, an eighth of all, is evaluated ten times at most. The transforms
+        of least error are kept: if no step improves on CATModifier's, those
+    :param checkpoint_dir: folder in which the corrections of each trained layer are kept.
+        If a run is repeated with the same one, layers found there are not trained again. The
+        data must come in the same order: pass `shuffle_calibration_samples=False` to oneshot
+    """
+
+    requires_calibration_data: bool = True
+
+    steps: int = Field(default=120, ge=1)
+    batch_size: int = Field(default=4, ge=1)
+    learning_rate: float = Field(default=0.003, gt=0, allow_inf_nan=False)
+    patience: int = Field(default=3, ge=1)
+    checkpoint_dir: str | None = None
+
+    _inputs: dict[str, list[LayerInput]] = PrivateAttr(default_factory=dict)
+    _names: dict[Module, str] = PrivateAttr(default_factory=dict)
+    _calls: dict[str, list[tuple[tuple, dict[str, Any]]]] = PrivateAttr(default_factory=dict)
+    _hidden: list[Tensor] | None = PrivateAttr(default=None)
+    _expected: Tensor | None = PrivateAttr(default=None)
+    _trained: set[str] = PrivateAttr(default_factory=set)
+    _store: CorrectionStore | None = PrivateAttr(default=None)
+
+    ## Lifecycle ##
+
+    def on_initialize(self, state: State, **kwargs) -> bool:
+        """
+        :raises ValueError: if there is no data, no CATModifier before, or more than one rank
+        """
+        if state.data.calib is None:
+            raise ValueError(
+                "CATTrainingModifier needs calibration data: pass a `dataset` to oneshot"
+            )
+        before = []
+        for modifier in active_session().lifecycle.recipe.modifiers:
+            if modifier is self:
+                break
+            before.append(type(modifier).__name__)
+        if "CATModifier" not in before:
+            raise ValueError(
+                "CATTrainingModifier trains the transforms of a CATModifier: put one before "
+                "it in the recipe"
+            )
+        if is_distributed():
+            raise ValueError("CATTrainingModifier trains in one process: start one rank")
+        return True
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs):
+        """
+        :raises ValueError: if the transforms cannot be trained for the schemes of the recipe,
+            or belong to no decoding layer
+        """
+        config = getattr(state.model, TRANSFORM_CONFIG_NAME, None)
+        if not isinstance(config, CATTransformConfig):
+            raise ValueError(
+                "CATTrainingModifier cannot share a calibration pass with other modifiers. Use "
+                "`oneshot(..., pipeline='independent')`, the default"
+            )
+        if self.checkpoint_dir is not None:
+            settings = self.model_dump(
+                include={"steps", "batch_size", "learning_rate", "patience"}
+            )
+            self._store = CorrectionStore(self.checkpoint_dir, settings)
+        inputs = _find_inputs(state.model, config)
+        layers = find_decoding_layers(state.model)
+        self._inputs = {
+            name: [one for one in inputs if one.first.startswith(f"{name}.")] for name in layers
+        }
+        # of a vision tower, there may be others, but layers of one class follow each other
+        classes = {
+            type(layers[name])
+            for name, own in self._inputs.items()
+            if any(one.correction_shape is not None for one in own)
+        }
+        self._names = {layer: name for name, layer in layers.items() if type(layer) in classes}
+        if not self._names:
+            found = sorted({type(layer).__name__ for layer in layers.values()})
+            raise ValueError(
+                f"No transform is in a decoding layer of the classes {found}, which "
+                "CATTrainingModifier could train: leave it out of the recipe"
+            )
+        for one in (one for name in self._names.values() for one in self._inputs[name]):
+            check_quantized(one.linears, self)
+            for name, linear in one.linears.items():
+                _check_scheme(name, linear)
+
+        def capture(layer: Module, args: tuple, kwargs: dict[str, Any]):
+            kwargs = {k: None if isinstance(v, Cache) else v for k, v in kwargs.items()}
+            self._calls.setdefault(self._names[layer], []).append((args, kwargs))
+
+        for layer in self._names:
+            self.register_hook(layer, capture, "forward_pre", with_kwargs=True)
+
+    def on_sequential_epoch_end(
+        self, state: State, event: Event, modules: list[Module], **kwargs
+    ):
+        for layer, name in self._names.items():
+            if layer in modules and name in self._calls:
+                with HooksMixin.disable_hooks():  # of capturing
+                    self._train(layer, name, self._calls.pop(name))
+                self._trained.add(name)
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs):
+        """
+        :raises ValueError: if a layer was not called as a whole
+        """
+        self.remove_hooks()
+        left = [name for name in self._names.values() if name not in self._trained]
+        self._inputs, self._names, self._calls, self._trained = {}, {}, {}, set()
+        self._hidden = self._expected = self._store = None
+        if left:
+            raise ValueError(
+                f"{left[0]} was never called as a whole, so that its transforms could not be "
+                "trained: leave `sequential_targets` of oneshot at its default"
+            )
+
+    ## Training ##
+
+    def _train(self, layer: Module, name: str, calls: list[tuple[tuple, dict[str, Any]]]):
+        if len(calls) < 2:
+            raise ValueError(
+                "CATTrainingModifier needs two batches of calibration data at least, one to "
+                "train on and one to stop by"
+            )
+        samples = self._make_samples(layer, name, calls)
+        trainable = TrainableLayer(layer, name, self._inputs[name])
+        unchanged = trainable.identity()
+        corrections = self._load_or_fit(trainable, samples) if unchanged else {}
+        if any(not torch.equal(corrections[name], unchanged[name]) for name in unchanged):
+            trainable = _insert(trainable, corrections)
+        with torch.no_grad():
+            tensors = trainable.correct({})
+            tensors = trainable.quantize(tensors, trainable.range_ratios(tensors))
+            with trainable.computing_with(tensors) as quantized:
+                self._hidden = [
+                    call_layer(quantized, one).to(one.hidden.dtype) for one in samples
+                ]
+        self._expected = samples[0].target
+
+    def _load_or_fit(
+        self, trainable: TrainableLayer, samples: list[Sample]
+    ) -> dict[str, Tensor]:
+        if self._store is None:
+            return self._fit(trainable, samples)
+        targets = [one.target for one in samples]
+        corrections = self._store.load(trainable, targets)
+        if corrections is None:
+            corrections = self._fit(trainable, samples)
+            self._store.save(trainable, targets, corrections)
+        else:
+            logger.info(f"{trainable.name}: trained before, from {self.checkpoint_dir}")
+        return corrections
+
+    def _make_samples(
+        self, layer: Module, name: str, calls: list[tuple[tuple, dict[str, Any]]]
+    ) -> list[Sample]:
+        samples = []
+        for index, (args, kwargs) in enumerate(calls):
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if index == 0 and self._hidden is not None and not self._follows(hidden):
+                logger.warning(
+                    f"The input of {name} is not the output of the layer before it: it is "
+                    "trained without the error of those before"
+                )
+                self._hidden = None
+            mask = padding_mask(kwargs.get("attention_mask"))
+            sample = Sample(args, kwargs, hidden, hidden, mask)
+            with torch.no_grad():
+                sample.target = call_layer(layer, sample)
+            if self._hidden is not None:
+                sample.hidden = self._hidden[index]
+            samples.append(sample)
+        return samples
+
+    def _follows(self, hidden: Tensor) -> bool:
+        """Whether a layer gets what the one before returned, up to rounding to 16 bits"""
+        expected = self._expected
+        if hidden.shape != expected.shape:
+            return False
+        error = (hidden - expected).float().norm(dim=-1) / expected.float().norm(dim=-1)
+        return error.median().item() < 0.05
+
+    def _fit(self, trainable: TrainableLayer, samples: list[Sample]) -> dict[str, Tensor]:
+        """
+        :raises ValueError: if the error of the layer is not finite
+        """
+        count = max(1, len(samples) // _HELD_OUT)
+        with (
+            tqdm.tqdm(total=self.steps, desc=f"Training {trainable.name}") as progress,
+            torch.enable_grad(),
+            _without_gradients(trainable.layer),
+        ):
+            training = fit(
+                trainable,
+                samples[:-count],
+                samples[-count:],
+                self.steps,
+                self.batch_size,
+                self.learning_rate,
+                self.patience,
+                progress.update,
+            )
+        condition = max(condition_number(one) for one in training.corrections.values())
+        logger.info(
+            f"{trainable.name}: error on held-out samples {training.before:.5f} -> "
+            f"{training.after:.5f} of the output in {training.steps} steps, condition number "
+            f"of the corrections {condition:.1f}"
+        )
+        return training.corrections
+
+
+@contextmanager
+def _without_gradients(module: Module) -> Iterator[None]:
+    """For the parameters of the module, as of norms, which stay as they are"""
+    parameters = [one for one in module.parameters() if one.requires_grad]
+    for one in parameters:
+        one.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for one in parameters:
+            one.requires_grad_(True)
+
+
+def _find_inputs(model: Module, config: CATTransformConfig) -> list[LayerInput]:
+    """All inputs that have a transform, and those of Linears which are quantized alone"""
+    linears = {n: one for n, one in model.named_modules() if isinstance(one, Linear)}
+
+    def value_projection(name: str) -> ValueProjection | None:
+        if name not in config.fused:
+            return None
+        values = config.fused[name]
+        head_dim = model.get_submodule(name.rpartition(".")[0]).head_dim
+        repeats = linears[name].in_features // linears[values].out_features
+        return ValueProjection(values, head_dim, repeats)
+
+    inputs = [
+        LayerInput(
+            {name: linears[name] for name in args.targets},
+            getattr(linears[args.targets[0]], TRANSFORM_NAME),
+            value_projection(args.targets[0]),
+        )
+        for _, args in config.inputs()
+    ]
+    seen = {name for one in inputs for name in one.linears}
+    rest = [
+        name
+        for name, linear in linears.items()
+        if name not in seen
+        and (name in config.fused or getattr(linear, "quantization_scheme", None) is not None)
+    ]
+    return inputs + [
+        LayerInput({name: linears[name]}, None, value_projection(name)) for name in rest
+    ]
+
+
+def _check_scheme(name: str, linear: Linear):
+    """
+    :raises ValueError: if it is not one that can be trained for
+    """
+    scheme = getattr(linear, "quantization_scheme", None)
+    if scheme is None or scheme.weights is None:
+        raise ValueError(
+            f"The weight of {name} is not to be quantized, so that there is nothing to train "
+            "a transform for: put a QuantizationModifier or GPTQModifier with the same targets "
+            "after CATTrainingModifier"
+        )
+    weights, inputs = scheme.weights, scheme.input_activations
+    groups = (QuantizationStrategy.GROUP, QuantizationStrategy.TENSOR_GROUP)
+    is_suited = weights.strategy in (QuantizationStrategy.CHANNEL, *groups)
+    if inputs is not None:
+        is_suited &= inputs.strategy in (QuantizationStrategy.TOKEN, *groups)
+        is_suited &= inputs.dynamic in (True, DynamicType.LOCAL)
+    for args in (weights, inputs):
+        is_suited &= args is None or args.type == QuantizationType.INT or args.symmetric
+    if not is_suited:
+        raise ValueError(
+            f"CATTrainingModifier cannot train for the scheme of {name}: it can for weights "
+            "with a scale for each channel or group, and for activations with a dynamic scale "
+            "for each token or group, integers or symmetric floats"
+        )
+
+
+def _insert(trainable: TrainableLayer, corrections: dict[str, Tensor]) -> TrainableLayer:
+    """
+    Put the corrected transforms and weights into the modules.
+
+    :return: the layer as it is then
+    """
+    corrections = dict(corrections)
+    for one in trainable.inputs:
+        if one.first not in corrections:
+            continue
+        correction = corrections[one.first].double()
+        if one.value_projection is None:
+            # the correction of what is stored: the product with the weights stays exact
+            before = one.transform.weight.detach().double()
+            after = (correction @ before).to(one.transform.weight.dtype)
+            correction = torch.linalg.solve(before, after.double(), left=False)
+            update_offload_parameter(one.transform, "weight", after)
+        corrections[one.first] = correction
+    tensors = trainable.correct(corrections)
+    for one in trainable.inputs:
+        for name, linear in one.linears.items():
+            new = {"weight": tensors.weights[name]}
+            if name in tensors.biases:
+                new["bias"] = tensors.biases[name]
+            for key, value in new.items():
+                dtype = getattr(linear, key).dtype
+                update_offload_parameter(linear, key, value.to(dtype))
+    return TrainableLayer(trainable.layer, trainable.name, trainable.inputs)

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Quantization with a gradient.
+
+What rounding adds to values is noise which does not depend on them, but for its size: the
+intervals grow with the range. So values have the gradient of a straight-through estimator
+(arXiv 1308.3432), and the ends of the range that of noise in proportion to it (as the step
+size of arXiv 1902.08153), by which training learns to make ranges small. Floats near zero are
+rounded so, too; the intervals of others grow with the value itself, and with it their noise.
+"""
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationType
+from compressed_tensors.quantization.quant_args import FP4_E2M1_DATA, FP8_E4M3_DATA
+from llmcompressor.observers import Observer
+from torch import Tensor
+
+from cat_modifier.functional.sqnr import quantization_range, quantize_by_range, range_ends
+
+__all__ = ["quantize_activations", "quantize_weight", "range_ratio"]
+
+
+def quantize_activations(x: Tensor, args: QuantizationArgs, clip_ratio: float = 1.0) -> Tensor:
+    """
+    :param x: shape (..., d), float32
+    :param args: of integers or symmetric floats whose ranges are found at run time. A global
+        scale, as NVFP4 has one, is that of these values, not of all which were calibrated on
+    :param clip_ratio: of the range of each token to that of its values
+    :return: shape of x
+    """
+    return _quantize(x.flatten(0, -2), args, clip_ratio).view_as(x)
+
+
+def quantize_weight(weight: Tensor, args: QuantizationArgs, ratio: Tensor) -> Tensor:
+    """
+    :param weight: shape (out, d), float32
+    :param args: of integers or symmetric floats, with a scale for each row or for each group
+        of a row. A global scale, as NVFP4 has one, is that of this weight alone, where
+        llm-compressor has one for those which serving engines merge
+    :param ratio: see :func:`range_ratio`
+    :return: shape (out, d)
+    """
+    return _quantize(weight, args, ratio)
+
+
+def range_ratio(weight: Tensor, args: QuantizationArgs) -> Tensor:
+    """
+    What the observer of a recipe makes of the ranges of a weight.
+
+    :param weight: shape (out, d)
+    :param args: see :func:`quantize_weight`
+    :return: of the width of each range to that of its values, shape (out, d/g)
+    """
+    name = args.observer or "memoryless_minmax"
+    observer = Observer.load_from_registry(name, base_name="weight", args=args.model_copy())
+    observer(weight)
+    low, high = observer.min_vals, observer.max_vals
+    width = 2 * torch.maximum(high, -low) if args.symmetric else high - low
+    values = quantization_range(weight, args)
+    # 0 of 0 is nan: nothing is there to be clipped
+    return (width.reshape(values.shape) / values).nan_to_num(1.0)
+
+
+def _quantize(rows: Tensor, args: QuantizationArgs, ratio: float | Tensor) -> Tensor:
+    low, high = (end.unsqueeze(-1) * _last(ratio) for end in range_ends(rows, args))
+    values = rows.unflatten(-1, (low.shape[-2], -1))
+    inside = torch.clamp(values, low, high)
+    with torch.no_grad():
+        noise = quantize_by_range(rows, args, ratio).view_as(values) - inside
+    size = high - low
+    if args.type == QuantizationType.FLOAT:
+        size = torch.where(inside.abs() > _uniform_part(args) * high, inside.abs(), size)
+    growth = size / size.detach().clamp_min(torch.finfo(size.dtype).tiny)
+    return (inside + noise * growth).flatten(-2)
+
+
+def _last(ratio: float | Tensor) -> float | Tensor:
+    return ratio.unsqueeze(-1) if isinstance(ratio, Tensor) else ratio
+
+
+def _uniform_part(args: QuantizationArgs) -> float:
+    """
+    How far from zero intervals of floats are of one size, relative to the largest value: as
+    far as twice the least normal number. With scales that are powers of two, on average.
+    """
+    data = {4: FP4_E2M1_DATA, 8: FP8_E4M3_DATA}[args.num_bits]
+    least_normal = 2.0 ** (2 - 2 ** (data.exponent - 1))
+    return 2 * least_normal / data.max

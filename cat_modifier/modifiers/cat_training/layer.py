@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+A decoding layer whose transforms can be corrected.
+
+The transform ``T`` of an input becomes ``R T`` with a correction ``R``, block-diagonal as T
+is, which starts as the identity. A Linear of weight ``W T^-1`` becomes ``W T^-1 R^-1``, so
+that the layer computes the same, but for quantization. An outer Hadamard product stays
+between the two: ``H R T`` and ``W T^-1 R^-1 H^T``.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from torch import Tensor
+from torch.nn import Linear, Module
+from torch.nn.functional import linear as multiply
+
+from cat_modifier.calibration.attention import ValueProjection
+from cat_modifier.checkpoint.transform_module import CATTransform, online_hadamard
+from cat_modifier.functional.hadamard import apply_hadamard
+from cat_modifier.functional.transform import apply_blocks, apply_transform, multiply_heads
+from cat_modifier.modifiers.cat_training.fake_quant import (
+    quantize_activations,
+    quantize_weight,
+    range_ratio,
+)
+
+__all__ = ["LayerInput", "LayerTensors", "TrainableLayer"]
+
+
+@dataclass(frozen=True)
+class LayerInput:
+    """
+    An input of some Linears of a layer.
+
+    :param linears: Linears that read it, by full name
+    :param transform: online transform; None for none
+    :param value_projection: Linear whose rows hold the blocks; None if they are online
+    """
+
+    linears: dict[str, Linear]
+    transform: CATTransform | None = None
+    value_projection: ValueProjection | None = None
+
+    @property
+    def first(self) -> str:
+        """Name of the first Linear"""
+        return next(iter(self.linears))
+
+    @property
+    def correction_shape(self) -> tuple[int, int, int] | None:
+        """Of R; None if there is no transform to correct"""
+        if self.value_projection is not None:
+            size = self.value_projection.head_dim
+            features = self.linears[self.first].in_features
+            return (features // size // self.value_projection.repeats, size, size)
+        if self.transform is not None and self.transform.weight is not None:
+            return tuple(self.transform.weight.shape)
+        return None
+
+
+@dataclass
+class LayerTensors:
+    """
+    Tensors that a layer computes with, float32
+
+    :param weights: weights by the name of the Linear; not quantized
+    :param biases: biases by the name of the Linear, where there is one
+    :param blocks: blocks of the transforms, by the first Linear of the input
+    """
+
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    blocks: dict[str, Tensor] = field(default_factory=dict)
+
+
+class TrainableLayer:
+    """
+    :param layer: the module
+    :param name: of it in the model
+    :param inputs: of all Linears which are quantized or transformed
+    """
+
+    def __init__(self, layer: Module, name: str, inputs: list[LayerInput]):
+        self.layer, self.name, self.inputs = layer, name, inputs
+        self.base = LayerTensors()
+        self._hadamard: dict[str, Tensor] = {}
+        for one in inputs:
+            transform = one.transform
+            for linear_name, linear in one.linears.items():
+                weight = linear.weight.detach().float()
+                if transform is not None:
+                    matrix = online_hadamard(transform.scheme, weight.device)
+                    if matrix is not None:
+                        self._hadamard[one.first] = matrix
+                        stride = transform.scheme.interleave
+                        weight = apply_hadamard(weight, matrix.mT, stride)
+                self.base.weights[linear_name] = weight
+                if linear.bias is not None:
+                    self.base.biases[linear_name] = linear.bias.detach().float()
+            if transform is not None and transform.weight is not None:
+                self.base.blocks[one.first] = transform.weight.detach().float()
+
+    def identity(self) -> dict[str, Tensor]:
+        """Corrections which change nothing, by the owner of the input, float32"""
+        corrections = {}
+        for one in self.inputs:
+            if one.correction_shape is not None:
+                count, size, _ = one.correction_shape
+                device = self.base.weights[one.first].device
+                corrections[one.first] = torch.eye(size, device=device).repeat(count, 1, 1)
+        return corrections
+
+    def correct(self, corrections: Mapping[str, Tensor]) -> LayerTensors:
+        """
+        :param corrections: R, by the owner of the input
+        :return: of the layer with them, differentiable
+        """
+        base, tensors = self.base, LayerTensors(biases=dict(self.base.biases))
+        for one in self.inputs:
+            correction = corrections.get(one.first)
+            weights = {name: base.weights[name] for name in one.linears}
+            blocks = base.blocks.get(one.first)
+            if correction is not None:
+                # one that became singular gives infinities, and an error which is seen
+                inverse = torch.linalg.inv_ex(correction)[0]
+                if one.value_projection is not None:
+                    inverse = inverse.repeat_interleave(one.value_projection.repeats, 0)
+                weights = {
+                    name: apply_blocks(weight.to(inverse), inverse.mT)
+                    for name, weight in weights.items()
+                }
+                if blocks is not None:
+                    blocks = correction @ blocks.to(correction)
+            for name, weight in weights.items():
+                tensors.weights[name] = self._rotate(one, weight)
+            if blocks is not None:
+                tensors.blocks[one.first] = blocks
+        for one in self.inputs:
+            if one.value_projection is not None and one.first in corrections:
+                _correct_values(tensors, one.value_projection.linear, corrections[one.first])
+        return tensors
+
+    def _rotate(self, one: LayerInput, weight: Tensor) -> Tensor:
+        matrix = self._hadamard.get(one.first)
+        if matrix is None:
+            return weight
+        stride = one.transform.scheme.interleave
+        return apply_hadamard(weight, matrix.to(weight), stride)
+
+    def range_ratios(self, tensors: LayerTensors) -> dict[str, Tensor]:
+        """Of the weights which are quantized, by name: see :func:`range_ratio`"""
+        with torch.no_grad():
+            return {
+                name: range_ratio(tensors.weights[name], args)
+                for name, args in self._weight_args().items()
+            }
+
+    def quantize(self, tensors: LayerTensors, ratios: Mapping[str, Tensor]) -> LayerTensors:
+        """With quantized weights, differentiable"""
+        weights = dict(tensors.weights)
+        for name, args in self._weight_args().items():
+            weights[name] = quantize_weight(weights[name], args, ratios[name])
+        return LayerTensors(weights, tensors.biases, tensors.blocks)
+
+    def _weight_args(self) -> dict[str, QuantizationArgs]:
+        return {
+            name: linear.quantization_scheme.weights
+            for one in self.inputs
+            for name, linear in one.linears.items()
+            if getattr(linear, "quantization_scheme", None) is not None
+            and linear.quantization_scheme.weights is not None
+        }
+
+    @contextmanager
+    def computing_with(self, tensors: LayerTensors) -> Iterator[Module]:
+        """
+        :param tensors: of which weights are used as they are, and inputs are quantized
+        :return: the layer, whose Linears are exchanged meanwhile
+        """
+        replaced = []
+        for one in self.inputs:
+            step = _InputStep(
+                one.transform, tensors.blocks.get(one.first), self._hadamard.get(one.first)
+            )
+            for name, linear in one.linears.items():
+                path, _, child = name[len(self.name) + 1 :].rpartition(".")
+                parent = self.layer.get_submodule(path)
+                replaced.append((parent, child, linear))
+                exchanged = _Exchanged(
+                    step, linear, tensors.weights[name], tensors.biases.get(name)
+                )
+                setattr(parent, child, exchanged)
+        try:
+            yield self.layer
+        finally:
+            for parent, child, linear in replaced:
+                setattr(parent, child, linear)
+
+
+def _correct_values(tensors: LayerTensors, linear: str, correction: Tensor):
+    """
+    :param linear: name of the value projection
+    :param correction: one matrix per value head, shape (heads, head_dim, head_dim)
+    """
+    for values in (tensors.weights, tensors.biases):
+        if linear in values:
+            values[linear] = multiply_heads(values[linear].to(correction), correction)
+
+
+class _InputStep:
+    """Transform and quantization of an input, done once for all Linears which read it"""
+
+    def __init__(
+        self, transform: CATTransform | None, blocks: Tensor | None, hadamard: Tensor | None
+    ):
+        self.transform, self.blocks, self.hadamard = transform, blocks, hadamard
+        self._last: tuple | None = None
+
+    def __call__(self, x: Tensor, args: QuantizationArgs | None) -> Tensor:
+        if self._last is None or self._last[0] is not x or self._last[1] != args:
+            self._last = (x, args, self._compute(x.float(), args))
+        return self._last[2]
+
+    def _compute(self, x: Tensor, args: QuantizationArgs | None) -> Tensor:
+        scheme = None if self.transform is None else self.transform.scheme
+        interleave = 1 if scheme is None else scheme.interleave
+        x = apply_transform(x, self.blocks, self.hadamard, interleave)
+        if args is None:
+            return x
+        return quantize_activations(x, args, 1.0 if scheme is None else scheme.clip_ratio)
+
+
+class _Exchanged(Module):
+    """Takes the place of a Linear"""
+
+    def __init__(self, step: _InputStep, linear: Linear, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        self.step, self.weight, self.bias = step, weight, bias
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scheme = getattr(linear, "quantization_scheme", None)
+        self.args = None if scheme is None else scheme.input_activations
+
+    def forward(self, x: Tensor) -> Tensor:
+        quantized = self.step(x, self.args).to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return multiply(quantized, self.weight.to(x.dtype), bias)

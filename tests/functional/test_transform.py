@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cat_modifier.functional.alignment import (
+    alignment_transform,
+    condition_number,
+    dampen,
+    diagonal_blocks,
+    geometric_mean,
+)
+from cat_modifier.functional.layout import Rotation
+from cat_modifier.functional.transform import apply_blocks, compute_blocks, invert_blocks
+
+
+def random_moments(count: int, size: int, seed: int, decay: float = 2.0) -> torch.Tensor:
+    """Positive definite, with eigenvalues over `2 * decay` orders of magnitude"""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, size, size, generator=generator, dtype=torch.float64)
+    basis = torch.linalg.qr(x)[0]
+    scales = torch.logspace(-decay / 2, decay / 2, size, dtype=torch.float64)
+    root = (basis * scales) @ basis.mT
+    moments = root @ root.mT
+    return moments / moments.diagonal(dim1=-2, dim2=-1).mean()
+
+
+def alignment_of(transform, sx, sw, energy=1.0):
+    """A of a block-diagonal transform, up to the constant E||W x||^2"""
+    inverse = torch.linalg.inv(transform)
+    weight = (inverse.mT @ sw @ inverse).diagonal(dim1=-2, dim2=-1).sum()
+    activation = (transform @ sx @ transform.mT).diagonal(dim1=-2, dim2=-1).sum()
+    return energy / (weight * activation)
+
+
+SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 24), st.integers(0, 2**16))
+
+
+@settings(max_examples=40, deadline=None)
+@given(SHAPES)
+def test_geometric_mean_solves_the_riccati_equation(shape):
+    count, size, seed = shape
+    sx, sw = random_moments(count, size, seed), random_moments(count, size, seed + 1)
+    g = geometric_mean(sw, torch.linalg.inv(sx))
+    assert torch.allclose(g @ sx @ g, sw, rtol=1e-6, atol=1e-8 * sw.abs().max().item())
+
+
+@settings(max_examples=30, deadline=None)
+@given(SHAPES, st.floats(-0.3, 0.3))
+def test_no_block_diagonal_transform_is_better_aligned(shape, step):
+    count, size, seed = shape
+    sx, sw = random_moments(count, size, seed), random_moments(count, size, seed + 1)
+    best = alignment_transform(sx, sw, alignment_strength=1.0, dampening_frac=1e-9)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(best.shape, generator=generator, dtype=torch.float64)
+    other = best + step * best.abs().mean() * noise
+    assert alignment_of(other, sx, sw) <= alignment_of(best, sx, sw) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("rank", [3, 8, 40])
+def test_full_block_reaches_the_best_alignment_of_all_transforms(rank):
+    """A* = ||W Sx^(1/2)||_F^2 / ||W Sx^(1/2)||_nuclear^2"""
+    torch.manual_seed(rank)
+    weight = torch.randn(rank, 24, dtype=torch.float64)
+    sx = random_moments(1, 24, seed=5)
+    values, vectors = torch.linalg.eigh(sx[0])
+    product = weight @ (vectors * values.sqrt()) @ vectors.T
+    best = product.square().sum() / torch.linalg.svdvals(product).sum() ** 2
+
+    transform = alignment_transform(sx, diagonal_blocks(weight, 24), 1.0, dampening_frac=1e-9)
+    energy = (weight @ sx[0] @ weight.T).trace()
+    reached = alignment_of(transform, sx, diagonal_blocks(weight, 24), energy)
+    assert reached <= best * (1 + 1e-9)
+    # a weight of lower rank is damped: the optimum is then approached, not reached
+    assert reached >= best * (0.999 if rank >= 24 else 0.98)
+
+
+def test_larger_blocks_are_better_aligned():
+    torch.manual_seed(0)
+    x = torch.randn(4096, 48, dtype=torch.float64) @ torch.randn(48, 48, dtype=torch.float64)
+    weight = torch.randn(64, 48, dtype=torch.float64) @ torch.randn(48, 48, dtype=torch.float64)
+    alignments = []
+    for size in (1, 4, 12, 48):
+        sx, sw = diagonal_blocks(x, size) / len(x), diagonal_blocks(weight, size)
+        alignments.append(alignment_of(alignment_transform(sx, sw, 1.0, 1e-9), sx, sw))
+    assert alignments == sorted(alignments)
+
+
+def test_blocks_of_one_channel_are_the_closed_form_scaling():
+    torch.manual_seed(0)
+    sx = torch.rand(32, 1, 1, dtype=torch.float64) + 0.1
+    sw = torch.rand(32, 1, 1, dtype=torch.float64) + 0.1
+    scaling = alignment_transform(sx, sw, 1.0, dampening_frac=1e-12)
+    expected = (sw / sx) ** 0.25
+    ratio = scaling / expected
+    assert torch.allclose(ratio, ratio[0].expand_as(ratio))
+
+
+def inner(rotation: Rotation) -> int:
+    """Order of a Hadamard matrix that suits blocks of 16"""
+    return {Rotation.NONE: 1, Rotation.HADAMARD: 4}.get(rotation, 16)
+
+
+@pytest.mark.parametrize("rotation", list(Rotation))
+def test_rotations_keep_alignment(rotation):
+    sx, sw = random_moments(3, 16, 0), random_moments(3, 16, 1)
+    transform = compute_blocks(sx, sw, rotation, inner(rotation), dampening_frac=1e-9)
+    plain = compute_blocks(sx, sw, Rotation.NONE, 1, dampening_frac=1e-9)
+    assert alignment_of(transform, sx, sw).item() == pytest.approx(
+        alignment_of(plain, sx, sw).item(), rel=1e-9
+    )
+
+
+def test_eigen_hadamard_gives_all_channels_of_a_block_the_same_second_moment():
+    sx, sw = random_moments(3, 16, 0), random_moments(3, 16, 1)
+    t = compute_blocks(sx, sw, Rotation.EIGEN_HADAMARD, 16, dampening_frac=1e-9)
+    inverse = torch.linalg.inv(t)
+    for moments in (t @ sx @ t.mT, inverse.mT @ sw @ inverse):
+        diagonal = moments.diagonal(dim1=-2, dim2=-1)
+        assert torch.allclose(diagonal, diagonal.mean(-1, keepdim=True).expand_as(diagonal))
+
+
+def test_strength_zero_is_the_rotation_alone():
+    sx, sw = random_moments(2, 16, 0), random_moments(2, 16, 1)
+    t = compute_blocks(sx, sw, Rotation.BLOCK_HADAMARD, 16, alignment_strength=0.0)
+    assert torch.allclose(t @ t.mT, torch.eye(16, dtype=torch.float64).expand(2, 16, 16))
+
+
+def test_transform_keeps_the_energy_of_the_activations():
+    sx, sw = random_moments(2, 16, 0), random_moments(2, 16, 1) * 1e4
+    t = compute_blocks(sx, sw, Rotation.NONE, 1, dampening_frac=1e-9)
+    energy = (t @ sx @ t.mT).diagonal(dim1=-2, dim2=-1).sum()
+    assert energy.item() == pytest.approx(sx.diagonal(dim1=-2, dim2=-1).sum().item())
+
+
+def degenerate(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    sx, sw = random_moments(4, 16, 0), random_moments(4, 16, 1)
+    if kind == "dead input channels":
+        sx[:, 3], sx[:, :, 3] = 0, 0
+    elif kind == "dead weight columns":
+        sw[:, 3], sw[:, :, 3] = 0, 0
+    elif kind == "dead blocks":
+        sx[1], sw[2] = 0, 0
+    elif kind == "no activation at all":
+        sx[:] = 0
+    elif kind == "constant inputs":
+        sx = torch.ones_like(sx)
+    elif kind == "one token":
+        x = torch.randn(1, 64, dtype=torch.float64)
+        sx = diagonal_blocks(x, 16)
+    elif kind == "tiny":
+        sx *= 1e-30
+    elif kind == "huge outlier":
+        sx[0, 0, 0] = 1e12
+    return sx, sw
+
+
+@pytest.mark.parametrize("rotation", list(Rotation))
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "dead input channels",
+        "dead weight columns",
+        "dead blocks",
+        "no activation at all",
+    ]
+    + ["constant inputs", "one token", "tiny", "huge outlier"],
+)
+def test_degenerate_moments_give_a_well_conditioned_transform(kind, rotation):
+    sx, sw = degenerate(kind)
+    blocks = compute_blocks(sx, sw, rotation, inner(rotation)).to(torch.bfloat16)
+    assert torch.isfinite(blocks).all()
+    assert condition_number(blocks) < (1e6 if kind == "huge outlier" else 1e3)
+    product = invert_blocks(blocks) @ blocks.double()
+    assert torch.allclose(product, torch.eye(16, dtype=torch.float64).expand(4, 16, 16))
+
+
+def test_moments_that_are_not_finite_are_an_error():
+    sx, sw = random_moments(2, 4, 0), random_moments(2, 4, 1)
+    sx[1, 2, 3] = torch.nan
+    with pytest.raises(ValueError, match="input second moments are not finite"):
+        compute_blocks(sx, sw, Rotation.NONE, 1)
+
+
+def test_singular_transform_is_an_error():
+    with pytest.raises(ValueError, match="singular"):
+        invert_blocks(torch.ones(1, 2, 2))
+
+
+def test_damping_is_relative_to_the_mean_eigenvalue_of_each_block():
+    moments = torch.diag_embed(torch.tensor([[1.0, 3.0], [10.0, 30.0]], dtype=torch.float64))
+    expected = torch.tensor([[1.2, 3.2], [12.0, 32.0]], dtype=torch.float64)
+    assert torch.allclose(dampen(moments, 0.1).diagonal(dim1=-2, dim2=-1), expected)
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 5), ()])
+def test_blocks_are_applied_as_a_block_diagonal_matrix(shape):
+    blocks = torch.randn(3, 4, 4, dtype=torch.float64)
+    x = torch.randn(*shape, 12, dtype=torch.float64)
+    assert torch.allclose(apply_blocks(x, blocks), x @ torch.block_diag(*blocks).T)

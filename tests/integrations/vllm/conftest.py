@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+CHECKPOINTS = Path(os.environ.get("CAT_TEST_CHECKPOINTS", ""))
+
+# one process, which starts in seconds
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+def serve(model: Path, ids: list, environment: dict | None = None, **job) -> dict:
+    """
+    :param job: see run_vllm.py
+    :return: what it writes, with its log under "log"; "error" if it failed
+    """
+    job = {"model": str(model), "ids": ids, "options": {}} | job
+    script = str(Path(__file__).parent / "run_vllm.py")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "result.json"
+        process = subprocess.run(
+            [sys.executable, script, json.dumps(job), str(file)],
+            env=os.environ | ENVIRONMENT | (environment or {}),
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+        result = json.loads(file.read_text()) if process.returncode == 0 else {}
+    return result | {"log": process.stdout + process.stderr, "error": not result}
+
+
+@pytest.fixture(scope="session")
+def checkpoints() -> Path:
+    if not (CHECKPOINTS / "smollm2-w4a4" / "config.json").exists():
+        pytest.fail(
+            "set CAT_TEST_CHECKPOINTS to a folder made by tests/integrations/vllm/make_checkpoints.py, or "
+            "run all tests with tests/run.sh"
+        )
+    return CHECKPOINTS

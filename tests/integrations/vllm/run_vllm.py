@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Run vLLM once, in a process of its own, and write what it computed to a JSON file.
+
+    python tests/integrations/vllm/run_vllm.py '{"model": ..., "ids": [[...]], "options": {...}}' FILE
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from torch._dynamo.utils import get_compilation_metrics
+from vllm import LLM, SamplingParams
+
+
+def count_compiled_kernels() -> int:
+    """Ours, and not vLLM's"""
+    return sum("cat_modifier" in one.co_filename for one in get_compilation_metrics())
+
+
+def main(job: dict, file: Path):
+    options = {
+        "max_model_len": 256,
+        "enforce_eager": True,
+        "enable_prefix_caching": False,
+    }
+    llm = LLM(job["model"], **(options | job["options"]))
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=1,
+        # the prompt is cached only if nothing of it is asked for
+        prompt_logprobs=None if job.get("first_token_only") else 0,
+        logprobs=0,
+    )
+    prompts = [{"prompt_token_ids": ids} for ids in job["ids"]]
+    compiled_in_advance = count_compiled_kernels()
+    for _ in range(job.get("repeat", 1)):
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+    result = {
+        "quantization": llm.llm_engine.model_config.quantization,
+        "compiled_by_requests": count_compiled_kernels() - compiled_in_advance,
+        "cached_tokens": sum(output.num_cached_tokens or 0 for output in outputs),
+        "first_tokens": [output.outputs[0].token_ids[0] for output in outputs],
+        "first_logprobs": [output.outputs[0].cumulative_logprob for output in outputs],
+        "logprobs": [
+            [
+                entry[token].logprob
+                for token, entry in zip(
+                    output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True
+                )
+            ]
+            for output in outputs
+            if output.prompt_logprobs
+        ],
+    }
+    file.write_text(json.dumps(result))
+    # with several ranks the interpreter would abort when it shuts down
+    llm.llm_engine.engine_core.shutdown()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]), Path(sys.argv[2]))

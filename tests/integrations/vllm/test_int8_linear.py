@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Integer activations: the same codes as compressed-tensors, and an exact product"""
+
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationArgs, fake_quantize
+from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+
+from cat_modifier.checkpoint.schema import CATTransformConfig
+from cat_modifier.integrations.vllm.int8_linear import Int8LinearMethod, Int8Scheme
+from cat_modifier.integrations.vllm.kernels import (
+    OneDNNInt8Kernel,
+    PackedInt4Kernel,
+    choose_kernel,
+)
+from cat_modifier.integrations.vllm.registry import TransformRegistry
+from cat_modifier.kernels.ops import quantize
+
+
+def activation_args(bits: int, symmetric: bool) -> QuantizationArgs:
+    return QuantizationArgs(
+        num_bits=bits, type="int", strategy="token", symmetric=symmetric, dynamic=True
+    )
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("shift", [0.0, 3.0, -3.0])
+def test_quantization_is_that_of_compressed_tensors(bits, symmetric, shift):
+    torch.manual_seed(0)
+    x = torch.randn(64, 96) * torch.logspace(-3, 3, 64)[:, None] + shift
+    x[5] = 0
+    args = activation_args(bits, symmetric)
+    scale, zero_point = compute_dynamic_scales_and_zp(x[None], args, torch.nn.Module())
+    expected = fake_quantize(x[None], scale, zero_point, args)[0]
+
+    codes, scales, zero_points = quantize(x, bits, symmetric)
+    assert codes.dtype == torch.int8
+    limit = 2 ** (bits - 1)
+    assert codes.min().item() >= -limit and codes.max().item() < limit
+    shifted = codes if zero_points is None else codes - zero_points
+    assert torch.allclose(shifted * scales, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 64, 32), (7, 576, 192), (130, 1536, 64)])
+@pytest.mark.parametrize("kernel", [OneDNNInt8Kernel, PackedInt4Kernel])
+def test_product_is_exact(symmetric, with_bias, shape, kernel):
+    tokens, inputs, outputs = shape
+    torch.manual_seed(0)
+    x = torch.randn(tokens, inputs) + 0.5
+    weight = torch.randint(-8, 8, (outputs, inputs), dtype=torch.int8)
+    scale = torch.rand(outputs, 1) + 0.1
+    bias = torch.randn(outputs) if with_bias else None
+    codes, scales, zero_points = quantize(x, 4, symmetric)
+
+    assert choose_kernel(kernel is PackedInt4Kernel) is kernel
+    kernel = kernel(weight, scale, symmetric, torch.float32)
+    shifted = codes.double() - (0 if zero_points is None else zero_points)
+    expected = scales * (shifted @ weight.double().T) * scale.T
+    if bias is not None:
+        expected = expected + bias
+    error = (kernel(codes, scales, zero_points, bias) - expected).norm() / expected.norm()
+    assert error < 1e-6
+
+
+class Layer(torch.nn.Module):
+    """What vLLM's linear layers hand to a linear method"""
+
+
+def make_layer(weight_bits: int, input_bits: int, symmetric: bool, inputs=64, outputs=32):
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    weights = QuantizationArgs(num_bits=weight_bits, type="int", strategy="channel")
+    args = activation_args(input_bits, symmetric)
+    assert Int8Scheme.suits(weights, args, None, "pack-quantized")
+    registry = TransformRegistry(CATTransformConfig.empty())
+    method = Int8LinearMethod(Int8Scheme(weights, args, "pack-quantized"), registry)
+    layer = Layer()
+    method.create_weights(layer, inputs, [outputs], inputs, outputs, torch.float32)
+    torch.manual_seed(0)
+    limit = 2 ** (weight_bits - 1)
+    codes = torch.randint(-limit, limit, (outputs, inputs), dtype=torch.int8)
+    layer.weight_packed.data.copy_(pack_to_int32(codes, weight_bits))
+    layer.weight_scale.data.fill_(0.5)
+    method.process_weights_after_loading(layer)
+    return method, layer, codes.float() * 0.5
+
+
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch):
+    """Parameters of vLLM ask for the tensor parallel rank"""
+    import vllm.model_executor.parameter as parameter
+
+    monkeypatch.setattr(parameter, "get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(parameter, "get_tensor_model_parallel_world_size", lambda: 1)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_activations_really_have_four_bits(symmetric):
+    """
+    Next to one large value, small ones vanish in 4 bits: the output must be that of the
+    large value alone, which it is neither with 8 nor with 16 bits.
+    """
+    x = torch.full((1, 64), 0.02)
+    x[0, 0] = 1.0
+    outputs = {}
+    for bits in (4, 8):
+        method, layer, weight = make_layer(4, bits, symmetric)
+        outputs[bits] = method.apply(layer, x, None)
+    large_alone = x[:, :1] @ weight[:, :1].T
+    full = x @ weight.T
+    step = 1 / 7.5 if symmetric else 1 / 15
+    expected = (7 * step if symmetric else 1.0) * large_alone
+    assert torch.allclose(outputs[4], expected, atol=1e-5)
+    assert (outputs[4] - full).norm() > 3 * (outputs[8] - full).norm()
+
+
+@pytest.mark.parametrize("shape", [(3, 64), (2, 3, 64)])
+def test_layer_output_is_that_of_quantized_operands(shape):
+    method, layer, weight = make_layer(4, 4, False)
+    x, bias = torch.randn(shape), torch.randn(32)
+    args = activation_args(4, False)
+    tokens = x.reshape(1, -1, 64)
+    scale, zero_point = compute_dynamic_scales_and_zp(tokens, args, torch.nn.Module())
+    quantized = fake_quantize(tokens, scale, zero_point, args).reshape(shape)
+    expected = torch.nn.functional.linear(quantized, weight, bias)
+    assert torch.allclose(method.apply(layer, x, bias), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "weights, inputs, output_format",
+    [
+        ({"strategy": "group", "group_size": 32}, {}, "pack-quantized"),
+        ({"symmetric": False}, {}, "pack-quantized"),
+        ({}, {"strategy": "group", "group_size": 32}, "pack-quantized"),
+        ({}, {"dynamic": False, "strategy": "tensor"}, "pack-quantized"),
+        ({"num_bits": 8}, {"num_bits": 8}, "int-quantized"),
+    ],
+)
+def test_what_is_left_to_vllm(weights, inputs, output_format):
+    weight_args = {"num_bits": 4, "type": "int", "strategy": "channel"} | weights
+    input_args = {
+        "num_bits": 4,
+        "type": "int",
+        "strategy": "token",
+        "dynamic": True,
+    } | inputs
+    assert not Int8Scheme.suits(
+        QuantizationArgs(**weight_args),
+        QuantizationArgs(**input_args),
+        None,
+        output_format,
+    )
+
+
+@pytest.mark.parametrize("kernel", [OneDNNInt8Kernel, PackedInt4Kernel])
+def test_all_tensors_are_parameters_or_buffers(kernel):
+    """So that they move with their layer"""
+    weight = torch.randint(-8, 8, (32, 64), dtype=torch.int8)
+    product = kernel(weight, torch.rand(32, 1), False, torch.float32)
+    held = {id(x) for x in (*product.parameters(), *product.buffers())}
+    loose = [k for k, v in vars(product).items() if torch.is_tensor(v) and id(v) not in held]
+    assert held and not loose

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``import cat_modifier`` promises, each case in a process of its own"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from llmcompressor import oneshot
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.recipe import Recipe
+from tiny_models import int_scheme, make_loader, make_model, make_tokens
+
+import cat_modifier
+from cat_modifier import CATModifier
+
+LIBRARIES = ["compressed_tensors", "llmcompressor", "pydantic", "torch", "transformers", "vllm"]
+
+RECIPE = """
+default_stage:
+  default_modifiers:
+    CATModifier: {transform_block_size: 32}
+    CATTrainingModifier: {steps: 3}
+    QuantizationModifier: {targets: [Linear], scheme: W8A8}
+"""
+
+
+def run_python(code: str) -> str:
+    """Run code in a new process, and return the last line that it prints"""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return process.stdout.splitlines()[-1]
+
+
+def test_importing_the_package_imports_no_library():
+    code = f"import sys, cat_modifier; print([m for m in {LIBRARIES} if m in sys.modules])"
+    assert run_python(code) == "[]"
+
+
+def test_help_of_the_command_imports_no_library():
+    process = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "cat_modifier.cli", "--help"],
+        capture_output=True,
+        text=True,
+    )
+    imported = {line.rpartition("|")[2].strip() for line in process.stderr.splitlines()}
+    assert "analyze" in process.stdout
+    assert "cat_modifier" in imported
+    assert not imported & set(LIBRARIES)
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import cat_modifier, llmcompressor",
+        "import llmcompressor, cat_modifier",
+        # modules of this package that import llm-compressor first
+        "import cat_modifier.modifiers.cat.base",
+        "import cat_modifier.modifiers.cat_training.base",
+        "import cat_modifier.calibration.collector, llmcompressor",
+    ],
+)
+def test_recipes_find_the_modifiers(imports):
+    code = f"""
+{imports}
+from llmcompressor.recipe import Recipe
+cat, training, _ = Recipe.create_instance({RECIPE!r}).modifiers
+from cat_modifier import CATModifier, CATTrainingModifier
+assert type(cat) is CATModifier and type(training) is CATTrainingModifier
+print(cat.transform_block_size, training.steps)
+"""
+    assert run_python(code) == "32 3"
+
+
+def test_a_wrong_option_in_a_recipe_is_refused():
+    with pytest.raises(ValueError, match="block_sise"):
+        Recipe.create_instance(RECIPE.replace("transform_block_size", "block_sise"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model = make_model(folder / "original")
+    recipe = [CATModifier(), QuantizationModifier(**int_scheme(8, 8))]
+    output = str(folder / "quantized")
+    oneshot(model=model, recipe=recipe, dataset=make_loader(make_tokens()), output_dir=output)
+    return output
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import cat_modifier, transformers",
+        "import transformers, cat_modifier",
+        "import transformers.quantizers.auto, cat_modifier",
+        "import transformers.modeling_utils, cat_modifier",
+        "import cat_modifier.integrations.transformers.quantizer",
+    ],
+)
+def test_transformers_loads_checkpoints(imports, checkpoint):
+    code = f"""
+{imports}
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({checkpoint!r})
+names = [name for name, _ in model.named_parameters() if name.endswith("cat_input.weight")]
+print(type(model.hf_quantizer).__name__, len(names) > 0)
+"""
+    assert run_python(code) == "CATHfQuantizer True"
+
+
+def test_transformers_refuses_checkpoints_without_the_package(checkpoint):
+    code = f"""
+from transformers import AutoModelForCausalLM
+try:
+    AutoModelForCausalLM.from_pretrained({checkpoint!r})
+except ValueError as error:
+    print("cat-modifier" in str(error))
+"""
+    assert run_python(code) == "True"
+
+
+def test_recipe_is_the_path_of_a_file():
+    for name in ("w4a4", "w4a4_gptq", "nvfp4"):
+        with open(cat_modifier.recipe(name)) as file:
+            assert "CATModifier" in file.read()
+
+
+def test_an_unknown_recipe_is_refused_with_the_names_of_all():
+    with pytest.raises(ValueError, match="'w3a3'.*mxfp4, nvfp4,.*w4a4, .*w8a8"):
+        cat_modifier.recipe("w3a3")
+
+
+def test_all_names_exist():
+    names = json.loads(
+        run_python("import cat_modifier, json; print(json.dumps(cat_modifier.__all__))")
+    )
+    assert names == cat_modifier.__all__
+    for name in names:
+        assert getattr(cat_modifier, name)
+        assert name in dir(cat_modifier)
+    with pytest.raises(AttributeError, match="no attribute 'CatModifier'"):
+        cat_modifier.CatModifier  # noqa: B018
