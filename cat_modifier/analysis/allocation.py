@@ -22,8 +22,7 @@ from cat_modifier.functional.knapsack import spend
 
 __all__ = ["allocate", "config_group", "make_recipe", "mean_bits", "run"]
 
-_SERVED = ("W4A4", "W4A8", "W8A8")
-"""Schemes that vLLM serves, by rising bits"""
+_SERVED = ("W4A4", "W4A8", "W8A8")  # by vLLM; by rising bits
 
 
 def _bits(scheme: str) -> float:
@@ -56,8 +55,7 @@ def allocate(frame: pd.DataFrame, bits: float, transform: str = "cat") -> dict[s
     names = [name for name in _SERVED if name in set(frame["scheme"])]
     if len(names) < 2:
         raise ValueError(
-            f"The report needs the transform {transform!r}, and two schemes of "
-            f"{', '.join(_SERVED)}"
+            f"The report needs transform {transform!r} and two schemes of {', '.join(_SERVED)}"
         )
     linears = _linears(frame)
     noise = 10 ** (-frame.pivot(index="layer", columns="scheme", values="measured_db") / 10)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loguru import logger
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from cat_modifier.analysis import layers
@@ -46,17 +45,13 @@ def run(
     config = AutoConfig.from_pretrained(model)
     is_quantized = getattr(config, "quantization_config", None) is not None
     if is_quantized and original is None:
-        raise ValueError(
-            f"{model} is quantized: name the model it was made from with --original"
-        )
+        raise ValueError(f"{model} is quantized: name the model it was made from as --original")
     if original is not None and not is_quantized:
         raise ValueError(f"{model} is not quantized: leave out --original")
 
     split = split or ("test" if is_quantized else "train")
     texts = load_texts(dataset, split, column)
     ids = windows(texts, AutoTokenizer.from_pretrained(model), length, samples)
-    if len(ids) < samples:
-        logger.info(f"The text has {len(ids)} windows of {length} tokens")
     batches = ids.split(max(1, _TOKENS_PER_BATCH // length))
     settings = {
         "cat-modifier": __version__,
@@ -91,8 +86,8 @@ def run(
 def _load(model: str) -> PreTrainedModel:
     device_map = "auto" if torch.cuda.is_available() else None
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto", device_map=device_map)
-    devices = {str(device) for device in getattr(loaded, "hf_device_map", {}).values()}
-    if device_map is not None and devices & {"cpu", "disk"}:
+    devices = set(map(str, getattr(loaded, "hf_device_map", {}).values()))
+    if device_map and devices & {"cpu", "disk"}:
         raise ValueError(
             f"{model} does not fit in the memory of the accelerators: use larger or more of "
             "them, or hide them (CUDA_VISIBLE_DEVICES=) to compute on the CPU"

@@ -2,8 +2,6 @@
 """
 The figures of arXiv 2603.04359 for any model, drawn from the rows of an analysis.
 
-The docstring of a figure's function is its caption in the report.
-
 Colours are those of Okabe and Ito, which people with any colour vision can tell apart. Each
 has its own marker and line style, for print without colour.
 """
@@ -26,10 +24,10 @@ from cat_modifier.analysis.transforms import TRANSFORMS
 from cat_modifier.functional.distributions import expected_concentration
 from cat_modifier.functional.sqnr import to_db
 
-__all__ = ["COMPARISON_FIGURES", "FIGURES", "Draw", "caption", "write_figures"]
+__all__ = ["COMPARISON_FIGURES", "FIGURES", "Draw", "write_figures"]
 
 Draw = Callable[[pd.DataFrame], Figure]
-"""Function from the rows of an analysis to a figure"""
+"""Function from the rows of an analysis to a figure; its docstring is the caption"""
 
 _COLORS = ["#000000", "#E69F00", "#0072B2", "#009E73", "#CC79A7"]
 _COLORS += ["#D55E00", "#56B4E9", "#8C8C00", "#7F7F7F"]
@@ -37,8 +35,7 @@ _MARKERS = "os^vPDX<>"
 _LINES = ["-", ":", "-.", "-", ":", "--", "-.", (0, (1, 3)), (0, (6, 2))]
 _SCHEME_MARKERS = "osD^vPX"
 
-_MAIN = ("none", "scaling", "hadamard", "cat")
-"""Transforms in figures that would be crowded with all"""
+_MAIN = ("none", "scaling", "hadamard", "cat")  # where all transforms would be a crowd
 
 _SETTINGS = {
     "figure.constrained_layout.use": True,
@@ -74,9 +71,6 @@ def _main_transforms(frame: pd.DataFrame) -> list[str]:
 
 
 def _schemes(frame: pd.DataFrame, accept: Callable[[Scheme], bool], need: str) -> list[Scheme]:
-    """
-    :param need: message if no scheme is accepted
-    """
     found = [s for s in map(Scheme.parse, frame["scheme"].unique()) if accept(s)]
     if not found:
         raise MissingDataError(f"needs {need}")
@@ -99,11 +93,9 @@ def _dots(axis: Axes, x: pd.Series, y: pd.Series, look: dict[str, Any]):
 
 
 def _diagonal(axis: Axes, x: pd.Series, y: pd.Series):
-    values = np.concatenate([x, y])
-    values = values[np.isfinite(values)]
-    if values.size:
-        ends = values.min() - 1, values.max() + 1
-        axis.plot(ends, ends, color="grey", linewidth=0.8, zorder=0)
+    values = pd.concat([x, y]).replace(math.inf, math.nan)
+    ends = values.min() - 1, values.max() + 1
+    axis.plot(ends, ends, color="grey", linewidth=0.8, zorder=0)
 
 
 def _legend_beside(axis: Axes, title: str | None = None):
@@ -111,22 +103,15 @@ def _legend_beside(axis: Axes, title: str | None = None):
 
 
 def _by_depth(
-    frame: pd.DataFrame,
-    labels: dict[str, str],
-    looks: dict[str, dict[str, Any]],
-    height: float,
-    title: str | None = None,
+    frame: pd.DataFrame, labels: dict[str, str], looks: dict[str, dict], title: str = ""
 ) -> Figure:
     """
-    Draw columns over the depth of the Linears, one panel per column and role.
-
-    :param frame: rows with a key of `looks` as `line`
-    :param labels: labels by name of the column
-    :param looks: arguments of `plot` by line
+    Draw columns of the rows over depth, one panel per column and role, one line per key of
+    `looks`, the `line` of a row. `labels` are those of the columns.
     """
     common = frame["role"].value_counts().index[:8]  # as many as there is room for
     roles = [role for role in frame["role"].unique() if role in common]
-    figure = Figure(figsize=(1.2 + 1.75 * len(roles), height))
+    figure = Figure(figsize=(1.2 + 1.75 * len(roles), round(1.55 + 1.65 * len(labels), 2)))
     axes = figure.subplots(len(labels), len(roles), sharex="col", sharey="row", squeeze=False)
     for panels, role in zip(axes.T, roles, strict=True):
         for line, look in looks.items():
@@ -140,7 +125,7 @@ def _by_depth(
     for axis, label in zip(axes[:, 0], labels.values(), strict=True):
         axis.set_ylabel(label)
     handles = axes[0, 0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside upper center", ncols=len(looks), title=title)
+    figure.legend(*handles, loc="outside upper center", ncols=len(looks), title=title or None)
     return figure
 
 
@@ -161,7 +146,7 @@ def factors(frame: pd.DataFrame) -> Figure:
         "predicted_db": f"{scheme.name} SQNR, dB\n(both + {bits:.1f})",
     }
     looks = {name: _look_of(name) for name in _main_transforms(frame)}
-    return _by_depth(frame, labels, looks, 6.5)
+    return _by_depth(frame, labels, looks)
 
 
 def predicted_against_measured(frame: pd.DataFrame) -> Figure:
@@ -351,7 +336,7 @@ def checkpoint_layers(frame: pd.DataFrame) -> Figure:
     }
     looks = {line: look | {"marker": None} for line, look in looks.items()}
     rows = frame.replace(math.inf, math.nan).melt(["role", "depth"], list(looks), "line", "db")
-    return _by_depth(rows, {"db": "SQNR of the output, dB"}, looks, 3.2, "quantized:")
+    return _by_depth(rows, {"db": "SQNR of the output, dB"}, looks, "quantized:")
 
 
 FIGURES: dict[str, Draw] = {
@@ -365,19 +350,10 @@ FIGURES: dict[str, Draw] = {
 COMPARISON_FIGURES: dict[str, Draw] = {"1-checkpoint": checkpoint_layers}
 
 
-def caption(draw: Draw) -> str:
-    """The text below a figure: the docstring of its function"""
-    return " ".join(draw.__doc__.split())
-
-
 def write_figures(
     figures: dict[str, Draw], frame: pd.DataFrame, folder: Path
 ) -> dict[str, str]:
-    """
-    Write each figure as PNG and as SVG.
-
-    :return: reasons why figures cannot be drawn from the table, by name
-    """
+    """Write each figure as PNG and SVG; return why others cannot be drawn, by name"""
     missing = {}
     frame = _with_roles(frame)
     for name, draw in figures.items():

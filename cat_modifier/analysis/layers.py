@@ -31,8 +31,7 @@ Batch = Tensor | Mapping[str, Any]
 DEFAULT_SCHEMES = ("W4A4", "W4A8", "W8A8", "W6A6")
 DEFAULT_TRANSFORMS = tuple(name for name in TRANSFORMS if name != WHOLE)
 
-_SAMPLE_SIZE = 128
-"""Tokens of each input on which SQNR is measured"""
+_SAMPLE_SIZE = 128  # tokens of each input on which SQNR is measured
 
 
 class UnseenLinearsError(ValueError):
@@ -58,8 +57,7 @@ def analyze(
     transform_block_size: int = 128,
 ) -> pd.DataFrame:
     """
-    Predict and measure the quantization error of every Linear, under each transform and
-    scheme, in one pass over the data.
+    Predict and measure the quantization error of every Linear in one pass over the data.
 
     :param model: any module
     :param batches: arguments of the model: token ids, or keyword arguments
@@ -70,8 +68,7 @@ def analyze(
     :param transform_block_size: k of CAT, as in CATModifier
     :return: one row per Linear, transform and scheme; columns as in
         :func:`cat_modifier.analysis.measure.measure_input`
-    :raises ValueError: if a name is unknown, there are no Linears or no data, experts are
-        not Linears, or activations are not finite
+    :raises ValueError: if the arguments do not fit the model, or values are not finite
     :raises UnseenLinearsError: if some Linears saw no tokens; holds the other results
     """
     parsed = parse_names(schemes, transforms)
@@ -108,11 +105,10 @@ def analyze(
             rows += measure_input(shared, statistics, block_size(shared), parsed, transforms)
 
     position = {name: index for index, name in enumerate(linears)}
-    rows.sort(key=lambda row: position[row["layer"]])
-    frame = pd.DataFrame(rows)
-    if unseen := linears.keys() - {row["layer"] for row in rows}:
-        names = sorted(unseen, key=position.__getitem__)
-        raise UnseenLinearsError(names, frame if rows else None)
+    frame = pd.DataFrame(sorted(rows, key=lambda row: position[row["layer"]]))
+    seen = {row["layer"] for row in rows}
+    if unseen := [name for name in linears if name not in seen]:
+        raise UnseenLinearsError(unseen, frame if rows else None)
     return frame
 
 
@@ -135,10 +131,7 @@ def _find_linears(model: Module, targets: list[str], ignore: list[str]) -> dict[
 
 
 def parse_names(schemes: Iterable[str], transforms: Iterable[str]) -> list[Scheme]:
-    """
-    :return: the schemes
-    :raises ValueError: if a scheme or a transform is unknown
-    """
+    """Refuse unknown schemes and transforms; return the schemes"""
     if unknown := [name for name in transforms if name not in TRANSFORMS]:
         raise ValueError(
             f"Unknown transform {unknown[0]!r}: it should be one of {', '.join(TRANSFORMS)}"
@@ -147,10 +140,7 @@ def parse_names(schemes: Iterable[str], transforms: Iterable[str]) -> list[Schem
 
 
 def call(model: Module, batch: Batch, hooks: Mapping[Module, Callable]) -> Any:
-    """
-    :param batch: arguments of the model, which may be on another device
-    :param hooks: forward hooks of modules, for this call
-    """
+    """Call a model with a batch, on any device, while modules have these forward hooks"""
     device = get_execution_device(model)
     handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
     try:

@@ -124,10 +124,7 @@ def _concentration(
     channel_energies: Tensor,
     row_weights: Tensor | None = None,
 ) -> float:
-    """
-    :param channel_energies: energies of the other factor of the product, shape (d,)
-    :return: C(x); nan if nothing is quantized
-    """
+    """C(x), with the channel energies (d,) of the other factor; nan if nothing is quantized"""
     if args is None:
         return math.nan
     shares = channel_energies.unflatten(0, (-1, args.group_size or x.shape[-1])).sum(-1)
@@ -137,10 +134,7 @@ def _concentration(
 def _achievable(
     data: AnalyzedInput, block_size: int, outputs: Mapping[str, float]
 ) -> dict[str, float]:
-    """
-    :param outputs: ``E||W x||^2`` of each Linear
-    :return: best alignment of each Linear with these blocks; nan if Sx is not known
-    """
+    """Best alignment of each Linear with these blocks; nan if their Sx is not known"""
     if block_size > data.known_size:
         return dict.fromkeys(outputs, math.nan)
     root = matrix_power(data.input_moments(block_size), 0.5)

@@ -36,11 +36,8 @@ _LAST = "layers.json"
 _WORST = 12  # Linears in the tables of the worst ones
 _DIAGNOSIS_LABELS = ["Linear", "SQNR", "noise of", "limited by", "lost to concentration"]
 _DIAGNOSIS_LABELS += ["lost to alignment", "gain by A8", "gain by W8", "gain by one block"]
-_ONLY_ON_PAGE = ["noise of", "lost to concentration", "lost to alignment"]
-"""Columns for which a terminal has no room"""
-
 _COMPARISON_LABELS = ["Linear", "scheme", "weights", "activations", "both", "accumulated"]
-
+_ONLY_ON_PAGE = ["noise of", "lost to concentration", "lost to alignment"]
 _NUMBERS = {"index": False, "float_format": "{:.2f}".format, "na_rep": "nan"}
 
 
@@ -72,11 +69,7 @@ class Report:
             print(f"\n{title}\n\n{table.to_string(**_NUMBERS)}")
 
     def write(self, folder: Path):
-        """
-        Write `layers.csv`, `layers.json`, the figures as PNG and SVG, and `report.html`.
-
-        :param folder: an empty folder
-        """
+        """Write `layers.csv`, `layers.json`, figures as PNG and SVG, and `report.html`"""
         missing = figures.write_figures(self.figures, self.rows, folder)
         versions = {name: version(name) for name in ("cat-modifier", "torch", "transformers")}
         versions["python"] = platform.python_version()
@@ -85,12 +78,9 @@ class Report:
         html = page.get_template("report.html.jinja").render(
             report=self,
             versions=versions | {"device": torch.cuda.get_device_name() if has_gpu else "CPU"},
-            tables={
-                title: table.to_html(border=0, classes="numbers", **_NUMBERS)
-                for title, table in self.tables.items()
-            },
+            table_format=_NUMBERS | {"border": 0, "classes": "numbers"},
             figures=[
-                (name, figures.caption(draw), (folder / f"{name}.svg").read_bytes())
+                (name, " ".join(draw.__doc__.split()), (folder / f"{name}.svg").read_bytes())
                 for name, draw in self.figures.items()
                 if name not in missing
             ],
@@ -119,12 +109,7 @@ class Report:
 
 
 def layer_report(frame: pd.DataFrame, settings: dict[str, Any]) -> Report:
-    """
-    Make the report of an analysis. Its summary is about the first scheme.
-
-    :param frame: result of :func:`cat_modifier.analysis.layers.analyze`
-    :param settings: settings of the analysis, for the record
-    """
+    """Make the report of an analysis. Its summary is about the first scheme."""
     scheme = Scheme.parse(frame["scheme"].iloc[0])
     best = summary.best_transform(frame, scheme.name)
     means = summary.mean_table(frame).rename(index=lambda name: TRANSFORMS[name].label)

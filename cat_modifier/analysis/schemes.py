@@ -49,9 +49,7 @@ class Scheme:
         return weights and weights.num_bits, activations and activations.num_bits
 
     def check(self, name: str, in_features: int):
-        """
-        :raises ValueError: if groups do not divide the inputs of the Linear of this name
-        """
+        """Refuse groups that do not divide the inputs of the Linear of this name"""
         sizes = (args.group_size for args in (self.weights, self.activations) if args)
         if wrong := [size for size in sizes if size and in_features % size]:
             raise ValueError(

@@ -16,11 +16,8 @@ from cat_modifier.functional.sqnr import to_db
 __all__ = ["best_transform", "diagnose", "joint_db", "mean_table", "unpredictable"]
 __all__ += ["comparison_sentences", "sentences"]
 
-_DOMINANT = to_db(2)
-"""Difference of two noises above which only the larger one is named, dB"""
-
-_UNPREDICTABLE = 3.0
-"""Difference of prediction and measurement worth a word, dB"""
+_DOMINANT = to_db(2)  # difference of two noises above which only the larger one is named
+_UNPREDICTABLE = 3.0  # difference of prediction and measurement worth a word, dB
 
 
 def mean_table(frame: pd.DataFrame) -> pd.DataFrame:

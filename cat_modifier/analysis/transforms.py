@@ -25,8 +25,7 @@ __all__ = ["TRANSFORMS", "WHOLE", "AnalysisStatistics", "AnalyzedInput"]
 WHOLE = "cat-full"
 """Name of the transform that needs all of Sx, not only its diagonal blocks"""
 
-_PRECISION = torch.bfloat16
-"""Dtype of stored transforms, CATModifier's default"""
+_PRECISION = torch.bfloat16  # of stored transforms, CATModifier's default
 
 
 class AnalysisStatistics(InputStatistics):
@@ -88,8 +87,6 @@ def _cat(
     rotation: Rotation, block_size: int | Literal["full"] | None = None, strength: float = 1.0
 ) -> Callable[[AnalyzedInput], FusedTransform]:
     """
-    Make the function of a CAT transform.
-
     :param block_size: k; None for the analysis' own
     :param strength: exponent of the alignment; 0 leaves the rotation alone
     """

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text to calibrate and to evaluate on, as windows of tokens"""
+"""Text to calibrate and to evaluate on, as windows of tokens."""
 
 import pydoc_data.topics
 from pathlib import Path
 
 import torch
+from loguru import logger
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -19,12 +20,15 @@ _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parqu
 
 def load_texts(dataset: str, split: str, column: str = "text") -> list[str]:
     """
-    :param dataset: ``pydoc-topics``; a file of text (.txt, .md), or one with a column of
-        texts (.json, .jsonl, .csv, .parquet); or a dataset of the Hugging Face Hub as ``id``
-        or ``id:configuration``
-    :param split: of a dataset of the Hub, as in ``datasets.load_dataset``; of pydoc-topics,
-        ``train`` is one half of the topics and any other name the other half; a file has none
-    :param column: which holds the texts
+    Read texts to calibrate or evaluate on.
+
+    :param dataset: ``pydoc-topics``; a file of text (.txt, .md), or with a column of texts
+        (.json, .jsonl, .csv, .parquet); or a dataset of the Hugging Face Hub as ``id`` or
+        ``id:configuration``
+    :param split: split of a dataset of the Hub, as in ``datasets.load_dataset``. The
+        ``train`` split of pydoc-topics is one half of the topics, any other the other half.
+        Files have none
+    :param column: column with the texts
     :raises ValueError: if the dataset cannot be read
     """
     if dataset == EMBEDDED:
@@ -65,10 +69,12 @@ def windows(
     texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int, count: int
 ) -> Tensor:
     """
-    :param texts: put one after the other
-    :param length: of a window
-    :param count: of windows, at most
-    :return: token ids, shape (windows, length), int64, without padding
+    Cut texts into windows of tokens, without padding.
+
+    :param texts: texts, put one after the other
+    :param length: tokens per window
+    :param count: upper bound of the number of windows
+    :return: token ids, shape (windows, length), int64
     :raises ValueError: if the texts do not fill one window
     """
     ids, end = [], length * count
@@ -79,4 +85,6 @@ def windows(
     found = min(len(ids) // length, count)
     if found == 0:
         raise ValueError(f"The texts have {len(ids)} tokens, too few for {length} of them")
+    if found < count:
+        logger.info(f"The texts fill {found} windows of {length} tokens, not {count}")
     return torch.tensor(ids[: found * length]).view(found, length)

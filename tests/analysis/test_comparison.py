@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
+from cat_modifier.analysis.workspace import Workspace
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from tiny_models import int_scheme, make_loader, make_model, make_tokens
@@ -9,7 +10,6 @@ from transformers import AutoModelForCausalLM
 from cat_modifier import CATModifier
 from cat_modifier.analysis import compare
 from cat_modifier.analysis.layers import UnseenLinearsError
-from cat_modifier.analysis.workspace import Workspace
 from cat_modifier.functional.sqnr import measured_sqnr, to_db
 
 
@@ -132,7 +132,9 @@ def test_linears_that_saw_nothing_are_named_and_the_others_kept(tmp_path):
     original, quantized = quantize(tmp_path, "llama", int_scheme(4, 8))
     for model in (original, quantized):
         model.model.layers[1].mlp.forward = torch.zeros_like
-    with pytest.raises(UnseenLinearsError, match="3 Linears saw no tokens.*layers.1.mlp") as caught:
+    with pytest.raises(
+        UnseenLinearsError, match="3 Linears saw no tokens.*layers.1.mlp"
+    ) as caught:
         compare(original, quantized, [make_tokens(2, 32)])
     assert len(caught.value.results.layers) == 11
     assert caught.value.results.layers["measured_db"].max() < 100

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from cat_modifier.analysis.experts import make_experts_linears
+from cat_modifier.analysis.workspace import Workspace
 from pandas.testing import assert_frame_equal
 from tiny_models import FAMILIES, make_model, make_tokens
 from torch.nn import Linear, ReLU, Sequential
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cat_modifier.analysis import TRANSFORMS, analyze
-from cat_modifier.analysis.experts import make_experts_linears
 from cat_modifier.analysis.layers import UnseenLinearsError
 from cat_modifier.analysis.schemes import Scheme
 from cat_modifier.analysis.summary import best_transform, diagnose, sentences, unpredictable
-from cat_modifier.analysis.workspace import Workspace
 from cat_modifier.calibration.texts import EMBEDDED, load_texts, windows
 from cat_modifier.functional.sqnr import alignment, energy, to_db
 
@@ -282,7 +282,9 @@ def test_linears_that_saw_nothing_are_an_error_which_holds_the_other_results():
             return self[0](x)
 
     model = Model(Linear(24, 8), Linear(24, 8))
-    with pytest.raises(UnseenLinearsError, match="1 Linears saw no tokens.*: 1. Use more") as caught:
+    with pytest.raises(
+        UnseenLinearsError, match="1 Linears saw no tokens.*: 1. Use more"
+    ) as caught:
         analyze(model, [torch.randn(50, 24)], ["W4A4"], ["none"])
     assert list(caught.value.results["layer"]) == ["0"]
 

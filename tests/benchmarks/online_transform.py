@@ -17,10 +17,9 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from cat_modifier.kernels import ops, plain
-from cat_modifier.functional.layout import choose_layout
 from cat_modifier.functional.hadamard import hadamard_matrix
-from cat_modifier.functional.layout import Rotation
+from cat_modifier.functional.layout import Rotation, choose_layout
+from cat_modifier.kernels import ops, plain
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16

@@ -449,8 +449,8 @@ def test_two_modifiers_with_different_targets_make_one_checkpoint(tmp_path):
     """Blocks of 16 for attention, 48 for the MLP"""
     model = make_model(tmp_path / "model")
     recipe = [
-        CATModifier(targets=["re:.*self_attn.*"], transform_block_size=16),
-        CATModifier(targets=["re:.*mlp.*"], transform_block_size=48),
+        CATModifier(targets=["re:.*self_attn.*_proj"], transform_block_size=16),
+        CATModifier(targets=["re:.*mlp.*_proj"], transform_block_size=48),
         QuantizationModifier(**int_scheme(4, 4)),
     ]
     transform(model, *recipe, output_dir=str(tmp_path / "out"))

@@ -159,7 +159,9 @@ def test_experts_are_trained(tmp_path, scheme, monkeypatch):
         model, CATModifier(transform_block_size=32), CATTrainingModifier(**FAST), last=last
     )
     assert any("experts" in name for name in trainings[0].corrections)
-    assert all(one.after < one.before for one in trainings)
+    assert trainings[0].after < 0.8 * trainings[0].before
+    # the second layer may have nothing to gain after what the first one left
+    assert all(one.after <= one.before for one in trainings)
 
 
 def spy_on_fit(monkeypatch) -> list:

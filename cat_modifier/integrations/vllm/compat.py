@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Everything that this package takes from vLLM 0.32, in one place: import paths move between
-releases of vLLM, and only this module has to follow.
+All imports from vLLM, 0.32 and 0.33: their paths move between releases, and only this module
+has to follow.
 """
 
 # isort: off
@@ -52,7 +52,22 @@ __all__ = [
     "get_layer_partition_names",
     "get_pp_group",
     "init_logger",
+    "map_name",
     "ops",
     "register_quantization_config",
     "register_weight_loader_v2_supported_method",
 ]
+
+
+def map_name(mapper: WeightsMapper, name: str) -> str | None:
+    """
+    Map the name of a module as vLLM maps those of tensors.
+
+    :param mapper: mapper from names of the checkpoint to those of vLLM's model
+    :return: None for a module that vLLM leaves out
+    """
+    # public since vLLM 0.33
+    map_tensor_name = getattr(mapper, "map_name", None) or mapper._map_name
+    # some rules match a module's name only where something follows it, as ".fc1."
+    mapped = map_tensor_name(f"{name}.weight")
+    return None if mapped is None else mapped.removesuffix(".weight")

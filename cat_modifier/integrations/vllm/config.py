@@ -1,19 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's compressed-tensors config, extended by CAT transforms and integer W4A4"""
+"""vLLM's compressed-tensors config: reads a CAT checkpoint and chooses linear methods."""
 
 from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 
-from cat_modifier.checkpoint.schema import (
-    CATScheme,
-    CATTransformConfig,
-    read_quantization_config,
-)
 from cat_modifier.checkpoint.integers import INT8_PRODUCT_RULE, is_integer
-from cat_modifier.integrations.vllm.int8_linear import CATIntScheme
-from cat_modifier.integrations.vllm.linear import CATLinearMethod, InputTransform
+from cat_modifier.checkpoint.schema import CATTransformConfig, read_quantization_config
 from cat_modifier.integrations.vllm.compat import (
     CompressedTensorsConfig,
     CompressedTensorsScheme,
@@ -22,26 +16,26 @@ from cat_modifier.integrations.vllm.compat import (
     RoutedExperts,
     WeightsMapper,
     get_layer_partition_names,
-    get_pp_group,
+    map_name,
 )
+from cat_modifier.integrations.vllm.int8_linear import Int8LinearMethod, Int8Scheme
+from cat_modifier.integrations.vllm.linear import TransformLinearMethod
+from cat_modifier.integrations.vllm.plugin import METHOD_NAME
+from cat_modifier.integrations.vllm.registry import TransformRegistry
 
-__all__ = ["CATCompressedTensorsConfig", "METHOD_NAME"]
-
-METHOD_NAME = "cat-modifier"
-"""Name of the quantization method in vLLM"""
+__all__ = ["CATCompressedTensorsConfig"]
 
 _COMPRESSED_TENSORS = "compressed-tensors"
-"""The method that it extends"""
+"""Method that this one extends"""
 
 
 class CATCompressedTensorsConfig(CompressedTensorsConfig):
     """
-    Claims the checkpoints that carry CAT transforms; and others of compressed-tensors only if
-    it is asked for by name, for its kernels for integers. Linears with a transform
-    get a :class:`CATLinearMethod` around the method that vLLM chooses for them.
+    Claims the checkpoints that carry CAT transforms. Claims others of compressed-tensors
+    only if asked for by name, for the integer kernels.
     """
 
-    cat_transforms: CATTransformConfig
+    registry: TransformRegistry
 
     @classmethod
     def override_quantization_method(
@@ -59,7 +53,7 @@ class CATCompressedTensorsConfig(CompressedTensorsConfig):
         no_transforms = config, CATTransformConfig.empty()
         stock, transforms = read_quantization_config(config) or no_transforms
         instance = super().from_config(stock)
-        instance._set_transforms(transforms)
+        instance.registry = TransformRegistry(transforms)
         return instance
 
     def get_name(self) -> str:
@@ -67,31 +61,41 @@ class CATCompressedTensorsConfig(CompressedTensorsConfig):
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper):
         super().apply_vllm_mapper(hf_to_vllm_mapper)
-        transforms = self.cat_transforms.model_copy(deep=True)
-        for _, args in transforms.inputs():
-            # a name that maps to None is of a part which vLLM leaves out
-            mapped = map(hf_to_vllm_mapper._map_name, args.targets)
-            args.targets = [name for name in mapped if name is not None]
-        self._set_transforms(transforms)
+        self.registry.map_names(lambda name: map_name(hf_to_vllm_mapper, name))
 
     def get_quant_method(
         self, layer: torch.nn.Module, prefix: str
     ) -> QuantizeMethodBase | None:
-        parts = get_layer_partition_names(prefix, self.packed_modules_mapping)
-        group = self._find_group(parts)
-        if isinstance(layer, RoutedExperts):
-            self._check_experts(prefix)
-        elif group is not None and not isinstance(layer, LinearBase):
+        parts = self._parts(prefix)
+        source = self.registry.find(parts)
+        if isinstance(layer, RoutedExperts) and self.registry.has_below(prefix):
+            raise NotImplementedError(
+                f"{prefix}: transforms of the inputs of fused experts cannot be served by "
+                "vLLM yet: add 're:.*mlp.experts.*' to `ignore` of CATModifier and of the "
+                "quantization modifier"
+            )
+        if source is not None and not isinstance(layer, LinearBase):
             raise NotImplementedError(
                 f"{prefix} has an input transform, but vLLM computes it in a "
                 f"{type(layer).__name__}: add it to `ignore` of CATModifier"
             )
         method = super().get_quant_method(layer, prefix)
-        if group is None:
-            return method
-        scheme, owner = group
-        self._claimed.update(parts)
-        return CATLinearMethod(method, scheme, owner, owner in parts, self)
+        scheme = getattr(layer, "scheme", None)
+        is_first = source is not None and source.first in parts
+        if source is not None:
+            self.registry.claim(parts)
+        if isinstance(scheme, Int8Scheme):
+            return Int8LinearMethod(scheme, self.registry, source, is_first)
+        if source is not None:
+            return TransformLinearMethod(method, source, is_first, self.registry)
+        return method
+
+    def _parts(self, prefix: str) -> list[str]:
+        """List the Linears of the checkpoint that vLLM merges into a layer"""
+        # some checkpoints hold a merged Linear themselves, as GLM-4's gate_up_proj
+        if self.registry.find([prefix]) is not None:
+            return [prefix]
+        return get_layer_partition_names(prefix, self.packed_modules_mapping)
 
     def _get_scheme_from_parts(
         self,
@@ -102,10 +106,10 @@ class CATCompressedTensorsConfig(CompressedTensorsConfig):
         layer_name: str | None = None,
     ) -> CompressedTensorsScheme:
         format = format or self.quant_format
-        if CATIntScheme.suits(weight_quant, input_quant, output_quant, format):
-            return CATIntScheme(weight_quant, input_quant, format)
-        # vLLM has no kernel for these that quantizes activations: it would raise an error that
-        # does not tell why, or run them with 16-bit activations without saying so
+        if Int8Scheme.suits(weight_quant, input_quant, output_quant, format):
+            return Int8Scheme(weight_quant, input_quant, format)
+        # vLLM has no kernel for these that quantizes activations: it would raise an obscure
+        # error, or silently run them with 16-bit activations
         if is_integer(weight_quant, input_quant) and (
             input_quant.num_bits < 8 or format == "pack-quantized"
         ):
@@ -118,54 +122,3 @@ class CATCompressedTensorsConfig(CompressedTensorsConfig):
         return super()._get_scheme_from_parts(
             weight_quant, input_quant, output_quant, format, layer_name
         )
-
-    def check_claimed(self):
-        """
-        After all layers are made: any Linear that vLLM made without asking for its
-        quantization method would be applied to an input that is not transformed.
-
-        :raises NotImplementedError: if there is one
-        """
-        for members in {tuple(members) for _, members in self._group_of.values()}:
-            forgotten = [name for name in members if name not in self._claimed]
-            # with pipeline parallelism another rank has the other groups
-            is_elsewhere = len(forgotten) == len(members) and get_pp_group().world_size > 1
-            if forgotten and not is_elsewhere:
-                raise NotImplementedError(
-                    f"{forgotten[0]} has an input transform, but vLLM computes it in a layer "
-                    "which cannot be quantized: add it to `ignore` of CATModifier"
-                )
-
-    def _set_transforms(self, transforms: CATTransformConfig):
-        self.cat_transforms = transforms
-        self.input_transforms: dict[str, InputTransform] = {}
-        self._claimed: set[str] = set()
-        self._group_of = {
-            name: (scheme, args.targets)
-            for scheme, args in transforms.inputs()
-            for name in args.targets
-        }
-
-    def _find_group(self, parts: list[str]) -> tuple[CATScheme, str] | None:
-        """
-        :param parts: names of the Linears which vLLM merges into one layer
-        :return: scheme of their input transform, and name of the Linear that stores it
-        """
-        groups = [self._group_of.get(part) for part in parts]
-        if all(group is None for group in groups):
-            return None
-        if any(group is None or group[1] != groups[0][1] for group in groups):
-            raise ValueError(
-                f"vLLM merges {', '.join(parts)} into one layer, but they do not share one "
-                "transform in this checkpoint: group them by `mappings` of CATModifier"
-            )
-        scheme, members = groups[0]
-        return scheme, members[0]
-
-    def _check_experts(self, prefix: str):
-        if any(name.startswith(f"{prefix}.") for name in self._group_of):
-            raise NotImplementedError(
-                f"{prefix}: transforms of the inputs of fused experts cannot be served by "
-                "vLLM yet: add 're:.*mlp.experts.*' to `ignore` of CATModifier and of the "
-                "quantization modifier"
-            )

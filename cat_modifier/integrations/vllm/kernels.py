@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's int8 matrix products, given codes that are quantized already"""
+"""vLLM's int8 matrix products, given operands that are quantized already."""
 
 from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
+from torch.nn import Module, Parameter
 
 from cat_modifier.integrations.vllm.compat import current_platform, ops
 
@@ -17,14 +18,16 @@ __all__ = [
 ]
 
 
-class Int8Kernel(ABC):
+class Int8Kernel(Module, ABC):
     """
-    ``y = s_x s_w (x - z_x) W^T + bias`` for int8 codes, accumulated in int32.
+    ``y = s_x s_w (x - z_x) W^T + bias`` for int8 operands, accumulated in int32.
 
-    :param weight: codes, shape (out, in), int8
+    Tensors are buffers and parameters, which move with the layer.
+
+    :param weight: shape (out, in), int8
     :param weight_scale: shape (out, 1), float32
     :param symmetric: whether activations have no zero points
-    :param out_dtype: of y
+    :param out_dtype: dtype of y
     """
 
     @abstractmethod
@@ -34,34 +37,40 @@ class Int8Kernel(ABC):
         weight_scale: Tensor,
         symmetric: bool,
         out_dtype: torch.dtype,
-    ): ...
+    ):
+        super().__init__()
+        self.out_dtype = out_dtype
 
     @abstractmethod
-    def __call__(
+    def forward(
         self, x: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None
     ) -> Tensor:
         """
-        :param x: codes, shape (tokens, in), int8
+        :param x: shape (tokens, in), int8
         :param scale: shape (tokens, 1), float32
         :param zero_point: shape (tokens, 1), int32; None if symmetric
-        :return: shape (tokens, out)
+        :return: shape (tokens, out), ``out_dtype``
         """
 
 
 class OneDNNInt8Kernel(Int8Kernel):
-    """oneDNN on CPUs"""
+    """
+    oneDNN on CPUs. Its handler keeps the weights in an order of its own, as in vLLM's own
+    int8 layers for CPUs.
+    """
 
     def __init__(self, weight, weight_scale, symmetric, out_dtype):
+        super().__init__(weight, weight_scale, symmetric, out_dtype)
         # the handler keeps a raw pointer to the scales: they must live as long as it
-        self.weight_scale = weight_scale
-        self.out_dtype = out_dtype
+        self.register_buffer("weight_scale", weight_scale, persistent=False)
         sums = weight.sum(dim=1, dtype=torch.float32)
-        self.zero_point_correction = (sums * weight_scale.squeeze(1)).unsqueeze(0)
+        correction = (sums * weight_scale.squeeze(1)).unsqueeze(0)
+        self.register_buffer("zero_point_correction", correction, persistent=False)
         self.handler = ops.create_onednn_scaled_mm(
             weight.t(), weight_scale, out_dtype, True, not symmetric, 32
         )
 
-    def __call__(self, x, scale, zero_point, bias):
+    def forward(self, x, scale, zero_point, bias):
         out = torch.empty((x.shape[0], self.handler.n), dtype=self.out_dtype)
         ops.onednn_scaled_mm(
             self.handler, x, out, scale, zero_point, self.zero_point_correction, bias
@@ -73,6 +82,7 @@ class CutlassInt8Kernel(Int8Kernel):
     """CUTLASS on the int8 tensor cores of NVIDIA GPUs"""
 
     def __init__(self, weight, weight_scale, symmetric, out_dtype):
+        super().__init__(weight, weight_scale, symmetric, out_dtype)
         if out_dtype not in (torch.bfloat16, torch.float16):
             raise NotImplementedError(
                 f"The int8 product of CUTLASS returns bfloat16 or float16, not {out_dtype}: "
@@ -83,48 +93,50 @@ class CutlassInt8Kernel(Int8Kernel):
                 "The int8 product of CUTLASS takes multiples of 16 channels, not a weight of "
                 f"shape {tuple(weight.shape)} on each rank"
             )
-        self.weight = weight.contiguous().t()  # (in, out), column-major
-        self.weight_scale = weight_scale
-        self.out_dtype = out_dtype
-        self.weight_sums = weight.sum(dim=1, dtype=torch.int32).unsqueeze(0)
+        self.weight = Parameter(weight.contiguous(), requires_grad=False)
+        self.register_buffer("weight_scale", weight_scale, persistent=False)
+        sums = weight.sum(dim=1, dtype=torch.int32).unsqueeze(0)
+        self.register_buffer("weight_sums", sums, persistent=False)
 
-    def __call__(self, x, scale, zero_point, bias):
+    def forward(self, x, scale, zero_point, bias):
         operands = {
             "scale_a": scale,
             "scale_b": self.weight_scale,
             "out_dtype": self.out_dtype,
             "bias": bias,
         }
+        weight = self.weight.t()  # (in, out), column-major
         if zero_point is None:
-            return ops.cutlass_scaled_mm(x, self.weight, **operands)
+            return ops.cutlass_scaled_mm(x, weight, **operands)
         return ops.cutlass_scaled_mm_azp(
-            x, self.weight, azp_adj=self.weight_sums, azp=zero_point, **operands
+            x, weight, azp_adj=self.weight_sums, azp=zero_point, **operands
         )
 
 
 class PackedInt4Kernel(Int8Kernel):
     """
-    Weights of 4 bits stay packed in memory, and are unpacked to int8 before each product:
+    4-bit weights that stay packed in memory, and are unpacked to int8 before each product:
     half the memory of the other kernels, for more time. On CPUs and NVIDIA GPUs.
     """
 
-    # what the product of a GPU needs, and always as many: a branch on the number of tokens
-    # would be compiled into vLLM's graph as the first run took it
+    # rows that the product of a GPU needs, and always as many: vLLM's graph would keep the
+    # branch of its first run
     _PADDING = 32
 
     def __init__(self, weight, weight_scale, symmetric, out_dtype):
+        super().__init__(weight, weight_scale, symmetric, out_dtype)
         if weight.shape[1] % 8 or weight.shape[0] % 8:
             raise NotImplementedError(
-                "Weights which stay packed must have multiples of 8 channels, not the shape "
+                "Weights that stay packed must have multiples of 8 channels, not the shape "
                 f"{tuple(weight.shape)} on each rank"
             )
         low, high = weight.unflatten(1, (-1, 2)).unbind(-1)
-        self.packed = (low & 0xF) | (high << 4)
-        self.weight_scale = weight_scale.squeeze(1)
-        self.weight_sums = weight.sum(dim=1, dtype=torch.int32)
-        self.out_dtype = out_dtype
+        self.packed = Parameter((low & 0xF) | (high << 4), requires_grad=False)
+        self.register_buffer("weight_scale", weight_scale.squeeze(1), persistent=False)
+        sums = weight.sum(dim=1, dtype=torch.int32)
+        self.register_buffer("weight_sums", sums, persistent=False)
 
-    def __call__(self, x, scale, zero_point, bias):
+    def forward(self, x, scale, zero_point, bias):
         # shifted to the left and back, the sign comes along
         halves = (self.packed << 4) >> 4, self.packed >> 4
         weight = torch.stack(halves, -1).flatten(1)

@@ -1,15 +1,69 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Entry point of the plugin, in vLLM's group ``vllm.general_plugins``"""
+"""Entry point of the plugin, in vLLM's group ``vllm.general_plugins``."""
 
-__all__ = ["register"]
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from loguru import logger
+
+from cat_modifier.version import __version__
+
+__all__ = ["METHOD_NAME", "register"]
+
+METHOD_NAME = "cat-modifier"
+"""Name of the quantization method in vLLM"""
 
 
 def register():
     """
     Let vLLM serve CAT checkpoints. vLLM calls this in each of its processes, possibly more
     than once.
-    """
-    from cat_modifier.integrations.vllm.config import METHOD_NAME, CATCompressedTensorsConfig
-    from cat_modifier.integrations.vllm.compat import register_quantization_config
 
-    register_quantization_config(METHOD_NAME)(CATCompressedTensorsConfig)
+    vLLM does not guard the call: if this package does not fit the release of vLLM, other
+    models must still serve. A CAT checkpoint is then refused with the reason.
+    """
+    try:
+        from cat_modifier.integrations.vllm.compat import register_quantization_config
+        from cat_modifier.integrations.vllm.config import CATCompressedTensorsConfig
+
+        register_quantization_config(METHOD_NAME)(CATCompressedTensorsConfig)
+    except Exception as error:  # whatever the import of a moved name raises
+        reason = (
+            f"cat-modifier {__version__} does not work with vLLM {_vllm_version()} and cannot "
+            f"serve CAT checkpoints here ({type(error).__name__}: {error}): install a release "
+            "of one that fits the other"
+        )
+        logger.warning(reason)
+        _register_refusal(reason)
+
+
+def _vllm_version() -> str:
+    try:
+        return version("vllm")
+    except PackageNotFoundError:
+        return "of unknown version"
+
+
+def _register_refusal(reason: str):
+    """
+    Refuse CAT checkpoints with a reason, if vLLM's own registry still works. Else vLLM's error
+    names this package: see :mod:`cat_modifier.checkpoint.schema`.
+    """
+    try:
+        from vllm.model_executor.layers.quantization import register_quantization_config
+        from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+        class Refusal(QuantizationConfig):
+            @classmethod
+            def override_quantization_method(
+                cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+            ) -> str | None:
+                transforms = (hf_quant_cfg or {}).get("transform_config")
+                requires = transforms.get("requires") if isinstance(transforms, dict) else None
+                if str(requires).startswith(METHOD_NAME):
+                    raise RuntimeError(reason)
+                return None
+
+        register_quantization_config(METHOD_NAME)(Refusal)
+    except Exception as error:
+        logger.warning(f"cat-modifier could not register with vLLM at all: {error}")

@@ -3,7 +3,7 @@
 Make the checkpoints which the tests in this folder serve, each with `reference.json`: token
 ids and their log-probabilities according to Transformers. Runs in the compress environment.
 
-    python tests/serve/make_checkpoints.py FOLDER
+    python tests/integrations/vllm/make_checkpoints.py FOLDER
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "examples")]
 
 from embedded_model import write_embedded_model  # noqa: E402
@@ -39,12 +39,12 @@ MIXED = W4A4 | {
 
 TINY_CASES = {
     # name: (model, quantization, CAT)
-    "qwen2-w4a4": ({"family": "qwen2"}, W4A4, {"budget": 0.15}),
+    "qwen2-w4a4": ({"family": "qwen2"}, W4A4, {"max_overhead": 0.15}),
     "qwen2-w4a8-tp2": ({"family": "qwen2"}, int_scheme(4, 8), {"tensor_parallel_size": 2}),
     "llama-w4a4-biases": (
         {"family": "llama-biases", "tied": True},
         W4A4,
-        {"block_size": 32},
+        {"transform_block_size": 32},
     ),
     "llama-w4a4-symmetric": (
         {},

@@ -6,9 +6,15 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs, fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 
+from cat_modifier.checkpoint.schema import CATTransformConfig
+from cat_modifier.integrations.vllm.int8_linear import Int8LinearMethod, Int8Scheme
+from cat_modifier.integrations.vllm.kernels import (
+    OneDNNInt8Kernel,
+    PackedInt4Kernel,
+    choose_kernel,
+)
+from cat_modifier.integrations.vllm.registry import TransformRegistry
 from cat_modifier.kernels.ops import quantize
-from cat_modifier.integrations.vllm.kernels import OneDNNInt8Kernel, PackedInt4Kernel, choose_kernel
-from cat_modifier.integrations.vllm.int8_linear import CATIntScheme
 
 
 def activation_args(bits: int, symmetric: bool) -> QuantizationArgs:
@@ -60,7 +66,7 @@ def test_product_is_exact(symmetric, with_bias, shape, kernel):
 
 
 class Layer(torch.nn.Module):
-    """What vLLM's linear layers hand to a scheme"""
+    """What vLLM's linear layers hand to a linear method"""
 
 
 def make_layer(weight_bits: int, input_bits: int, symmetric: bool, inputs=64, outputs=32):
@@ -68,22 +74,18 @@ def make_layer(weight_bits: int, input_bits: int, symmetric: bool, inputs=64, ou
 
     weights = QuantizationArgs(num_bits=weight_bits, type="int", strategy="channel")
     args = activation_args(input_bits, symmetric)
-    assert CATIntScheme.suits(weights, args, None, "pack-quantized")
-    scheme, layer = CATIntScheme(weights, args, "pack-quantized"), Layer()
-    scheme.create_weights(
-        layer,
-        output_partition_sizes=[outputs],
-        input_size_per_partition=inputs,
-        params_dtype=torch.float32,
-        weight_loader=None,
-    )
+    assert Int8Scheme.suits(weights, args, None, "pack-quantized")
+    registry = TransformRegistry(CATTransformConfig.empty())
+    method = Int8LinearMethod(Int8Scheme(weights, args, "pack-quantized"), registry)
+    layer = Layer()
+    method.create_weights(layer, inputs, [outputs], inputs, outputs, torch.float32)
     torch.manual_seed(0)
     limit = 2 ** (weight_bits - 1)
     codes = torch.randint(-limit, limit, (outputs, inputs), dtype=torch.int8)
     layer.weight_packed.data.copy_(pack_to_int32(codes, weight_bits))
     layer.weight_scale.data.fill_(0.5)
-    scheme.process_weights_after_loading(layer)
-    return scheme, layer, codes.float() * 0.5
+    method.process_weights_after_loading(layer)
+    return method, layer, codes.float() * 0.5
 
 
 @pytest.fixture(autouse=True)
@@ -105,8 +107,8 @@ def test_activations_really_have_four_bits(symmetric):
     x[0, 0] = 1.0
     outputs = {}
     for bits in (4, 8):
-        scheme, layer, weight = make_layer(4, bits, symmetric)
-        outputs[bits] = scheme.apply_weights(layer, x, None)
+        method, layer, weight = make_layer(4, bits, symmetric)
+        outputs[bits] = method.apply(layer, x, None)
     large_alone = x[:, :1] @ weight[:, :1].T
     full = x @ weight.T
     step = 1 / 7.5 if symmetric else 1 / 15
@@ -117,14 +119,14 @@ def test_activations_really_have_four_bits(symmetric):
 
 @pytest.mark.parametrize("shape", [(3, 64), (2, 3, 64)])
 def test_layer_output_is_that_of_quantized_operands(shape):
-    scheme, layer, weight = make_layer(4, 4, False)
+    method, layer, weight = make_layer(4, 4, False)
     x, bias = torch.randn(shape), torch.randn(32)
     args = activation_args(4, False)
     tokens = x.reshape(1, -1, 64)
     scale, zero_point = compute_dynamic_scales_and_zp(tokens, args, torch.nn.Module())
     quantized = fake_quantize(tokens, scale, zero_point, args).reshape(shape)
     expected = torch.nn.functional.linear(quantized, weight, bias)
-    assert torch.allclose(scheme.apply_weights(layer, x, bias), expected, atol=1e-4)
+    assert torch.allclose(method.apply(layer, x, bias), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -145,9 +147,19 @@ def test_what_is_left_to_vllm(weights, inputs, output_format):
         "strategy": "token",
         "dynamic": True,
     } | inputs
-    assert not CATIntScheme.suits(
+    assert not Int8Scheme.suits(
         QuantizationArgs(**weight_args),
         QuantizationArgs(**input_args),
         None,
         output_format,
     )
+
+
+@pytest.mark.parametrize("kernel", [OneDNNInt8Kernel, PackedInt4Kernel])
+def test_all_tensors_are_parameters_or_buffers(kernel):
+    """So that they move with their layer"""
+    weight = torch.randint(-8, 8, (32, 64), dtype=torch.int8)
+    product = kernel(weight, torch.rand(32, 1), False, torch.float32)
+    held = {id(x) for x in (*product.parameters(), *product.buffers())}
+    loose = [k for k, v in vars(product).items() if torch.is_tensor(v) and id(v) not in held]
+    assert held and not loose

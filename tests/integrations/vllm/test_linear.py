@@ -9,11 +9,13 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.transform import TransformArgs
 
 from cat_modifier.checkpoint.schema import CATScheme, CATTransformConfig
-from cat_modifier.checkpoint.transform_module import online_hadamard, transform_input
-from cat_modifier.integrations.vllm import config as config_module
+from cat_modifier.functional.hadamard import hadamard_matrix
+from cat_modifier.functional.transform import apply_transform
+from cat_modifier.integrations.vllm import registry as registry_module
+from cat_modifier.integrations.vllm.compat import RoutedExperts, WeightsMapper
 from cat_modifier.integrations.vllm.config import CATCompressedTensorsConfig
-from cat_modifier.integrations.vllm.linear import InputTransform
-from cat_modifier.integrations.vllm.compat import get_layer_partition_names
+from cat_modifier.integrations.vllm.input_transform import InputTransform
+from cat_modifier.integrations.vllm.registry import TransformRegistry
 
 NAME = "layers.0.down_proj.cat_input.weight"
 
@@ -21,10 +23,21 @@ NAME = "layers.0.down_proj.cat_input.weight"
 CPU = torch.device("cpu")
 
 
-def make(hadamard=(1, 1), ranks=1, rank=0, loaded=None, input_size=96, **options):
-    size, stride = hadamard
-    options = {"head_dim": 16, "hadamard_size": size, "interleave": stride} | options
-    scheme = CATScheme(apply=[], **options)
+def make_scheme(size=1, interleave=1, **changes) -> CATScheme:
+    fields = {
+        "type": "cat",
+        "apply": [],
+        "block_size": 16,
+        "online_hadamard_size": size,
+        "interleave": interleave,
+        "clip_ratio": 1.0,
+        "precision": torch.bfloat16,
+    }
+    return CATScheme(**fields | changes)
+
+
+def make(hadamard=(1, 1), ranks=1, rank=0, loaded=None, input_size=96, **changes):
+    scheme = make_scheme(*hadamard, **changes)
     size = input_size // ranks
     transform = InputTransform(NAME, scheme, input_size, size, rank, torch.float32)
     if loaded is not None:
@@ -38,8 +51,9 @@ def make(hadamard=(1, 1), ranks=1, rank=0, loaded=None, input_size=96, **options
 def test_shards_put_together_are_the_whole(ranks, hadamard):
     blocks = torch.randn(6, 16, 16).bfloat16()
     x = torch.randn(5, 96)
-    scheme = CATScheme(head_dim=16, hadamard_size=hadamard[0], apply=[])
-    whole = transform_input(x, blocks, online_hadamard(scheme, x.device), hadamard[1])
+    size, interleave = hadamard
+    matrix = hadamard_matrix(size) if size > 1 else None
+    whole = apply_transform(x, blocks, matrix, interleave)
     parts = [
         make(hadamard, ranks, rank, blocks)(part)
         for rank, part in enumerate(x.chunk(ranks, -1))
@@ -50,11 +64,10 @@ def test_shards_put_together_are_the_whole(ranks, hadamard):
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_a_hadamard_matrix_alone_has_no_tensor(ranks):
     x = torch.randn(5, 96)
-    scheme = CATScheme(head_dim=None, hadamard_size=2, interleave=16, apply=[])
-    whole = transform_input(x, None, online_hadamard(scheme, CPU), 16)
+    whole = apply_transform(x, None, hadamard_matrix(2), 16)
     parts = []
     for rank, part in enumerate(x.chunk(ranks, -1)):
-        transform = make((2, 16), ranks, rank, head_dim=None)
+        transform = make((2, 16), ranks, rank, block_size=None)
         assert not list(transform.parameters())
         transform.process_weights_after_loading(CPU)
         parts.append(transform(part))
@@ -63,7 +76,7 @@ def test_a_hadamard_matrix_alone_has_no_tensor(ranks):
 
 def test_tokens_are_clipped_as_in_transformers():
     blocks, x = torch.randn(6, 16, 16).bfloat16(), torch.randn(5, 96)
-    expected = transform_input(x, blocks, clip_ratio=0.7)
+    expected = apply_transform(x, blocks, clip_ratio=0.7)
     assert torch.allclose(make(loaded=blocks, clip_ratio=0.7)(x), expected, atol=1e-6)
     assert not torch.allclose(make(loaded=blocks)(x), expected, atol=0.1)
 
@@ -92,18 +105,26 @@ def test_a_tensor_that_is_not_finite_is_named():
         make(loaded=blocks)
 
 
-def make_config(*groups: list[str]) -> CATCompressedTensorsConfig:
+def make_registry(*inputs: list[str]) -> TransformRegistry:
+    config = CATTransformConfig.empty()
+    apply = [TransformArgs(targets=list(names), location="input") for names in inputs]
+    config.config_groups["cat"] = make_scheme(apply=apply)
+    return TransformRegistry(config)
+
+
+def make_config(*inputs: list[str]) -> CATCompressedTensorsConfig:
     config = CATCompressedTensorsConfig({}, [], "pack-quantized")
-    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
-    apply = [TransformArgs(targets=list(group), location="input") for group in groups]
-    scheme = CATScheme(head_dim=16, apply=apply)
-    config._set_transforms(CATTransformConfig(config_groups={"cat": scheme}))
+    config.packed_modules_mapping = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+    config.registry = make_registry(*inputs)
     return config
 
 
 def find(config, prefix: str) -> str | None:
-    group = config._find_group(get_layer_partition_names(prefix, config.packed_modules_mapping))
-    return group and group[1]
+    source = config.registry.find(config._parts(prefix))
+    return source and source.first
 
 
 def test_merged_layers_find_the_transform_of_their_parts():
@@ -113,46 +134,64 @@ def test_merged_layers_find_the_transform_of_their_parts():
     assert find(config, "b.o_proj") is None
 
 
+def test_a_linear_that_is_merged_in_the_checkpoint_finds_its_own():
+    """As GLM-4's gate_up_proj"""
+    assert find(make_config(["a.gate_up_proj"]), "a.gate_up_proj") == "a.gate_up_proj"
+
+
 @pytest.mark.parametrize(
-    "groups, error, message",
-    [
-        (
-            [["a.q_proj"], ["a.k_proj", "a.v_proj"]],
-            ValueError,
-            "do not share one transform",
-        ),
-        ([["a.q_proj", "a.k_proj"]], ValueError, "do not share one transform"),
-    ],
+    "inputs", [[["a.q_proj"], ["a.k_proj", "a.v_proj"]], [["a.q_proj", "a.k_proj"]]]
 )
-def test_transforms_which_do_not_fit_merged_layers_are_refused(groups, error, message):
-    with pytest.raises(error, match=message):
-        find(make_config(*groups), "a.qkv_proj")
+def test_transforms_that_do_not_fit_merged_layers_are_refused(inputs):
+    with pytest.raises(ValueError, match="do not share one transform"):
+        find(make_config(*inputs), "a.qkv_proj")
 
 
-def test_a_group_wider_than_a_layer_has_one_transform():
+def test_an_input_wider_than_a_layer_has_one_transform():
     """As in models whose attention and MLP read the same input"""
     config = make_config(["a.q_proj", "a.k_proj", "a.v_proj", "a.up_proj"])
     assert find(config, "a.qkv_proj") == find(config, "a.up_proj") == "a.q_proj"
 
 
 def test_a_linear_that_vllm_makes_without_asking_us_is_refused(monkeypatch):
-    monkeypatch.setattr(config_module, "get_pp_group", lambda: SimpleNamespace(world_size=2))
-    config = make_config(["a.o_proj", "a.gate"], ["b.o_proj"])
-    config._claimed.add("a.o_proj")  # and b is on another rank
+    monkeypatch.setattr(registry_module, "get_pp_group", lambda: SimpleNamespace(world_size=2))
+    registry = make_registry(["a.o_proj", "a.gate"], ["b.o_proj"])
+    registry.claim(["a.o_proj"])  # and b is on another rank
     with pytest.raises(NotImplementedError, match="a.gate has an input transform"):
-        config.check_claimed()
-    config._claimed.add("a.gate")
-    config.check_claimed()
-    monkeypatch.setattr(config_module, "get_pp_group", lambda: SimpleNamespace(world_size=1))
+        registry.check_claimed()
+    registry.claim(["a.gate"])
+    registry.check_claimed()
+    monkeypatch.setattr(registry_module, "get_pp_group", lambda: SimpleNamespace(world_size=1))
     with pytest.raises(NotImplementedError, match="b.o_proj has an input transform"):
-        config.check_claimed()
+        registry.check_claimed()
+
+
+def test_a_mapper_keeps_what_was_claimed(monkeypatch):
+    """vLLM maps names again for nested models, when their layers may be made already"""
+    monkeypatch.setattr(registry_module, "get_pp_group", lambda: SimpleNamespace(world_size=1))
+    config = make_config(["model.a.o_proj"], ["model.b.fc1"], ["vision.c"])
+    config.apply_vllm_mapper(
+        WeightsMapper(
+            orig_to_new_prefix={"model.": "language_model.model.", "vision.": None},
+            orig_to_new_substr={".fc1.": ".mlp.fc1."},
+        )
+    )
+    assert find(config, "language_model.model.a.o_proj")
+    # a rule that ends in a dot matches the names of modules, too
+    assert find(config, "language_model.model.b.mlp.fc1")
+    config.registry.claim(["language_model.model.a.o_proj"])
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_substr={".mlp.": ".ffn."}))
+    config.registry.claim(["language_model.model.b.ffn.fc1"])
+    config.registry.check_claimed()
 
 
 def test_experts_are_refused_but_not_what_stands_beside_them():
-    config = make_config(["a.mlp.shared_expert.up_proj"])
-    config._check_experts("a.mlp.experts")
+    experts = RoutedExperts.__new__(RoutedExperts)
+    torch.nn.Module.__init__(experts)
     with pytest.raises(NotImplementedError, match="experts"):
-        make_config(["a.mlp.experts.0.up_proj"])._check_experts("a.mlp.experts")
+        make_config(["a.mlp.experts.0.up_proj"]).get_quant_method(experts, "a.mlp.experts")
+    registry = make_registry(["a.mlp.shared_expert.up_proj"])
+    assert not registry.has_below("a.mlp.experts")
 
 
 @pytest.mark.parametrize("input_bits", [4, 8])

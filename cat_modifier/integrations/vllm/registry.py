@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which transform belongs to which Linear of the model that vLLM builds."""
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import Module
+
+from cat_modifier.checkpoint.schema import (
+    TENSOR_SUFFIX,
+    TRANSFORM_NAME,
+    CATScheme,
+    CATTransformConfig,
+)
+from cat_modifier.integrations.vllm.compat import get_pp_group
+from cat_modifier.integrations.vllm.input_transform import InputTransform
+
+__all__ = ["TransformRegistry", "TransformedInput"]
+
+
+class TransformedInput:
+    """
+    A transformed input, and the module of its transform once vLLM has made it.
+
+    :param scheme: sizes and clipping of the transform
+    :param names: Linears that read the input, by the names of vLLM; the checkpoint stores
+        the tensor under the first
+
+    Attributes:
+        module: the transform; None until the layer of the first Linear is made
+    """
+
+    def __init__(self, scheme: CATScheme, names: list[str]):
+        self.scheme, self.names = scheme, names
+        self.module: InputTransform | None = None
+
+    @property
+    def first(self) -> str:
+        return self.names[0]
+
+    def add_to(
+        self,
+        layer: Module,
+        input_size: int,
+        shard_size: int,
+        dtype: torch.dtype,
+    ):
+        """
+        Make the module and add it to the layer that loads its tensor.
+
+        :param input_size: d, size of the whole input
+        :param shard_size: size of the input on this rank
+        :param dtype: dtype of the input
+        """
+        self.module = InputTransform(
+            self.first + TENSOR_SUFFIX,
+            self.scheme,
+            input_size,
+            shard_size,
+            layer.tp_rank if shard_size != input_size else 0,
+            dtype,
+        )
+        layer.register_module(TRANSFORM_NAME, self.module)
+
+
+class TransformRegistry:
+    """
+    Transformed inputs by the names of the Linears that read them.
+
+    :param transforms: transforms of the checkpoint, with the names of Transformers
+    """
+
+    def __init__(self, transforms: CATTransformConfig):
+        self._inputs = [
+            TransformedInput(scheme, list(args.targets)) for scheme, args in transforms.inputs()
+        ]
+        self._claimed: set[str] = set()
+
+    def map_names(self, map_name: Callable[[str], str | None]):
+        """
+        Rename Linears. vLLM asks for it again for nested models, whose layers it may have
+        made already: names of Linears that are part of a layer stay.
+
+        :param map_name: from an old name to a new one; None for a part that vLLM leaves out
+        """
+        for one in self._inputs:
+            mapped = [x if x in self._claimed else map_name(x) for x in one.names]
+            one.names = [name for name in mapped if name is not None]
+        self._inputs = [one for one in self._inputs if one.names]
+
+    def find(self, parts: list[str]) -> TransformedInput | None:
+        """
+        Find the transform of a layer's input.
+
+        :param parts: Linears that vLLM merges into the layer
+        :raises ValueError: if they do not share one transform
+        """
+        found = [next((x for x in self._inputs if name in x.names), None) for name in parts]
+        if any(one is not found[0] for one in found):
+            raise ValueError(
+                f"vLLM merges {', '.join(parts)} into one layer, but they do not share one "
+                "transform in this checkpoint: group them by `mappings` of CATModifier"
+            )
+        return found[0]
+
+    def has_below(self, prefix: str) -> bool:
+        """Whether a Linear inside a module has a transformed input"""
+        return any(name.startswith(f"{prefix}.") for one in self._inputs for name in one.names)
+
+    def claim(self, parts: list[str]):
+        """Note that Linears are part of a layer that applies their transform"""
+        self._claimed.update(parts)
+
+    def check_claimed(self):
+        """
+        Check, after all layers are made, that no Linear was made without its transform.
+
+        :raises NotImplementedError: if one was
+        """
+        for one in self._inputs:
+            forgotten = [name for name in one.names if name not in self._claimed]
+            # with pipeline parallelism another rank has the other inputs
+            is_elsewhere = len(forgotten) == len(one.names) and get_pp_group().world_size > 1
+            if forgotten and not is_elsewhere:
+                raise NotImplementedError(
+                    f"{forgotten[0]} has an input transform, but vLLM computes it in a layer "
+                    "that cannot be quantized: add it to `ignore` of CATModifier"
+                )
