@@ -41,7 +41,7 @@ def draw(rows: dict, path: Path):
     figure, axes = plt.subplots(figsize=(7, 2.8))
     height = 0.38
     for index, (text, colour) in enumerate(TEXTS.items()):
-        for position, (name, label) in enumerate(reversed(ROWS.items())):
+        for position, name in enumerate(reversed(ROWS)):
             value = lost(rows, name, text)
             y = position + (0.5 - index) * height
             axes.barh(y, value, height, color=colour, label=text if position == 0 else None)
