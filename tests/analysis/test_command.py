@@ -149,7 +149,7 @@ def test_bad_input_is_one_line(command, arguments, message):
     [
         (["./nowhere"], "There is no folder ./nowhere"),
         (["model", "--original", "./nowhere"], "There is no folder ./nowhere"),
-        (["model", "--samples", "0"], "0 is not in the range x>=1"),
+        (["model", "--samples", "0"], "greater than or equal to 1|not in the range x>=1"),
         (["model", "--schemes", "W4A4", "W4A8"], r"unexpected extra argument\(s\) \(W4A8\)"),
     ],
 )

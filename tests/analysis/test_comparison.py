@@ -26,7 +26,7 @@ def quantize(folder, family, scheme, *modifiers):
 def checkpoint(tmp_path_factory):
     """Biases, grouped inputs and transforms"""
     folder = tmp_path_factory.mktemp("compare")
-    return quantize(folder, "qwen2", int_scheme(4, 4), CATModifier(block_size=16))
+    return quantize(folder, "qwen2", int_scheme(4, 4), CATModifier(transform_block_size=16))
 
 
 @torch.no_grad()
@@ -76,7 +76,7 @@ def test_end_to_end_numbers_are_those_of_the_logits(checkpoint):
 
 
 def test_linears_with_a_transform_fused_between_them_are_left_out(checkpoint, tmp_path):
-    options = {"block_size": 16, "fuse_attention": False}
+    options = {"transform_block_size": 16, "fuse_attention": False}
     unfused = quantize(tmp_path, "qwen2", int_scheme(4, 4), CATModifier(**options))
     names = [
         set(compare(*pair, [make_tokens(2)]).layers["layer"]) for pair in (unfused, checkpoint)
@@ -85,7 +85,7 @@ def test_linears_with_a_transform_fused_between_them_are_left_out(checkpoint, tm
 
 
 def test_clipping_is_no_error_of_weights(checkpoint, tmp_path):
-    options = {"block_size": 16, "clip_activations": False}
+    options = {"transform_block_size": 16, "clip_activations": False}
     unclipped = quantize(tmp_path, "qwen2", int_scheme(4, 4), CATModifier(**options))
     tables = [
         compare(*pair, [make_tokens(2)]).layers.set_index("layer")
