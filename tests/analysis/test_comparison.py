@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from cat_modifier.analysis.workspace import Workspace
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from tiny_models import int_scheme, make_loader, make_model, make_tokens
