@@ -97,12 +97,7 @@ class CATHfQuantizer(CompressedTensorsHfQuantizer):
             return
         for name, module in model.named_modules():
             if isinstance(module, CATTransform) and module.weight is not None:
-                if module.weight.dtype != module.scheme.precision:
-                    raise ValueError(
-                        f"Transform tensor {name}.weight is stored as {module.weight.dtype}, "
-                        f"not {module.scheme.precision}: the checkpoint is damaged"
-                    )
-                validate_transform(f"{name}.weight", module.weight, module.weight.shape)
+                _check_transform(f"{name}.weight", module)
         # where llm-compressor looks for transforms when it writes a config of its own
         setattr(model, TRANSFORM_CONFIG_NAME, self._transforms)
         save_atomically(model)
@@ -124,6 +119,27 @@ class CATHfQuantizer(CompressedTensorsHfQuantizer):
                 self.compressor.quantization_config.quantization_status = status
                 self.compressor.add_decompress_hook(model)
         return super().get_state_dict_and_metadata(model)
+
+
+def _check_transform(name: str, module: CATTransform):
+    """
+    Check a transform tensor as loaded.
+
+    :raises ValueError: if its dtype is not that of the config, or its values are not finite
+    :raises NotImplementedError: if it is offloaded to the disk
+    """
+    if module.weight.is_meta:
+        raise NotImplementedError(
+            f"{name} is offloaded to the disk, where compressed-tensors cannot decompress: "
+            "choose a `device_map` without 'disk'"
+        )
+    dtype, precision = module.weight.dtype, module.scheme.precision
+    if dtype != precision:
+        raise ValueError(
+            f"Transform tensor {name} is stored as {dtype}, not {precision}: the checkpoint "
+            "is damaged"
+        )
+    validate_transform(name, module.weight, module.weight.shape)
 
 
 def register():
