@@ -44,7 +44,7 @@ IGNORE = ["re:.*lm_head"]
 TRANSFORMS = {
     "no transform": {},
     "SmoothQuant": {"SmoothQuantModifier": {}},
-    # those of its rotations which are folded: Transformers does not apply the others
+    # those of its rotations that are fused: Transformers does not apply the others
     "SpinQuant R1 R2": {
         "SpinQuantModifier": {"rotations": ["R1", "R2"], "transform_block_size": 64}
     },
@@ -62,11 +62,13 @@ TRANSFORMS = {
         "CATTrainingModifier": {"steps": 40, "learning_rate": 0.001},
     },
     "CAT, block Hadamard, blocks of 64": {
-        "CATModifier": {"block_size": 64, "rotation": "block-hadamard"}
+        "CATModifier": {"transform_block_size": 64, "rotation": "block-hadamard"}
     },
-    "CAT, budget 0.075": {"CATModifier": {"budget": 0.075}},
-    "CAT, blocks to 512, budget 0.1": {"CATModifier": {"block_size": 512, "budget": 0.102}},
-    "CAT, scaling alone": {"CATModifier": {"block_size": 1, "rotation": "none"}},
+    "CAT, budget 0.075": {"CATModifier": {"max_overhead": 0.075}},
+    "CAT, blocks to 512, budget 0.1": {
+        "CATModifier": {"transform_block_size": 512, "max_overhead": 0.102}
+    },
+    "CAT, scaling alone": {"CATModifier": {"transform_block_size": 1, "rotation": "none"}},
 }
 """Modifiers before the one that quantizes"""
 

@@ -133,14 +133,11 @@ def specified_hadamard(n: int) -> np.ndarray | None:
         return q >= 2 and all(q % i for i in range(2, isqrt(q) + 1))
 
     def paley(m: int) -> np.ndarray | None:
-        kinds = [
-            (kind, q)
-            for kind, q, remainder in ((1, m - 1, 3), (2, m // 2 - 1, 1))
-            if m % 4 == 0 and is_prime(q) and q % 4 == remainder
-        ]
-        if not kinds:
+        for kind, q, remainder in ((1, m - 1, 3), (2, m // 2 - 1, 1)):  # noqa: B007
+            if m % 4 == 0 and is_prime(q) and q % 4 == remainder:
+                break
+        else:
             return None
-        kind, q = kinds[0]
         residues = {i * i % q for i in range(1, q)}
         c = np.zeros((q + 1, q + 1), dtype=int)
         c[0, 1:] = 1

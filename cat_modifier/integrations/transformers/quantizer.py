@@ -8,10 +8,12 @@ without CAT transforms to it.
 
 from typing import Any
 
+import torch
 from compressed_tensors import TRANSFORM_CONFIG_NAME
 from compressed_tensors.compressors import compress_module
 from compressed_tensors.quantization import QuantizationStatus
 from compressed_tensors.quantization.utils import is_module_quantized
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -97,7 +99,7 @@ class CATHfQuantizer(CompressedTensorsHfQuantizer):
             return
         for name, module in model.named_modules():
             if isinstance(module, CATTransform) and module.weight is not None:
-                _check_transform(f"{name}.weight", module)
+                _check_transform(f"{name}.weight", module.weight, module.scheme.precision)
         # where llm-compressor looks for transforms when it writes a config of its own
         setattr(model, TRANSFORM_CONFIG_NAME, self._transforms)
         save_atomically(model)
@@ -121,25 +123,27 @@ class CATHfQuantizer(CompressedTensorsHfQuantizer):
         return super().get_state_dict_and_metadata(model)
 
 
-def _check_transform(name: str, module: CATTransform):
+def _check_transform(name: str, blocks: Tensor, precision: torch.dtype):
     """
     Check a transform tensor as loaded.
 
-    :raises ValueError: if its dtype is not that of the config, or its values are not finite
-    :raises NotImplementedError: if it is offloaded to the disk
+    :param name: name of the tensor, for the error
+    :param blocks: T as loaded
+    :param precision: dtype that the config promises
+    :raises ValueError: if the dtype differs, or if an element is not finite
+    :raises NotImplementedError: if the tensor is offloaded to the disk
     """
-    if module.weight.is_meta:
+    if blocks.is_meta:
         raise NotImplementedError(
             f"{name} is offloaded to the disk, where compressed-tensors cannot decompress: "
             "choose a `device_map` without 'disk'"
         )
-    dtype, precision = module.weight.dtype, module.scheme.precision
-    if dtype != precision:
+    if blocks.dtype != precision:
         raise ValueError(
-            f"Transform tensor {name} is stored as {dtype}, not {precision}: the checkpoint "
-            "is damaged"
+            f"Transform tensor {name} is stored as {blocks.dtype}, not {precision}: the "
+            "checkpoint is damaged"
         )
-    validate_transform(name, module.weight, module.weight.shape)
+    validate_transform(name, blocks, tuple(blocks.shape))
 
 
 def register():
