@@ -42,12 +42,12 @@ RECIPES = {
     "W4A16": lambda: [QuantizationModifier(**int_scheme(4, None))],
     "W4A4": lambda: [QuantizationModifier(**int_scheme(4, 4))],
     "W4A4-Hadamard": lambda: [
-        CATModifier(alignment_strength=0.0, block_size=1),
+        CATModifier(alignment_strength=0.0, transform_block_size=1),
         QuantizationModifier(**int_scheme(4, 4)),
     ],
     "W4A4-CAT": lambda: [CATModifier(), QuantizationModifier(**int_scheme(4, 4))],
     "W4A4-CAT-32": lambda: [
-        CATModifier(block_size=32, rotation="block-hadamard"),
+        CATModifier(transform_block_size=32, rotation="block-hadamard"),
         QuantizationModifier(**int_scheme(4, 4)),
     ],
 }
