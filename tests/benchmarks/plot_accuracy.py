@@ -44,29 +44,38 @@ def draw(axes: Axes, rows: dict[str, dict], text: str):
     """
     reference = rows["bf16"][text]["perplexity"]
     loss = math.log(rows[BARS["Hadamard"]][text]["perplexity"] / reference)
+    # without a transform the loss is several times that with Hadamard: its bar is cut off
+    end = reference * math.exp(1.45 * loss)
     for position, (label, name) in enumerate(BARS.items()):
         perplexity = rows[name][text]["perplexity"]
         colour = CAT if label.startswith("CAT") else OTHERS
-        axes.barh(position, perplexity - reference, left=reference, height=0.62, color=colour)
+        length = min(perplexity, end) - reference
+        axes.barh(position, length, left=reference, height=0.64, color=colour)
         returned = 1 - math.log(perplexity / reference) / loss
-        shown = f"{perplexity:.0f}" if perplexity >= 100 else f"{perplexity:.1f}"
+        shown = f"{perplexity:.1f}"
         if returned > 0:
             shown += f"   {returned:.0%} back"
+        is_cut = perplexity > end
         axes.annotate(
-            shown,
-            (perplexity, position),
-            xytext=(5, 0),
+            f"{perplexity:.0f}, off the scale \N{RIGHTWARDS ARROW}" if is_cut else shown,
+            (min(perplexity, end), position),
+            xytext=(-5 if is_cut else 5, 0),
             textcoords="offset points",
+            ha="right" if is_cut else "left",
             va="center",
-            color=INK,
+            color="black" if is_cut else INK,
             weight="bold" if colour == CAT else "normal",
         )
     axes.axvline(reference, color=INK, linewidth=1.2)
     axes.set_xscale("log")
-    axes.set_xlim(reference * 0.97, rows[BARS["no transform"]][text]["perplexity"] * 2.4)
+    axes.set_xlim(reference, end)
     axes.set_yticks(range(len(BARS)), list(BARS))
-    axes.invert_yaxis()
-    axes.set_title(f"{TEXTS[text]} (bf16: {reference:.1f})", color=INK, fontsize=11, loc="left")
+    axes.set_title(
+        f"{TEXTS[text]} (log scale from bf16: {reference:.1f})",
+        color=INK,
+        fontsize=11,
+        loc="left",
+    )
     axes.minorticks_off()
     axes.set_xticks([])
     axes.tick_params(axis="y", colors=INK, length=0)
@@ -86,9 +95,10 @@ def main():
     figure, columns = plt.subplots(1, 2, figsize=(9.6, 2.7), sharey=True, layout="constrained")
     for axes, text in zip(columns, TEXTS, strict=True):
         draw(axes, rows, text)
+    columns[0].invert_yaxis()  # both share it
     columns[1].tick_params(axis="y", labelleft=False)
     figure.suptitle(
-        "Perplexity at W4A4, log scale from bf16, and how much of Hadamard's loss comes back",
+        "Perplexity at W4A4 (log scale from bf16), and share of Hadamard's loss that comes back",
         color=INK,
         fontsize=11.5,
         x=0.01,
