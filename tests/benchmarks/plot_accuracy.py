@@ -98,7 +98,7 @@ def main():
     columns[0].invert_yaxis()  # both share it
     columns[1].tick_params(axis="y", labelleft=False)
     figure.suptitle(
-        "Perplexity at W4A4 (log scale from bf16), and share of Hadamard's loss that comes back",
+        "Perplexity at W4A4 (log scale from bf16), and how much of Hadamard's loss comes back",
         color=INK,
         fontsize=11.5,
         x=0.01,
