@@ -97,6 +97,11 @@ class CATHfQuantizer(CompressedTensorsHfQuantizer):
             return
         for name, module in model.named_modules():
             if isinstance(module, CATTransform) and module.weight is not None:
+                if module.weight.dtype != module.scheme.precision:
+                    raise ValueError(
+                        f"Transform tensor {name}.weight is stored as {module.weight.dtype}, "
+                        f"not {module.scheme.precision}: the checkpoint is damaged"
+                    )
                 validate_transform(f"{name}.weight", module.weight, module.weight.shape)
         # where llm-compressor looks for transforms when it writes a config of its own
         setattr(model, TRANSFORM_CONFIG_NAME, self._transforms)
