@@ -71,7 +71,7 @@ def draw(axes: Axes, rows: dict[str, dict], text: str):
     axes.set_xlim(reference, end)
     axes.set_yticks(range(len(BARS)), list(BARS))
     axes.set_title(
-        f"{TEXTS[text]} (log scale from bf16: {reference:.1f})",
+        f"{TEXTS[text]} (bf16: {reference:.1f})",
         color=INK,
         fontsize=11,
         loc="left",
