@@ -288,3 +288,14 @@ def test_a_transformers_that_reports_in_another_way_is_an_error(checkpoint, monk
 def test_the_model_keeps_nothing_of_the_check(checkpoint):
     loaded = AutoModelForCausalLM.from_pretrained(checkpoint[1])
     assert loading._REPORT_METHOD not in vars(loaded)
+
+
+def test_offloading_to_the_disk_is_refused(checkpoint, tmp_path):
+    places = {"model.layers.1": "disk"} | dict.fromkeys(
+        ("model.embed_tokens", "model.norm", "model.rotary_emb", "model.layers.0", "lm_head"),
+        "cpu",
+    )
+    with pytest.raises(NotImplementedError, match="a `device_map` without 'disk'"):
+        AutoModelForCausalLM.from_pretrained(
+            checkpoint[1], device_map=places, offload_folder=tmp_path
+        )

@@ -2,7 +2,7 @@
 """
 Run vLLM once, in a process of its own, and write what it computed to a JSON file.
 
-    python tests/integrations/vllm/run_vllm.py '{"model": ..., "ids": [[...]], "options": {...}}' FILE
+    python run_vllm.py '{"model": ..., "ids": [[...]], "options": {...}}' FILE
 """
 
 import json
