@@ -193,8 +193,8 @@ class Int8LinearMethod(LinearMethodBase):
                 transform.check_loaded()
         weight = getattr(layer, self._weight_name).data
         if integers.is_packed:
+            # `weight_shape` stays: a weight reload brings it once more for each merged part
             weight = unpack_from_int32(weight, integers.weight_bits, self.shape)
-            del layer.weight_shape
         self.kernel.process_weights(layer, weight)
         inputs = layer.weight_scale.new_empty((0, self.shape[1]), dtype=self.dtype)
         warm_up(inputs, integers.input_bits, integers.input_symmetric, transform)

@@ -35,6 +35,9 @@ def main(job: dict, file: Path):
     )
     prompts = [{"prompt_token_ids": ids} for ids in job["ids"]]
     compiled_in_advance = count_compiled_kernels()
+    if "reload" in job:
+        llm.generate(prompts, params, use_tqdm=False)
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": job["reload"]})
     for _ in range(job.get("repeat", 1)):
         outputs = llm.generate(prompts, params, use_tqdm=False)
     result = {

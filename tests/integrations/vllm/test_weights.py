@@ -111,16 +111,18 @@ def load(model: Attention, seed: int, transform_first: bool = True):
     ):
         weight = torch.randint(-8, 8, (rows, HIDDEN), generator=generator).to(torch.int8)
         if is_quantized:
-            tensors.append((layer.weight_packed, pack_to_int32(weight, 4), part))
-            tensors.append((layer.weight_shape, torch.tensor([rows, HIDDEN]), part))
+            tensors.append((layer, "weight_packed", pack_to_int32(weight, 4), part))
             scale = torch.rand(rows, 1, generator=generator) + 0.1
-            tensors.append((layer.weight_scale, scale, part))
+            tensors.append((layer, "weight_scale", scale, part))
+            tensors.append((layer, "weight_shape", torch.tensor([rows, HIDDEN]), part))
         else:
-            tensors.append((layer.weight, weight.float(), part))
+            tensors.append((layer, "weight", weight.float(), part))
     blocks = torch.randn(4, 16, 16, generator=generator).bfloat16()
-    transform = (model.qkv_proj.cat_input.weight, blocks, "q")
+    transform = (model.qkv_proj, "cat_input.weight", blocks, "q")
     tensors.insert(0 if transform_first else len(tensors), transform)
-    for param, loaded, part in tensors:
+    for layer, name, loaded, part in tensors:
+        # by name, as vLLM does: a layer may be processed before its last tensor comes
+        param = layer.get_parameter(name)
         param.weight_loader(param, loaded, *([] if part is None else [part]))
 
 
