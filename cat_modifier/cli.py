@@ -22,10 +22,20 @@ app = typer.Typer(
 )
 
 
+def _check(model: str | None) -> str | None:
+    """Refuse a folder that does not exist; the Hub would say less"""
+    if model and model.startswith(("/", ".", "~")) and not Path(model).expanduser().is_dir():
+        raise typer.BadParameter(f"There is no folder {model}")
+    return model
+
+
 @app.command()
 def analyze(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Folder, or id on the Hugging Face Hub.")
+        str,
+        typer.Argument(
+            metavar="MODEL", callback=_check, help="Folder, or id on the Hugging Face Hub."
+        ),
     ],
     output: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("report"),
     overwrite: Annotated[
@@ -33,7 +43,9 @@ def analyze(
     ] = False,
     original: Annotated[
         str | None,
-        typer.Option(help="Model that the quantized checkpoint MODEL was made from."),
+        typer.Option(
+            callback=_check, help="Model that the quantized checkpoint MODEL was made from."
+        ),
     ] = None,
     dataset: Annotated[
         str,

@@ -71,8 +71,9 @@ def find_value_projections(
     hooks = {}
     for name, members in siblings.items():
         module = model.get_submodule(name)
-        if isinstance(getattr(module, "head_dim", None), int) and len(members) > 1:
-            hooks[module] = _Probe(members, module.head_dim, found)
+        head_dim = getattr(module, "head_dim", None)
+        if isinstance(head_dim, int) and len(members) > 1:
+            hooks[module] = _Probe(members, head_dim, found)
     with _hooks() as handles:
         for module, hook in hooks.items():
             handles.append(module.register_forward_hook(hook, with_kwargs=True))
@@ -199,7 +200,7 @@ class _Probe:
                     seen[name] = _some_tokens(inputs[0])
 
                 handles.append(linear.register_forward_pre_hook(read))
-            if value is not None:
+            if value is not None and matrices is not None:
                 handles.append(value.register_forward_hook(_multiply_output(matrices)))
             run()
         return seen

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 from compressed_tensors.utils.match import is_match
 from torch.nn import Module
+from transformers import PreTrainedModel
 
 __all__ = ["find_fused_experts", "make_experts_linears"]
 
@@ -28,7 +29,7 @@ def find_fused_experts(model: Module, ignore: Iterable[str] = ()) -> list[str]:
     ]
 
 
-def make_experts_linears(model: Module):
+def make_experts_linears(model: PreTrainedModel):
     """
     Replace fused experts by Linears, as llm-compressor does before it quantizes a model.
 

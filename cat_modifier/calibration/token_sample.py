@@ -43,8 +43,10 @@ class TokenSample:
 
     @property
     def weights(self) -> Tensor:
+        if self._candidates is None:
+            return self._priorities
         threshold = self._priorities[self.size :].sum()
-        energy = self.tokens.double().square().sum(-1).cpu()
+        energy = self._candidates[: self.size].double().square().sum(-1).cpu()
         return torch.where(energy > 0, energy.clamp_min(threshold) / energy, 0) / self.count
 
     def update(self, tokens: Tensor):

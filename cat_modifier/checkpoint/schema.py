@@ -103,8 +103,8 @@ class CATScheme(TransformScheme):
     @field_validator("precision", mode="before")
     @classmethod
     def _check_precision(cls, value: Any) -> torch.dtype:
-        precision = _PRECISIONS.get(value, value) if isinstance(value, str) else value
-        if not any(precision is one for one in _PRECISIONS.values()):
+        precision = _PRECISIONS.get(value) if isinstance(value, str) else value
+        if not isinstance(precision, torch.dtype) or precision not in _PRECISIONS.values():
             raise ValueError(
                 f"`precision` must be one of {', '.join(_PRECISIONS)}, not {value!r}"
             )

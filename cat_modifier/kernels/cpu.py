@@ -72,9 +72,8 @@ def transform_quantize(
     ]
     if len(chunks) == 1:
         return chunks[0]
-    return tuple(
-        None if parts[0] is None else torch.cat(parts) for parts in zip(*chunks, strict=True)
-    )
+    q, scales, zero_points = zip(*chunks, strict=True)
+    return torch.cat(q), torch.cat(scales), None if symmetric else torch.cat(zero_points)
 
 
 def quantize(
@@ -145,7 +144,7 @@ def _compiled(function: Callable, is_parallel: bool, kind: tuple | None = None) 
     :param kind: all sizes of the inputs, for faster loops; None to compile for any size
     """
     options = {"cpp.dynamic_threads": True} if is_parallel else {"cpp.threads": 1}
-    return torch.compile(
+    return torch.compile(  # type: ignore[call-overload]  # its overloads lack the last two
         function,
         fullgraph=True,
         dynamic=kind is None,

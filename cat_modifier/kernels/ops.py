@@ -39,6 +39,9 @@ class OnlineTransform(Module):
         dtype: dtype to compute in, see :func:`_compute_dtype`
     """
 
+    hadamard: Tensor | None
+    clip_ratio: Tensor | None
+
     def __init__(
         self,
         blocks: Tensor | None,
@@ -140,7 +143,7 @@ def warm_up(x: Tensor, num_bits: int, symmetric: bool, transform: OnlineTransfor
     :param x: like the inputs, shape (any, d)
     :param transform: transform of the input; None to quantize it as it is
     """
-    kind = (x.shape[1], x.dtype, x.device, num_bits, symmetric)
+    kind: tuple = (x.shape[1], x.dtype, x.device, num_bits, symmetric)
     quantizer = quantize
     if transform is not None:
         quantizer = transform.quantize

@@ -101,10 +101,12 @@ def test_the_command_writes_a_recipe(tmp_path, monkeypatch, capsys):
     make_model(tmp_path / "model")
     (tmp_path / "text.txt").write_text(" ".join(f"<{i % 128}>" for i in range(600)))
     monkeypatch.chdir(tmp_path)
-    analysis = "analyze model --dataset text.txt --samples 4 --length 64 --transforms none cat"
+    analysis = "analyze model --dataset text.txt --samples 4 --length 64 --transforms none,cat"
     for command in (analysis, "allocate report --bits 5 --output mixed.yaml"):
         monkeypatch.setattr(sys, "argv", ["cat-modifier", *command.split()])
-        main()
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == 0
     assert "mixed.yaml" in capsys.readouterr().out
     modifiers = yaml.safe_load((tmp_path / "mixed.yaml").read_text())
     groups = modifiers["quant_stage"]["quant_modifiers"]["QuantizationModifier"]

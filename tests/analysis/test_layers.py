@@ -1,16 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-import json
-import os
-import resource
-import signal
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from cat_modifier.analysis.experts import make_experts_linears
-from cat_modifier.analysis.workspace import Workspace
 from pandas.testing import assert_frame_equal
 from tiny_models import FAMILIES, make_model, make_tokens
 from torch.nn import Linear, ReLU, Sequential
@@ -20,6 +10,7 @@ from cat_modifier.analysis import TRANSFORMS, analyze
 from cat_modifier.analysis.layers import UnseenLinearsError
 from cat_modifier.analysis.schemes import Scheme
 from cat_modifier.analysis.summary import best_transform, diagnose, sentences, unpredictable
+from cat_modifier.calibration.experts import make_experts_linears
 from cat_modifier.calibration.texts import EMBEDDED, load_texts, windows
 from cat_modifier.functional.sqnr import alignment, energy, to_db
 
@@ -152,7 +143,7 @@ def test_all_transforms_on_all_families(family, tmp_path):
     model = make_model(tmp_path, family, **overrides)
     make_experts_linears(model)
     tokens = make_tokens(8, 48)
-    frame = analyze(model, tokens.split(2), ["W8A8", "W4G8A4G8"], ALL, block_size=16)
+    frame = analyze(model, tokens.split(2), ["W8A8", "W4G8A4G8"], ALL, transform_block_size=16)
     assert any("experts.3.down_proj" in name for name in frame["layer"]) == ("moe" in family)
     counts = frame.groupby("layer").size()
     assert (counts == 2 * len(ALL)).all()
@@ -216,7 +207,7 @@ def test_whole_blocks_have_nothing_to_gain_from_whole_blocks():
     torch.manual_seed(0)
     x = torch.randn(3000, 32) @ torch.randn(32, 32)
     frame = analyze(
-        Sequential(Linear(32, 64)), [x], ["W4A4"], ["cat", "cat-full"], block_size=4
+        Sequential(Linear(32, 64)), [x], ["W4A4"], ["cat", "cat-full"], transform_block_size=4
     )
     gains = {
         name: diagnose(frame, Scheme.parse("W4A4"), name)["gain_full"][0]
@@ -257,7 +248,7 @@ def test_padding_is_left_out(tmp_path):
         ({"schemes": []}, "a scheme, a transform and a batch at least"),
         ({"batches": []}, "a scheme, a transform and a batch at least"),
         ({"schemes": ["W4G7A4"]}, "Groups of 7 channels .* do not divide the 24 inputs of 0"),
-        ({"block_size": 0}, "must be positive"),
+        ({"transform_block_size": 0}, "must be positive"),
     ],
 )
 def test_bad_input_is_an_error(arguments, message):
@@ -292,155 +283,3 @@ def test_linears_that_saw_nothing_are_an_error_which_holds_the_other_results():
 def test_inputs_of_zeros_have_no_sqnr():
     frame = analyze(Sequential(Linear(24, 8)), [torch.zeros(5, 24)], ["W4A4"])
     assert frame["predicted_db"].isna().all()
-
-
-## Interruption ##
-
-KILLED = """
-import os, signal, sys, torch
-from pathlib import Path
-from cat_modifier.analysis import analyze
-from cat_modifier.analysis.workspace import Workspace
-import cat_modifier.analysis.layers as layers
-
-folder, when = Path(sys.argv[1]), sys.argv[2]
-torch.manual_seed(0)
-model = torch.nn.Sequential(torch.nn.Linear(24, 48), torch.nn.ReLU(), torch.nn.Linear(48, 8))
-batches = list(torch.randn(8, 40, 24).unbind())
-
-class Batches(list):
-    def __getitem__(self, index):
-        if when == "calibrating" and index == 5:
-            os.kill(os.getpid(), signal.SIGKILL)
-        assert when in ("never", "calibrating") or index >= 5
-        return super().__getitem__(index)
-
-measure = layers.measure_group
-def measure_group(group, *args):
-    if when == "measuring" and group.first == "2":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return measure(group, *args)
-layers.measure_group = measure_group
-
-with Workspace(folder, {}, interval=0) as workspace:
-    frame = analyze(model, Batches(batches), workspace=workspace)
-    workspace.publish(lambda to: frame.to_json(to / "layers.json"))
-"""
-
-
-def test_a_killed_analysis_goes_on_where_it_was(tmp_path):
-    def run(folder: Path, when: str) -> int:
-        command = [sys.executable, "-c", KILLED, str(folder), when]
-        return subprocess.run(command, env=os.environ, check=False).returncode
-
-    assert run(tmp_path / "whole", "never") == 0
-    assert run(tmp_path / "killed", "calibrating") == -9
-    assert run(tmp_path / "killed", "measuring") == -9
-    # as if it was killed while it wrote a row
-    rows = tmp_path / "killed" / ".unfinished" / "rows.jsonl"
-    assert rows.read_text().count("\n") == 1
-    with rows.open("a") as file:
-        file.write('{"key": "2", "rows"')
-    assert not (tmp_path / "killed" / "layers.json").exists()
-    assert run(tmp_path / "killed", "resuming") == 0
-    results = [(tmp_path / name / "layers.json").read_text() for name in ("whole", "killed")]
-    assert results[0] == results[1]
-    assert [path.name for path in (tmp_path / "killed").iterdir()] == ["layers.json"]
-
-
-@pytest.mark.parametrize(
-    ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
-)
-def test_an_interrupt_within_a_batch_waits_for_its_end_and_is_kept(tmp_path, number, error):
-    class Batches(list):
-        def __getitem__(self, index):
-            if index == 2:
-                os.kill(os.getpid(), number)
-            return super().__getitem__(index)
-
-    batches = Batches(torch.randn(5, 10, 8).unbind())
-    handler = signal.getsignal(number)
-    with Workspace(tmp_path, {}, interval=1000) as workspace:
-        with pytest.raises(error):
-            analyze(Sequential(Linear(8, 8)), batches, workspace=workspace)
-        assert workspace.load_state()["batches"] == 3
-    assert signal.getsignal(number) is handler
-
-
-def test_rows_and_state_are_kept_by_the_workspace(tmp_path):
-    with Workspace(tmp_path, {"a": 1}, interval=1000) as workspace:
-        assert workspace.load_state() is None and workspace.load_rows() == {}
-        workspace.save_state(lambda: {"batches": 1})  # too early
-        assert workspace.load_state() is None
-        workspace.save_state(lambda: {"batches": 2}, now=True)
-        workspace.add_rows("x", [{"value": float("inf")}])
-    with Workspace(tmp_path, {"a": 1}) as workspace:
-        assert workspace.load_state() == {"batches": 2}
-        assert workspace.load_rows() == {"x": [{"value": float("inf")}]}
-    with Workspace(tmp_path, {"a": 2}, overwrite=True) as workspace:
-        assert workspace.load_state() is None and workspace.load_rows() == {}
-
-
-def test_a_state_that_cannot_be_written_leaves_the_last_one(tmp_path):
-    with Workspace(tmp_path, {}, interval=0) as workspace:
-        workspace.save_state(lambda: {"batches": 1})
-
-        # a full disk, as torch.save meets it
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
-        try:
-            with pytest.raises(OSError, match="cannot be saved|too large"):
-                workspace.save_state(lambda: {"batches": torch.zeros(100_000)})
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert workspace.load_state() == {"batches": 1}
-
-
-def test_a_failure_before_anything_was_computed_leaves_no_folder(tmp_path):
-    with pytest.raises(ValueError, match="Unknown scheme"):
-        with Workspace(tmp_path / "new", {}) as workspace:
-            analyze(Sequential(Linear(8, 8)), [torch.randn(2, 8)], ["W4"], workspace=workspace)
-    assert not (tmp_path / "new").exists()
-
-
-def write_report(folder: Path, names: list[str]):
-    for name in names:
-        (folder / name).touch()
-    (folder / "layers.json").write_text(json.dumps({"files": names}))
-
-
-def test_an_older_report_is_replaced_and_not_mixed_with_the_new_one(tmp_path):
-    for names in (["old.png", "both.png"], ["both.png", "new.png"]):
-        with Workspace(tmp_path, {}, overwrite=True) as workspace:
-            workspace.publish(lambda to, names=names: write_report(to, names))
-    assert {path.name for path in tmp_path.iterdir()} == {"both.png", "new.png", "layers.json"}
-
-
-def test_an_analysis_that_ends_leaves_the_next_one_alone(tmp_path):
-    with Workspace(tmp_path, {}) as first:
-        first.publish(lambda to: write_report(to, []))
-        with Workspace(tmp_path, {}, overwrite=True) as second:
-            first.__exit__()
-            second.save_state(lambda: {}, now=True)
-
-
-def test_folders_in_use_are_refused(tmp_path):
-    with Workspace(tmp_path, {"schemes": ["W4A4"]}):
-        with pytest.raises(BlockingIOError, match="Another analysis is at work"):
-            Workspace(tmp_path, {"schemes": ["W4A4"]}).__enter__()
-    with Workspace(tmp_path, {"schemes": ["W4A4"]}) as workspace:
-        workspace.add_rows("x", [])
-    with pytest.raises(FileExistsError, match="unfinished analysis with schemes"):
-        Workspace(tmp_path, {"schemes": ["W8A8"]}).__enter__()
-    with Workspace(tmp_path, {"schemes": ["W4A4"]}) as workspace:
-        workspace.publish(lambda to: write_report(to, ["old.png"]))
-    assert (tmp_path / "old.png").exists()
-    with pytest.raises(FileExistsError, match="finished report.*--overwrite"):
-        Workspace(tmp_path, {"schemes": ["W4A4"]}).__enter__()
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "thesis.tex").touch()
-    with pytest.raises(FileExistsError, match="holds other files"):
-        Workspace(other, {}).__enter__()
-    with pytest.raises(FileExistsError, match="is a file"):
-        Workspace(other / "thesis.tex", {}).__enter__()

@@ -9,7 +9,7 @@ environment, after examples/quickstart.sh has unpacked the model.
 
     python tests/benchmarks/accuracy.py output/smollm2-135m-instruct \
         --json tests/benchmarks/results/accuracy.json \
-        --recipes "W4A4 CAT, strength 0.75 GPTQ, dampening 0.1=recipes/w4a4_gptq.yaml"
+        --recipes "W4A4 CAT, alignment_strength 0.75 GPTQ, dampening 0.1=recipes/w4a4_gptq.yaml"
 """
 
 import argparse
@@ -54,18 +54,18 @@ TRANSFORMS = {
     "CAT": {"CATModifier": {}},
     "CAT, trained": {"CATModifier": {}, "CATTrainingModifier": {}},
     "CAT, block Hadamard": {"CATModifier": {"rotation": "block-hadamard"}},
-    "CAT, block Hadamard, strength 0.75": {
+    "CAT, block Hadamard, alignment_strength 0.75": {
         "CATModifier": {"rotation": "block-hadamard", "alignment_strength": 0.75}
     },
-    "CAT, block Hadamard, strength 0.75, trained": {
+    "CAT, block Hadamard, alignment_strength 0.75, trained": {
         "CATModifier": {"rotation": "block-hadamard", "alignment_strength": 0.75},
         "CATTrainingModifier": {"steps": 40, "learning_rate": 0.001},
     },
     "CAT, block Hadamard, blocks of 64": {
         "CATModifier": {"transform_block_size": 64, "rotation": "block-hadamard"}
     },
-    "CAT, budget 0.075": {"CATModifier": {"max_overhead": 0.075}},
-    "CAT, blocks to 512, budget 0.1": {
+    "CAT, max_overhead 0.075": {"CATModifier": {"max_overhead": 0.075}},
+    "CAT, blocks to 512, max_overhead 0.102": {
         "CATModifier": {"transform_block_size": 512, "max_overhead": 0.102}
     },
     "CAT, scaling alone": {"CATModifier": {"transform_block_size": 1, "rotation": "none"}},

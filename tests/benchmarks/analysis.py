@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import cat_modifier
 from cat_modifier import CATModifier
 from cat_modifier.analysis import TRANSFORMS, analyze
-from cat_modifier.analysis.passes import without_predictions
+from cat_modifier.analysis.layers import without_predictions
 from cat_modifier.calibration.texts import EMBEDDED, load_texts, windows
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

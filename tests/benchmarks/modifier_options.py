@@ -49,7 +49,7 @@ OPTIONS = {
     "tensor parallel 8": {"tensor_parallel_size": 8},
     "dampening_frac 0.0001": {"dampening_frac": 1e-4},
     "dampening_frac 0.1": {"dampening_frac": 0.1},
-    "strength 0.75": {"alignment_strength": 0.75},
+    "alignment_strength 0.75": {"alignment_strength": 0.75},
     "float32 transforms": {"precision": "float32"},
 }
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The online transform with quantization to 4 bits, alone: fused, unfused, and what stands
-beside it, against the roofline: the larger of the bytes that must move over the measured
-bandwidth of a copy, and the operations over the measured peak of a product of matrices.
-Runs in the serve environment, on a GPU if there is one.
+Time the online transform with quantization to 4 bits: fused, unfused, and alternatives.
+
+The roofline is the larger of two times: bytes to move at the measured bandwidth of a copy,
+and operations at the measured peak of a matrix product. Runs in the serve environment, on a
+GPU if there is one.
 
     python tests/benchmarks/online_transform.py --json FILE
 """
@@ -19,14 +20,16 @@ from torch import Tensor
 
 from cat_modifier.functional.hadamard import hadamard_matrix
 from cat_modifier.functional.layout import Rotation, choose_layout
-from cat_modifier.kernels import ops, plain
+from cat_modifier.functional.transform import apply_transform
+from cat_modifier.kernels import ops
+from cat_modifier.kernels.reference import quantize_per_token
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16
 
 
 def seconds(functions: dict, rounds: int) -> dict[str, float]:
-    """Medians; each function in every round, as the speed of the machine drifts"""
+    """Take medians over rounds of all functions: the speed of the machine drifts"""
     repeats, times = {}, {name: [] for name in functions}
     for name, function in functions.items():
         function()
@@ -51,32 +54,32 @@ def _wait():
         torch.cuda.synchronize()
 
 
-def sides(tokens: int, features: int, block_size: int) -> dict:
-    x = torch.randn(tokens, features, device=DEVICE, dtype=DTYPE)
+def sides(tokens: int, in_features: int, block_size: int) -> dict:
+    x = torch.randn(tokens, in_features, device=DEVICE, dtype=DTYPE)
     result = {"quantization alone": lambda: ops.quantize(x, 4, False)}
     for name, rotation in (
         ("blocks", Rotation.BLOCK_HADAMARD),
         ("blocks, Hadamard", Rotation.HADAMARD),
     ):
-        layout = choose_layout("x", features, 1, block_size, rotation)
-        count, size = features // layout.stored_size, layout.stored_size
+        layout = choose_layout("x", in_features, 1, block_size, rotation)
+        count, size = in_features // layout.stored_size, layout.stored_size
         blocks = torch.randn(count, size, size, device=DEVICE, dtype=DTYPE) / size**0.5
         hadamard = None
         if layout.online_hadamard_size > 1:
             hadamard = hadamard_matrix(layout.online_hadamard_size).to(DEVICE, torch.float32)
-        prepared = ops.PreparedTransform.of(blocks, hadamard, layout.fused_hadamard_size, DTYPE)
+        online = ops.OnlineTransform(blocks, hadamard, layout.interleave, DTYPE)
         unfused = None if hadamard is None else hadamard.to(DTYPE)
-        result[f"fused: {name}"] = lambda p=prepared: p.quantize(x, 4, False)
-        result[f"unfused: {name}"] = lambda p=prepared: ops.quantize(p(x), 4, False)
+        result[f"fused: {name}"] = lambda t=online: t.quantize(x, 4, False)
+        result[f"unfused: {name}"] = lambda t=online: ops.quantize(t(x), 4, False)
         result[f"torch.bmm, separate quantization: {name}"] = (
-            lambda b=blocks, h=unfused, g=layout: plain.quantize_per_token(
-                plain.transform(x, b, h, g.fused_hadamard_size), 4, False
+            lambda b=blocks, h=unfused, q=layout.interleave: quantize_per_token(
+                apply_transform(x, b, h, q), 4, False
             )
         )
-    if features <= 8192:
-        dense = torch.randn(features, features, device=DEVICE, dtype=DTYPE)
+    if in_features <= 8192:
+        dense = torch.randn(in_features, in_features, device=DEVICE, dtype=DTYPE)
         result["dense d x d product"] = lambda: x @ dense
-    if features & (features - 1) == 0 and DEVICE == "cuda":
+    if in_features & (in_features - 1) == 0 and DEVICE == "cuda":
         from vllm import _custom_ops
 
         result["hadacore"] = lambda: _custom_ops.hadacore_transform(x)
@@ -84,7 +87,7 @@ def sides(tokens: int, features: int, block_size: int) -> dict:
 
 
 def measure_peaks() -> tuple[float, float]:
-    """Bytes/s of a copy, read and written, and multiply-adds/s of a bf16 product"""
+    """Measure bytes/s of a copy, read and written, and multiply-adds/s of a bf16 product"""
     source = torch.empty(2**28 if DEVICE == "cpu" else 2**32, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     a: Tensor = torch.randn(4096, 4096, device=DEVICE, dtype=DTYPE)
@@ -93,17 +96,17 @@ def measure_peaks() -> tuple[float, float]:
 
 
 def roofline(
-    tokens: int, features: int, stored: int, outer: int, bandwidth: float, peak: float
+    tokens: int, in_features: int, stored: int, online: int, bandwidth: float, peak: float
 ) -> float:
-    moved = tokens * (features * (2 + 1) + 8) + 2 * features * stored
-    operations = tokens * features * (stored + (outer if outer > 1 else 0))
+    moved = tokens * (in_features * (2 + 1) + 8) + 2 * in_features * stored
+    operations = tokens * in_features * (stored + (online if online > 1 else 0))
     return max(moved / bandwidth, operations / peak)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.strip().partition("\n\n")[0])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 256, 4096])
-    parser.add_argument("--features", nargs="+", type=int, default=[2048, 4096, 8192, 14336])
+    parser.add_argument("--in-features", nargs="+", type=int, default=[2048, 4096, 8192, 14336])
     parser.add_argument("--block-sizes", nargs="+", type=int, default=[32, 64, 128])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
@@ -113,20 +116,20 @@ def main():
     name = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
     print(f"{name}: copy {bandwidth / 1e9:.0f} GB/s, bf16 {2 * peak / 1e12:.2f} TFLOP/s")
     rows = []
-    for features in args.features:
+    for in_features in args.in_features:
         for block_size in args.block_sizes:
             for tokens in args.tokens:
                 with torch.inference_mode():
-                    times = seconds(sides(tokens, features, block_size), args.rounds)
-                row = {"tokens": tokens, "d": features, "k": block_size}
+                    times = seconds(sides(tokens, in_features, block_size), args.rounds)
+                row = {"tokens": tokens, "d": in_features, "k": block_size}
                 for kind, rotation in (
                     ("blocks", Rotation.BLOCK_HADAMARD),
                     ("blocks, Hadamard", Rotation.HADAMARD),
                 ):
-                    layout = choose_layout("x", features, 1, block_size, rotation)
+                    layout = choose_layout("x", in_features, 1, block_size, rotation)
                     bound = roofline(
                         tokens,
-                        features,
+                        in_features,
                         layout.stored_size,
                         layout.online_hadamard_size,
                         bandwidth,
@@ -137,7 +140,7 @@ def main():
                 shown = ", ".join(f"{k} {v * 1e6:.0f}" for k, v in times.items())
                 share = row["share of the roofline: blocks, Hadamard"]
                 print(
-                    f"d {features}, k {block_size}, {tokens} tokens, us: {shown}; "
+                    f"d {in_features}, k {block_size}, {tokens} tokens, us: {shown}; "
                     f"{share:.0%} of the roofline",
                     flush=True,
                 )

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Draw how much of the loss of W4A4 comes back, from the JSON of accuracy.py. Runs in the
-compress environment.
+Draw the README's picture from the results of accuracy.py: perplexity of W4A4 models, and how
+much of the loss with Hadamard alone comes back. Runs in the compress environment in seconds.
 
     python tests/benchmarks/plot_accuracy.py tests/benchmarks/results/accuracy.json \
-        tests/benchmarks/results/accuracy.svg
+        --output tests/benchmarks/results/accuracy.svg
 """
 
 import argparse
@@ -15,56 +15,98 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
-ROWS = {
-    "W4A4 Hadamard RTN": "Hadamard",
-    "W4A4 Hadamard GPTQ, dampening 0.1": "Hadamard, GPTQ",
-    "W4A4 CAT RTN": "CAT",
-    "W4A4 CAT, strength 0.75 GPTQ, dampening 0.1": "CAT, GPTQ",
-    "W4A4 CAT, trained RTN": "CAT, trained",
+from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+
+BARS = {
+    "no transform": "W4A4 no transform RTN",
+    "Hadamard": "W4A4 Hadamard RTN",
+    "Hadamard, GPTQ": "W4A4 Hadamard GPTQ, dampening 0.1",
+    "CAT": "W4A4 CAT RTN",
+    "CAT, GPTQ": "W4A4 CAT, alignment_strength 0.75 GPTQ, dampening 0.1",
+    "CAT, trained": "W4A4 CAT, trained RTN",
 }
-TEXTS = {"documentation": "#2a7fb8", "news": "#e08214"}
-GREY = "#808080"  # readable on white and on dark pages
+"""Rows of the results by their label"""
+
+TEXTS = {"documentation": "text like the calibration's", "news": "text of another kind"}
+
+# greys and colours of enough contrast on white and on near-black; Okabe-Ito blue for CAT
+INK, OTHERS, CAT = "#747c86", "#9a9fa6", "#2f8fd0"
 
 
-def lost(rows: dict, name: str, text: str) -> float:
-    """Compute the log-perplexity lost to bf16, percent of what Hadamard by rounding loses"""
+def draw(axes: Axes, rows: dict[str, dict], text: str):
+    """
+    Draw one bar per model, from the perplexity of bf16 to that of the model.
 
-    def loss(row: str) -> float:
-        return math.log(rows[row][text]["perplexity"] / rows["bf16"][text]["perplexity"])
-
-    return 100 * loss(name) / loss(next(iter(ROWS)))
-
-
-def draw(rows: dict, path: Path):
-    figure, axes = plt.subplots(figsize=(7, 2.8))
-    height = 0.38
-    for index, (text, colour) in enumerate(TEXTS.items()):
-        for position, (name, label) in enumerate(reversed(ROWS.items())):
-            value = lost(rows, name, text)
-            y = position + (0.5 - index) * height
-            axes.barh(y, value, height, color=colour, label=text if position == 0 else None)
-            perplexity = rows[name][text]["perplexity"]
-            axes.text(value + 1, y, f"{perplexity:.1f}", va="center", color=GREY, fontsize=8)
-    axes.set_yticks(range(len(ROWS)), list(reversed(ROWS.values())), color=GREY)
-    axes.set_xlabel("log-perplexity lost to bf16, % of Hadamard's loss", color=GREY)
-    axes.set_xlim(0, 112)
-    axes.tick_params(colors=GREY)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(GREY)
-    axes.legend(frameon=False, labelcolor=GREY, loc="lower right", fontsize=9)
-    figure.tight_layout()
-    plt.rcParams["svg.hashsalt"] = "accuracy"  # the same file each time
-    figure.savefig(
-        path, transparent=True, metadata={"Date": None} if path.suffix == ".svg" else None
+    :param rows: results by name, each by text
+    :param text: key of ``TEXTS``
+    """
+    reference = rows["bf16"][text]["perplexity"]
+    loss = math.log(rows[BARS["Hadamard"]][text]["perplexity"] / reference)
+    # without a transform the loss is several times that with Hadamard: its bar is cut off
+    end = reference * math.exp(1.45 * loss)
+    for position, (label, name) in enumerate(BARS.items()):
+        perplexity = rows[name][text]["perplexity"]
+        colour = CAT if label.startswith("CAT") else OTHERS
+        length = min(perplexity, end) - reference
+        axes.barh(position, length, left=reference, height=0.64, color=colour)
+        returned = 1 - math.log(perplexity / reference) / loss
+        shown = f"{perplexity:.1f}"
+        if returned > 0:
+            shown += f"   {returned:.0%} back"
+        is_cut = perplexity > end
+        axes.annotate(
+            f"{perplexity:.0f}, off the scale \N{RIGHTWARDS ARROW}" if is_cut else shown,
+            (min(perplexity, end), position),
+            xytext=(-5 if is_cut else 5, 0),
+            textcoords="offset points",
+            ha="right" if is_cut else "left",
+            va="center",
+            color="black" if is_cut else INK,
+            weight="bold" if colour == CAT else "normal",
+        )
+    axes.axvline(reference, color=INK, linewidth=1.2)
+    axes.set_xscale("log")
+    axes.set_xlim(reference, end)
+    axes.set_yticks(range(len(BARS)), list(BARS))
+    axes.set_title(
+        f"{TEXTS[text]} (bf16: {reference:.1f})",
+        color=INK,
+        fontsize=11,
+        loc="left",
     )
+    axes.minorticks_off()
+    axes.set_xticks([])
+    axes.tick_params(axis="y", colors=INK, length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.strip().partition("\n\n")[0])
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+
+    rows = json.loads(args.results.read_text())["rows"]
+    # the same file each time
+    plt.rcParams.update({"svg.hashsalt": "accuracy", "font.size": 10.5})
+    figure, columns = plt.subplots(1, 2, figsize=(9.6, 2.7), sharey=True, layout="constrained")
+    for axes, text in zip(columns, TEXTS, strict=True):
+        draw(axes, rows, text)
+    columns[0].invert_yaxis()  # both share it
+    columns[1].tick_params(axis="y", labelleft=False)
+    figure.suptitle(
+        "Perplexity at W4A4 (log scale from bf16), and how much of Hadamard's loss comes back",
+        color=INK,
+        fontsize=11.5,
+        x=0.01,
+        ha="left",
+        weight="bold",
+    )
+    figure.savefig(args.output, transparent=True, metadata={"Date": None})
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.strip().partition("\n\n")[0])
-    parser.add_argument("json", type=Path)
-    parser.add_argument("picture", type=Path, help=".svg or .png")
-    args = parser.parse_args()
-    draw(json.loads(args.json.read_text())["rows"], args.picture)
+    main()

@@ -133,7 +133,7 @@ def specified_hadamard(n: int) -> np.ndarray | None:
         return q >= 2 and all(q % i for i in range(2, isqrt(q) + 1))
 
     def paley(m: int) -> np.ndarray | None:
-        for kind, q, remainder in ((1, m - 1, 3), (2, m // 2 - 1, 1)):
+        for kind, q, remainder in ((1, m - 1, 3), (2, m // 2 - 1, 1)):  # noqa: B007
             if m % 4 == 0 and is_prime(q) and q % 4 == remainder:
                 break
         else:

@@ -83,8 +83,8 @@ class LoadingCheck:
         ]
         if problems:
             raise ValueError(
-                "The tensors of this checkpoint do not fit its quantization_config, it is "
-                "damaged:\n" + "\n".join(problems)
+                "The tensors of this checkpoint do not fit the model and its "
+                "quantization_config:\n" + "\n".join(problems)
             )
 
 

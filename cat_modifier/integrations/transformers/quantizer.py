@@ -8,10 +8,12 @@ without CAT transforms to it.
 
 from typing import Any
 
+import torch
 from compressed_tensors import TRANSFORM_CONFIG_NAME
 from compressed_tensors.compressors import compress_module
 from compressed_tensors.quantization import QuantizationStatus
 from compressed_tensors.quantization.utils import is_module_quantized
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -97,7 +99,7 @@ class CATHfQuantizer(CompressedTensorsHfQuantizer):
             return
         for name, module in model.named_modules():
             if isinstance(module, CATTransform) and module.weight is not None:
-                validate_transform(f"{name}.weight", module.weight, module.weight.shape)
+                _check_transform(f"{name}.weight", module.weight, module.scheme.precision)
         # where llm-compressor looks for transforms when it writes a config of its own
         setattr(model, TRANSFORM_CONFIG_NAME, self._transforms)
         save_atomically(model)
@@ -119,6 +121,29 @@ class CATHfQuantizer(CompressedTensorsHfQuantizer):
                 self.compressor.quantization_config.quantization_status = status
                 self.compressor.add_decompress_hook(model)
         return super().get_state_dict_and_metadata(model)
+
+
+def _check_transform(name: str, blocks: Tensor, precision: torch.dtype):
+    """
+    Check a transform tensor as loaded.
+
+    :param name: name of the tensor, for the error
+    :param blocks: T as loaded
+    :param precision: dtype that the config promises
+    :raises ValueError: if the dtype differs, or if an element is not finite
+    :raises NotImplementedError: if the tensor is offloaded to the disk
+    """
+    if blocks.is_meta:
+        raise NotImplementedError(
+            f"{name} is offloaded to the disk, where compressed-tensors cannot decompress: "
+            "choose a `device_map` without 'disk'"
+        )
+    if blocks.dtype != precision:
+        raise ValueError(
+            f"Transform tensor {name} is stored as {blocks.dtype}, not {precision}: the "
+            "checkpoint is damaged"
+        )
+    validate_transform(name, blocks, tuple(blocks.shape))
 
 
 def register():

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM: the plugin which serves CAT checkpoints."""
+"""vLLM: the plugin that serves CAT checkpoints."""

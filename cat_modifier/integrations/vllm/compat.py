@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-All imports from vLLM, 0.32 and 0.33: their paths move between releases, and only this module
-has to follow.
+All imports from vLLM, 0.32 and 0.33. Their paths move between releases: only this module
+has to follow. ``plugin`` alone imports more, for when an import here fails.
 """
 
 # isort: off
@@ -26,6 +26,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
 from vllm.model_executor.layers.quantization.compressed_tensors.transform.linear import (
     get_layer_partition_names,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.model_executor.parameter import (
     BasevLLMParameter,
@@ -33,6 +34,7 @@ from vllm.model_executor.parameter import (
     ModelWeightParameter,
     PackedvLLMParameter,
 )
+from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
 
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "LinearMethodBase",
     "ModelWeightParameter",
     "PackedvLLMParameter",
+    "ParallelLMHead",
     "QuantizeMethodBase",
     "RoutedExperts",
     "WeightsMapper",
@@ -56,18 +59,17 @@ __all__ = [
     "ops",
     "register_quantization_config",
     "register_weight_loader_v2_supported_method",
+    "replace_parameter",
 ]
 
 
 def map_name(mapper: WeightsMapper, name: str) -> str | None:
     """
-    Map the name of a module as vLLM maps those of tensors.
+    Map the name of a module as vLLM maps the names of its tensors.
 
-    :param mapper: mapper from names of the checkpoint to those of vLLM's model
+    :param mapper: maps names of the checkpoint to names of vLLM's model
     :return: None for a module that vLLM leaves out
     """
-    # public since vLLM 0.33
-    map_tensor_name = getattr(mapper, "map_name", None) or mapper._map_name
     # some rules match a module's name only where something follows it, as ".fc1."
-    mapped = map_tensor_name(f"{name}.weight")
+    mapped = mapper.map_name(f"{name}.weight")
     return None if mapped is None else mapped.removesuffix(".weight")

@@ -12,13 +12,15 @@ from cat_modifier.integrations.vllm.compat import (
     CompressedTensorsConfig,
     CompressedTensorsScheme,
     LinearBase,
+    ParallelLMHead,
     QuantizeMethodBase,
     RoutedExperts,
     WeightsMapper,
+    get_current_vllm_config_or_none,
     get_layer_partition_names,
     map_name,
 )
-from cat_modifier.integrations.vllm.int8_linear import Int8LinearMethod, Int8Scheme
+from cat_modifier.integrations.vllm.int8_linear import Int8LinearMethod, Integers
 from cat_modifier.integrations.vllm.linear import TransformLinearMethod
 from cat_modifier.integrations.vllm.plugin import METHOD_NAME
 from cat_modifier.integrations.vllm.registry import TransformRegistry
@@ -27,6 +29,12 @@ __all__ = ["CATCompressedTensorsConfig"]
 
 _COMPRESSED_TENSORS = "compressed-tensors"
 """Method that this one extends"""
+
+_LEAST_CAPABILITY = 80
+"""Compute capability of Ampere, the first with bfloat16"""
+
+_PROCESSED = ("runai_streamer_sharded", "sharded_state", "tensorizer")
+"""Load formats whose files hold weights as kernels read them"""
 
 
 class CATCompressedTensorsConfig(CompressedTensorsConfig):
@@ -41,7 +49,6 @@ class CATCompressedTensorsConfig(CompressedTensorsConfig):
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        # asked for by name, the kernels for integers serve stock checkpoints, too
         is_asked_for = (
             user_quant == METHOD_NAME
             and hf_quant_cfg.get("quant_method") == _COMPRESSED_TENSORS
@@ -79,13 +86,16 @@ class CATCompressedTensorsConfig(CompressedTensorsConfig):
                 f"{prefix} has an input transform, but vLLM computes it in a "
                 f"{type(layer).__name__}: add it to `ignore` of CATModifier"
             )
-        method = super().get_quant_method(layer, prefix)
-        scheme = getattr(layer, "scheme", None)
-        is_first = source is not None and source.first in parts
+        _check_load_format()
+        integers = self._find_integers(layer, prefix)
+        method = None if integers else super().get_quant_method(layer, prefix)
+        is_first = False
         if source is not None:
+            is_first = source.first in parts
+            _check_offload(prefix, source.first)
             self.registry.claim(parts)
-        if isinstance(scheme, Int8Scheme):
-            return Int8LinearMethod(scheme, self.registry, source, is_first)
+        if integers is not None:
+            return Int8LinearMethod(integers, self.registry, source, is_first)
         if source is not None:
             return TransformLinearMethod(method, source, is_first, self.registry)
         return method
@@ -97,6 +107,23 @@ class CATCompressedTensorsConfig(CompressedTensorsConfig):
             return [prefix]
         return get_layer_partition_names(prefix, self.packed_modules_mapping)
 
+    def _find_integers(self, layer: torch.nn.Module, prefix: str) -> Integers | None:
+        """Find the integers of a layer that this package's own linear method serves"""
+        if not isinstance(layer, LinearBase | ParallelLMHead):
+            return None
+        scheme = self.get_scheme_dict(layer, prefix)
+        if not scheme:
+            return None
+        integers = Integers.read(
+            scheme.get("weights"),
+            scheme.get("input_activations"),
+            scheme.get("output_activations"),
+            scheme["format"],
+        )
+        if integers is not None:
+            self._check_scheme_supported(_LEAST_CAPABILITY)
+        return integers
+
     def _get_scheme_from_parts(
         self,
         weight_quant: QuantizationArgs,
@@ -106,10 +133,8 @@ class CATCompressedTensorsConfig(CompressedTensorsConfig):
         layer_name: str | None = None,
     ) -> CompressedTensorsScheme:
         format = format or self.quant_format
-        if Int8Scheme.suits(weight_quant, input_quant, output_quant, format):
-            return Int8Scheme(weight_quant, input_quant, format)
-        # vLLM has no kernel for these that quantizes activations: it would raise an obscure
-        # error, or silently run them with 16-bit activations
+        # vLLM has no kernel that quantizes these activations: it would raise an obscure error,
+        # or silently run with 16-bit activations
         if is_integer(weight_quant, input_quant) and (
             input_quant.num_bits < 8 or format == "pack-quantized"
         ):
@@ -122,3 +147,43 @@ class CATCompressedTensorsConfig(CompressedTensorsConfig):
         return super()._get_scheme_from_parts(
             weight_quant, input_quant, output_quant, format, layer_name
         )
+
+
+def _check_load_format():
+    """
+    :raises NotImplementedError: if weights are loaded in their processed form, which vLLM
+        would process again
+    """
+    config = get_current_vllm_config_or_none()
+    load_format = "auto" if config is None else config.load_config.load_format
+    if load_format in _PROCESSED:
+        raise NotImplementedError(
+            f"`--load-format {load_format}` cannot load a model with this quantization: its "
+            "files hold processed weights, which vLLM would process again. Load the "
+            "original checkpoint"
+        )
+
+
+def _check_offload(prefix: str, first: str):
+    """
+    :param prefix: name of a layer
+    :param first: name of the Linear that holds the transform of its input
+    :raises NotImplementedError: if vLLM offloads decoder layers, and the two are in different
+        ones: the transform is on the device only while its own layer runs
+    """
+    config = get_current_vllm_config_or_none()
+    if config is None:
+        return
+    options = config.offload_config
+    is_offloaded = options.uva.cpu_offload_gb > 0 or options.prefetch.offload_group_size > 0
+    if is_offloaded and _decoder_layer(prefix) != _decoder_layer(first):
+        raise NotImplementedError(
+            f"{prefix} uses the transform of {first}, in another decoder layer: weights of "
+            "this model cannot be offloaded to the CPU"
+        )
+
+
+def _decoder_layer(name: str) -> list[str]:
+    """Cut the name of a module after its first number"""
+    parts = name.split(".")
+    return parts[: next((i for i, part in enumerate(parts) if part.isdigit()), 0) + 1]

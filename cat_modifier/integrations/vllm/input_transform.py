@@ -3,7 +3,7 @@
 
 import torch
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Parameter
 
 from cat_modifier.checkpoint.schema import CATScheme
 from cat_modifier.checkpoint.transform_module import online_hadamard, validate_transform
@@ -12,10 +12,13 @@ from cat_modifier.kernels.ops import OnlineTransform
 __all__ = ["InputTransform"]
 
 
-class InputTransform(Module):
+class InputTransform(OnlineTransform):
     """
     Transform of the input of one layer, or of this rank's share of it. A merged layer
     (q/k/v, gate/up) has one.
+
+    Tensors have their final form before they are loaded: vLLM can load them again, offload
+    them, and put them to sleep.
 
     :param name: name of the tensor in the checkpoint
     :param scheme: sizes and clipping of the transform
@@ -23,11 +26,7 @@ class InputTransform(Module):
     :param shard_size: size of the input on this rank
     :param shard_rank: index of this rank
     :param dtype: dtype of the input
-
-    Attributes:
-        weight: blocks of this rank, shape (shard_size / k, k, k), ``scheme.precision``; None
-            where there are none, and once they are loaded
-        online: the transform with all its tensors; None until they are loaded
+    :raises ValueError: if a block, or the Hadamard matrix, does not fit on a rank
     """
 
     def __init__(
@@ -39,9 +38,8 @@ class InputTransform(Module):
         shard_rank: int,
         dtype: torch.dtype,
     ):
-        super().__init__()
-        block_size = scheme.block_size or 1
-        if shard_size % block_size or shard_size % scheme.hadamard_size:
+        size = scheme.block_size or 1
+        if shard_size % size or shard_size % scheme.hadamard_size:
             shards = input_size // shard_size
             raise ValueError(
                 f"{name} mixes more channels than the {shard_size} of one of {shards} tensor "
@@ -49,63 +47,46 @@ class InputTransform(Module):
                 "`--tensor-parallel-size`, or make it again with "
                 f"CATModifier(tensor_parallel_size={shards})"
             )
+        blocks, count = None, shard_size // size
+        if scheme.block_size is not None:
+            # NaN until loaded: a tensor that the checkpoint lacks does not go unnoticed
+            blocks = torch.full((count, size, size), torch.nan, dtype=scheme.precision)
+        hadamard = online_hadamard(scheme, torch.get_default_device())
+        super().__init__(blocks, hadamard, scheme.interleave, dtype, scheme.clip_ratio)
         self.name = name
-        self.is_loaded = False
-        self.scheme = scheme
-        self.dtype = dtype
-        self.online: OnlineTransform | None = None
-        self.weight: Parameter | None = None
-        if scheme.block_size is None:
-            return
-        self.full_shape = (input_size // block_size, block_size, block_size)
-        self.first_block = shard_rank * (shard_size // block_size)
-        # NaN until loaded: a tensor that the checkpoint lacks does not go unnoticed
-        blocks = torch.full(
-            (shard_size // block_size, block_size, block_size),
-            torch.nan,
-            dtype=scheme.precision,
-        )
-        self.weight = Parameter(blocks, requires_grad=False)
-        self.weight.weight_loader = self.load
+        self.full_shape = (input_size // size, size, size)
+        self.first_block = shard_rank * count
+        self._shard_id: int | str | None = None
+        if self.weight is not None:
+            self.weight.weight_loader = self.load
 
     def load(self, param: Parameter, loaded: Tensor, shard_id: int | str | None = None):
         """
         Load the blocks of this rank, as vLLM's weight loader. Each rank reads the whole tensor.
 
         :param shard_id: part of a merged layer that the tensor is stored under
-        :raises ValueError: if the tensor does not fit, or comes a second time
+        :raises ValueError: if the tensor does not fit, or a second part has one, too
         """
-        if self.is_loaded:
+        # a weight reload brings the same part again
+        if self._shard_id is not None and shard_id != self._shard_id:
             raise ValueError(
                 f"The checkpoint stores the transform tensor {self.name} a second time, under "
                 "another Linear of the same merged layer: the checkpoint is damaged"
             )
+        self._shard_id = shard_id
         validate_transform(self.name, loaded, self.full_shape)
-        self.is_loaded = True
-        param.data.copy_(loaded.narrow(0, self.first_block, param.shape[0]))
+        blocks = loaded.narrow(0, self.first_block, param.shape[0]).to(param.dtype)
+        if not torch.isfinite(blocks).all():
+            raise ValueError(
+                f"Transform tensor {self.name} holds values beyond the range of {param.dtype}: "
+                "set `--dtype bfloat16`"
+            )
+        param.data.copy_(blocks)
 
-    def process_weights_after_loading(self, device: torch.device):
+    def check_loaded(self):
         """
-        :param device: device of the layer
-        :raises ValueError: if the tensor was not loaded
+        :raises ValueError: if the checkpoint did not hold the tensor
         """
-        blocks = None
-        if self.weight is not None:
+        # on the meta device until its turn in a weight reload, which keeps what is missing
+        if self.weight is not None and not self.weight.is_meta:
             validate_transform(self.name, self.weight, self.weight.shape)
-            blocks = self.weight.data
-        self.online = OnlineTransform(
-            blocks,
-            online_hadamard(self.scheme, device),
-            self.scheme.interleave,
-            self.dtype,
-            self.scheme.clip_ratio,
-        ).to(device)
-        self.weight = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """
-        :param x: shape (..., shard_size)
-        :return: shape and dtype of x
-        """
-        assert self.online is not None
-        return self.online(x)

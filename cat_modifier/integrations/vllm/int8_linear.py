@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Linear method for integer weights and activations of at most 8 bits, on int8 matrix units:
-transform, quantize, multiply.
+Linear method for integer weights and activations of at most 8 bits: transform, quantize,
+multiply on int8 matrix units.
 
 No CPU, and no GPU since Hopper, multiplies 4-bit integers. But 4-bit integers are valid
 8-bit operands, and their products are accumulated exactly in int32: W4A4 computed with an
@@ -9,6 +9,7 @@ int8 product is W4A4 to the last bit. Weights are kept in int8, one byte a weigh
 vLLM is asked to keep them packed.
 """
 
+from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
@@ -21,7 +22,6 @@ from cat_modifier.checkpoint.integers import suits_int8_product
 from cat_modifier.integrations.vllm.compat import (
     BasevLLMParameter,
     ChannelQuantScaleParameter,
-    CompressedTensorsScheme,
     LinearMethodBase,
     ModelWeightParameter,
     PackedvLLMParameter,
@@ -29,11 +29,11 @@ from cat_modifier.integrations.vllm.compat import (
     init_logger,
     register_weight_loader_v2_supported_method,
 )
-from cat_modifier.integrations.vllm.kernels import choose_kernel
+from cat_modifier.integrations.vllm.kernels import Int8Kernel, choose_kernel
 from cat_modifier.integrations.vllm.registry import TransformedInput, TransformRegistry
-from cat_modifier.kernels.ops import OnlineTransform, quantize, warm_up
+from cat_modifier.kernels.ops import quantize, warm_up
 
-__all__ = ["Int8LinearMethod", "Int8Scheme"]
+__all__ = ["Int8LinearMethod", "Integers"]
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -53,54 +53,43 @@ def _is_asked_to_keep_packed() -> bool:
     return choice == "int4"
 
 
-class Int8Scheme(CompressedTensorsScheme):
+@dataclass(frozen=True)
+class Integers:
     """
-    What a checkpoint says about the integers of a layer: weights with one scale a channel,
-    activations with one dynamic scale a token. :class:`Int8LinearMethod` computes.
+    Integers of a layer: weights with one scale per channel, activations with one dynamic
+    scale per token.
 
-    :param weight_quant: quantization of the weights
-    :param input_quant: quantization of the activations
-    :param format: ``pack-quantized`` or ``int-quantized``
+    :param weight_bits: bits of a weight
+    :param input_bits: bits of an activation
+    :param input_symmetric: whether activations have no zero points
+    :param is_packed: whether the checkpoint packs weights into int32
     """
 
-    def __init__(
-        self, weight_quant: QuantizationArgs, input_quant: QuantizationArgs, format: str
-    ):
-        self.weight_bits = weight_quant.num_bits
-        self.input_bits = input_quant.num_bits
-        self.input_symmetric = input_quant.symmetric
-        self.is_packed = format == "pack-quantized"
+    weight_bits: int
+    input_bits: int
+    input_symmetric: bool
+    is_packed: bool
 
     @classmethod
-    def suits(
+    def read(
         cls,
-        weight_quant: QuantizationArgs,
+        weight_quant: QuantizationArgs | None,
         input_quant: QuantizationArgs | None,
         output_quant: QuantizationArgs | None,
         format: str,
-    ) -> bool:
+    ) -> "Integers | None":
         """
-        Whether this scheme is the one to serve a layer: one that it can serve, except for
-        W8A8 in ``int-quantized`` format, for which vLLM has kernels
+        Read the integers of a layer that :class:`Int8LinearMethod` serves.
+
+        :return: None for all others, and for W8A8 in ``int-quantized`` format, which vLLM's
+            own kernels serve
         """
         if output_quant is not None or not suits_int8_product(weight_quant, input_quant):
-            return False
-        if format == "int-quantized":
-            return (weight_quant.num_bits, input_quant.num_bits) != (8, 8)
-        return format == "pack-quantized"
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return 80  # Ampere, the first with bfloat16
-
-    def create_weights(self, *args, **kwargs):
-        raise NotImplementedError("Int8LinearMethod makes the weights")
-
-    def process_weights_after_loading(self, layer: Module):
-        raise NotImplementedError("Int8LinearMethod processes the weights")
-
-    def apply_weights(self, layer: Module, x: Tensor, bias: Tensor | None) -> Tensor:
-        raise NotImplementedError("Int8LinearMethod computes")
+            return None
+        bits = weight_quant.num_bits, input_quant.num_bits
+        if format != "pack-quantized" and (format != "int-quantized" or bits == (8, 8)):
+            return None
+        return cls(*bits, input_quant.symmetric, format == "pack-quantized")
 
 
 @register_weight_loader_v2_supported_method
@@ -108,7 +97,7 @@ class Int8LinearMethod(LinearMethodBase):
     """
     Transforms an input, quantizes it, and multiplies it by integer weights.
 
-    :param scheme: integers of the layer
+    :param integers: integers of the layer
     :param registry: all transforms of the model
     :param source: transformed input; None to quantize the input as it is
     :param is_first: whether this layer holds the transform; others use it from there
@@ -116,16 +105,22 @@ class Int8LinearMethod(LinearMethodBase):
 
     def __init__(
         self,
-        scheme: Int8Scheme,
+        integers: Integers,
         registry: TransformRegistry,
         source: TransformedInput | None = None,
         is_first: bool = False,
     ):
-        self.scheme = scheme
+        if source is not None and source.scheme.clip_ratio < 1 and integers.input_symmetric:
+            raise ValueError(
+                "The transform_config of this checkpoint clips activations that are "
+                "symmetric: the checkpoint is damaged"
+            )
+        self.integers = integers
         self.registry = registry
         self.source = source
         self.is_first = is_first
-        self._keeps_packed = _is_asked_to_keep_packed() and scheme.weight_bits == 4
+        self._weight_name = "weight_packed" if integers.is_packed else "weight"
+        self._keeps_packed = _is_asked_to_keep_packed() and integers.weight_bits == 4
 
     def create_weights(
         self,
@@ -140,9 +135,12 @@ class Int8LinearMethod(LinearMethodBase):
     ):
         rows = sum(output_partition_sizes)
         self.shape = (rows, input_size_per_partition)
-        self.out_dtype = params_dtype
-        if self.scheme.is_packed:
-            pack_factor = 32 // self.scheme.weight_bits
+        self.dtype = params_dtype
+        self.kernel: Int8Kernel = choose_kernel(self._keeps_packed)(
+            self._weight_name, self.integers.input_symmetric, params_dtype
+        )
+        if self.integers.is_packed:
+            pack_factor = 32 // self.integers.weight_bits
             if input_size_per_partition % pack_factor:
                 raise ValueError(
                     f"{input_size_per_partition} input channels on a rank are no multiple of "
@@ -159,7 +157,6 @@ class Int8LinearMethod(LinearMethodBase):
                 packed_factor=Fraction(pack_factor),
                 weight_loader=weight_loader,
             )
-            layer.register_parameter("weight_packed", weight)
             shape = BasevLLMParameter(
                 data=torch.empty(2, dtype=torch.int64), weight_loader=weight_loader
             )
@@ -171,7 +168,7 @@ class Int8LinearMethod(LinearMethodBase):
                 output_dim=0,
                 weight_loader=weight_loader,
             )
-            layer.register_parameter("weight", weight)
+        layer.register_parameter(self._weight_name, weight)
         scale = ChannelQuantScaleParameter(
             data=torch.empty(rows, 1, dtype=torch.float32),
             output_dim=0,
@@ -185,58 +182,37 @@ class Int8LinearMethod(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: Module):
         """
-        :raises ValueError: if the transform was not loaded, or clips symmetric activations
+        :raises ValueError: if the transform was not loaded
         """
-        scheme = self.scheme
+        integers = self.integers
+        transform = None
         if self.source is not None:
             self.registry.check_claimed()
+            transform = self.source.module
             if self.is_first:
-                device = layer.weight_scale.device
-                self.source.module.process_weights_after_loading(device)
-        if scheme.is_packed:
-            q = unpack_from_int32(layer.weight_packed.data, scheme.weight_bits, self.shape)
-            del layer.weight_packed, layer.weight_shape
-        else:
-            q = layer.weight.data
-            del layer.weight
-        kernel = choose_kernel(self._keeps_packed)
-        scales = layer.weight_scale.data
-        del layer.weight_scale
-        layer.int8_product = kernel(q, scales, scheme.input_symmetric, self.out_dtype)
-        transform = self._transform()
-        if (
-            transform is not None
-            and transform.clip_ratio is not None
-            and scheme.input_symmetric
-        ):
-            raise ValueError(
-                "The transform_config of this checkpoint clips activations that are "
-                "symmetric: the checkpoint is damaged"
-            )
-        # a transform that another layer holds may be loaded later, and is warmed up there
-        if transform is not None or self.source is None:
-            inputs = q.new_empty((0, self.shape[1]), dtype=self.out_dtype)
-            warm_up(inputs, scheme.input_bits, scheme.input_symmetric, transform)
+                transform.check_loaded()
+        weight = getattr(layer, self._weight_name).data
+        if integers.is_packed:
+            # `weight_shape` stays: a weight reload brings it once more for each merged part
+            weight = unpack_from_int32(weight, integers.weight_bits, self.shape)
+        self.kernel.process_weights(layer, weight)
+        inputs = layer.weight_scale.new_empty((0, self.shape[1]), dtype=self.dtype)
+        warm_up(inputs, integers.input_bits, integers.input_symmetric, transform)
         logger.info_once(
             "Using %s for W%dA%d integers (activations: %d bits, per token, %s); weights "
             "take %d bits each in memory",
-            kernel.__name__,
-            scheme.weight_bits,
-            scheme.input_bits,
-            scheme.input_bits,
-            "symmetric" if scheme.input_symmetric else "asymmetric",
+            type(self.kernel).__name__,
+            integers.weight_bits,
+            integers.input_bits,
+            integers.input_bits,
+            "symmetric" if integers.input_symmetric else "asymmetric",
             4 if self._keeps_packed else 8,
         )
 
-    def _transform(self) -> OnlineTransform | None:
-        if self.source is None or self.source.module is None:
-            return None
-        return self.source.module.online
-
     def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        quantizer = quantize if self.source is None else self.source.module.online.quantize
+        quantizer = quantize if self.source is None else self.source.module.quantize
         q, scales, zero_points = quantizer(
-            x.reshape(-1, x.shape[-1]), self.scheme.input_bits, self.scheme.input_symmetric
+            x.reshape(-1, x.shape[-1]), self.integers.input_bits, self.integers.input_symmetric
         )
-        out = layer.int8_product(q, scales, zero_points, bias)
+        out = self.kernel.apply(layer, q, scales, zero_points, bias)
         return out.reshape(*x.shape[:-1], out.shape[-1])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's int8 matrix products, given operands that are quantized already."""
+"""vLLM's int8 matrix products, for operands that are quantized already."""
 
 from abc import ABC, abstractmethod
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from cat_modifier.integrations.vllm.compat import current_platform, ops
+from cat_modifier.integrations.vllm.compat import current_platform, ops, replace_parameter
 
 __all__ = [
     "CutlassInt8Kernel",
@@ -18,32 +18,46 @@ __all__ = [
 ]
 
 
-class Int8Kernel(Module, ABC):
+class Int8Kernel(ABC):
     """
     ``y = s_x s_w (x - z_x) W^T + bias`` for int8 operands, accumulated in int32.
 
-    Tensors are buffers and parameters, which move with the layer.
+    The layer owns the operands, as with vLLM's own kernels. A processed weight keeps the
+    parameter name of the loaded one: vLLM offloads and reloads by name.
 
-    :param weight: shape (out, in), int8
-    :param weight_scale: shape (out, 1), float32
+    | Parameter        | After :meth:`process_weights`                              |
+    | ---------------- | ---------------------------------------------------------- |
+    | ``weight_name``  | W as the kernel reads it                                   |
+    | ``weight_scale`` | shape (out, 1), float32                                    |
+    | ``azp_adj``      | shape (1, out), sums over the input channels of W, for the |
+    |                  | zero points; none if activations are symmetric             |
+
+    :param weight_name: name of the weight's parameter
     :param symmetric: whether activations have no zero points
     :param out_dtype: dtype of y
     """
 
-    @abstractmethod
-    def __init__(
-        self,
-        weight: Tensor,
-        weight_scale: Tensor,
-        symmetric: bool,
-        out_dtype: torch.dtype,
-    ):
-        super().__init__()
+    def __init__(self, weight_name: str, symmetric: bool, out_dtype: torch.dtype):
+        self.weight_name = weight_name
+        self.symmetric = symmetric
         self.out_dtype = out_dtype
 
     @abstractmethod
-    def forward(
-        self, x: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None
+    def process_weights(self, layer: Module, weight: Tensor):
+        """
+        Replace the parameters of the layer by the operands of the kernel.
+
+        :param weight: W, shape (out, in), int8
+        """
+
+    @abstractmethod
+    def apply(
+        self,
+        layer: Module,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        bias: Tensor | None,
     ) -> Tensor:
         """
         :param x: shape (tokens, in), int8
@@ -52,101 +66,105 @@ class Int8Kernel(Module, ABC):
         :return: shape (tokens, out), ``out_dtype``
         """
 
+    def _replace(self, layer: Module, weight: Tensor, sums: Tensor):
+        replace_parameter(layer, self.weight_name, weight)
+        replace_parameter(layer, "weight_scale", layer.weight_scale.data)
+        if not self.symmetric:
+            layer.azp_adj = Parameter(sums, requires_grad=False)
+
 
 class OneDNNInt8Kernel(Int8Kernel):
     """
-    oneDNN on CPUs. Its handler keeps the weights in an order of its own, as in vLLM's own
-    int8 layers for CPUs.
+    oneDNN on CPUs.
+
+    A handler holds the weight in an order of its own, and the layer an empty parameter, as
+    with vLLM's int8 layers for CPUs. ``azp_adj`` is multiplied by the scale.
     """
 
-    def __init__(self, weight, weight_scale, symmetric, out_dtype):
-        super().__init__(weight, weight_scale, symmetric, out_dtype)
-        # the handler keeps a raw pointer to the scales: they must live as long as it
-        self.register_buffer("weight_scale", weight_scale, persistent=False)
-        sums = weight.sum(dim=1, dtype=torch.float32)
-        correction = (sums * weight_scale.squeeze(1)).unsqueeze(0)
-        self.register_buffer("zero_point_correction", correction, persistent=False)
+    def process_weights(self, layer, weight):
+        scale = layer.weight_scale.data
         self.handler = ops.create_onednn_scaled_mm(
-            weight.t(), weight_scale, out_dtype, True, not symmetric, 32
+            weight.t(), scale, self.out_dtype, True, not self.symmetric, 32
         )
+        # the handler points to the memory of this tensor. A weight reload copies it into the
+        # older parameter: keep it alive
+        self._scale_of_handler = scale
+        sums = weight.sum(dim=1, dtype=torch.float32) * scale.squeeze(1)
+        self._replace(layer, weight.new_empty(0), sums.unsqueeze(0))
 
-    def forward(self, x, scale, zero_point, bias):
+    def apply(self, layer, x, scale, zero_point, bias):
         out = torch.empty((x.shape[0], self.handler.n), dtype=self.out_dtype)
-        ops.onednn_scaled_mm(
-            self.handler, x, out, scale, zero_point, self.zero_point_correction, bias
-        )
+        correction = None if zero_point is None else layer.azp_adj
+        ops.onednn_scaled_mm(self.handler, x, out, scale, zero_point, correction, bias)
         return out
 
 
 class CutlassInt8Kernel(Int8Kernel):
-    """CUTLASS on the int8 tensor cores of NVIDIA GPUs"""
+    """CUTLASS on the int8 tensor cores of NVIDIA GPUs. W has shape (out, in), int8"""
 
-    def __init__(self, weight, weight_scale, symmetric, out_dtype):
-        super().__init__(weight, weight_scale, symmetric, out_dtype)
-        if out_dtype not in (torch.bfloat16, torch.float16):
+    def process_weights(self, layer, weight):
+        if self.out_dtype not in (torch.bfloat16, torch.float16):
             raise NotImplementedError(
-                f"The int8 product of CUTLASS returns bfloat16 or float16, not {out_dtype}: "
-                "set `--dtype bfloat16`"
+                "The int8 product of CUTLASS returns bfloat16 or float16, not "
+                f"{self.out_dtype}: set `--dtype bfloat16`"
             )
         if weight.shape[0] % 16 or weight.shape[1] % 16:
             raise NotImplementedError(
                 "The int8 product of CUTLASS takes multiples of 16 channels, not a weight of "
                 f"shape {tuple(weight.shape)} on each rank"
             )
-        self.weight = Parameter(weight.contiguous(), requires_grad=False)
-        self.register_buffer("weight_scale", weight_scale, persistent=False)
         sums = weight.sum(dim=1, dtype=torch.int32).unsqueeze(0)
-        self.register_buffer("weight_sums", sums, persistent=False)
+        self._replace(layer, weight.contiguous(), sums)
 
-    def forward(self, x, scale, zero_point, bias):
+    def apply(self, layer, x, scale, zero_point, bias):
         operands = {
             "scale_a": scale,
-            "scale_b": self.weight_scale,
+            "scale_b": layer.weight_scale,
             "out_dtype": self.out_dtype,
             "bias": bias,
         }
-        weight = self.weight.t()  # (in, out), column-major
+        weight = getattr(layer, self.weight_name).t()  # (in, out), column-major
         if zero_point is None:
             return ops.cutlass_scaled_mm(x, weight, **operands)
         return ops.cutlass_scaled_mm_azp(
-            x, weight, azp_adj=self.weight_sums, azp=zero_point, **operands
+            x, weight, azp_adj=layer.azp_adj, azp=zero_point, **operands
         )
 
 
 class PackedInt4Kernel(Int8Kernel):
     """
-    4-bit weights that stay packed in memory, and are unpacked to int8 before each product:
-    half the memory of the other kernels, for more time. On CPUs and NVIDIA GPUs.
+    Unpacks 4-bit weights to int8 before each product, on CPUs and NVIDIA GPUs: half the
+    memory of the other kernels, for more time.
+
+    W has shape (out, in / 2), int8: the even channel in the low half of a byte.
     """
 
-    # rows that the product of a GPU needs, and always as many: vLLM's graph would keep the
+    # padding rows that the product of a GPU needs. Always added: vLLM's graph would keep the
     # branch of its first run
     _PADDING = 32
 
-    def __init__(self, weight, weight_scale, symmetric, out_dtype):
-        super().__init__(weight, weight_scale, symmetric, out_dtype)
+    def process_weights(self, layer, weight):
         if weight.shape[1] % 8 or weight.shape[0] % 8:
             raise NotImplementedError(
                 "Weights that stay packed must have multiples of 8 channels, not the shape "
                 f"{tuple(weight.shape)} on each rank"
             )
         low, high = weight.unflatten(1, (-1, 2)).unbind(-1)
-        self.packed = Parameter((low & 0xF) | (high << 4), requires_grad=False)
-        self.register_buffer("weight_scale", weight_scale.squeeze(1), persistent=False)
-        sums = weight.sum(dim=1, dtype=torch.int32)
-        self.register_buffer("weight_sums", sums, persistent=False)
+        sums = weight.sum(dim=1, dtype=torch.int32).unsqueeze(0)
+        self._replace(layer, (low & 0xF) | (high << 4), sums)
 
-    def forward(self, x, scale, zero_point, bias):
-        # shifted to the left and back, the sign comes along
-        halves = (self.packed << 4) >> 4, self.packed >> 4
+    def apply(self, layer, x, scale, zero_point, bias):
+        packed = getattr(layer, self.weight_name)
+        # shifting left and back extends the sign
+        halves = (packed << 4) >> 4, packed >> 4
         weight = torch.stack(halves, -1).flatten(1)
         tokens = x.shape[0]
         if x.is_cuda:
             x = torch.nn.functional.pad(x, (0, 0, 0, self._PADDING))
         product = torch._int_mm(x, weight.t())[:tokens]
         if zero_point is not None:
-            product = product - zero_point * self.weight_sums
-        out = product * scale * self.weight_scale
+            product = product - zero_point * layer.azp_adj
+        out = product * scale * layer.weight_scale.t()
         if bias is not None:
             out = out + bias
         return out.to(self.out_dtype)
@@ -154,8 +172,10 @@ class PackedInt4Kernel(Int8Kernel):
 
 def choose_kernel(keeps_packed: bool = False) -> type[Int8Kernel]:
     """
-    :param keeps_packed: whether 4-bit weights are to stay packed in memory
-    :raises NotImplementedError: if there is none for this platform
+    Choose the int8 product of this platform.
+
+    :param keeps_packed: whether 4-bit weights stay packed in memory
+    :raises NotImplementedError: if there is none
     """
     is_known = current_platform.is_cpu() or current_platform.is_cuda()
     if keeps_packed and is_known:

@@ -64,8 +64,7 @@ class TransformLinearMethod(LinearMethodBase):
     def process_weights_after_loading(self, layer: Module):
         self.registry.check_claimed()
         if self.is_first:
-            device = next(layer.parameters()).device
-            self.source.module.process_weights_after_loading(device)
+            self.source.module.check_loaded()
         self.method.process_weights_after_loading(layer)
 
     def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:

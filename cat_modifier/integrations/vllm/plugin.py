@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Entry point of the plugin, in vLLM's group ``vllm.general_plugins``."""
 
-from importlib.metadata import PackageNotFoundError, version
+import sys
+from functools import cache
 from typing import Any
 
 from loguru import logger
@@ -14,10 +15,10 @@ METHOD_NAME = "cat-modifier"
 """Name of the quantization method in vLLM"""
 
 
+@cache  # vLLM may call it more than once in a process
 def register():
     """
-    Let vLLM serve CAT checkpoints. vLLM calls this in each of its processes, possibly more
-    than once.
+    Let vLLM serve CAT checkpoints. vLLM calls this in each of its processes.
 
     vLLM does not guard the call: if this package does not fit the release of vLLM, other
     models must still serve. A CAT checkpoint is then refused with the reason.
@@ -28,20 +29,14 @@ def register():
 
         register_quantization_config(METHOD_NAME)(CATCompressedTensorsConfig)
     except Exception as error:  # whatever the import of a moved name raises
+        vllm = getattr(sys.modules.get("vllm"), "__version__", "of unknown version")
         reason = (
-            f"cat-modifier {__version__} does not work with vLLM {_vllm_version()} and cannot "
-            f"serve CAT checkpoints here ({type(error).__name__}: {error}): install a release "
-            "of one that fits the other"
+            f"cat-modifier {__version__} does not work with vLLM {vllm} and cannot serve CAT "
+            f"checkpoints here ({type(error).__name__}: {error}): install a release of one "
+            "that fits the other"
         )
         logger.warning(reason)
         _register_refusal(reason)
-
-
-def _vllm_version() -> str:
-    try:
-        return version("vllm")
-    except PackageNotFoundError:
-        return "of unknown version"
 
 
 def _register_refusal(reason: str):
@@ -54,15 +49,20 @@ def _register_refusal(reason: str):
         from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
         class Refusal(QuantizationConfig):
+            """Claims CAT checkpoints, then refuses them"""
+
             @classmethod
             def override_quantization_method(
                 cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
             ) -> str | None:
                 transforms = (hf_quant_cfg or {}).get("transform_config")
                 requires = transforms.get("requires") if isinstance(transforms, dict) else None
-                if str(requires).startswith(METHOD_NAME):
-                    raise RuntimeError(reason)
-                return None
+                is_cat = user_quant == METHOD_NAME or str(requires).startswith(METHOD_NAME)
+                return METHOD_NAME if is_cat else None
+
+            @classmethod
+            def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
+                raise RuntimeError(reason)
 
         register_quantization_config(METHOD_NAME)(Refusal)
     except Exception as error:

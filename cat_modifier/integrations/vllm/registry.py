@@ -32,6 +32,7 @@ class TransformedInput:
 
     def __init__(self, scheme: CATScheme, names: list[str]):
         self.scheme, self.names = scheme, names
+        self._tensor = names[0] + TENSOR_SUFFIX  # as the checkpoint names it
         self.module: InputTransform | None = None
 
     @property
@@ -53,7 +54,7 @@ class TransformedInput:
         :param dtype: dtype of the input
         """
         self.module = InputTransform(
-            self.first + TENSOR_SUFFIX,
+            self._tensor,
             self.scheme,
             input_size,
             shard_size,

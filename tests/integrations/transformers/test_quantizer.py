@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import re
+import shutil
 import subprocess
 import sys
 
@@ -16,9 +18,17 @@ from tiny_models import (
     make_tokens,
     relative_error,
 )
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    CompressedTensorsConfig,
+    PreTrainedModel,
+    Qwen2ForCausalLM,
+)
 
 from cat_modifier import CATModifier
+from cat_modifier.integrations.transformers import loading
 
 LOAD_WITHOUT_US = """
 import sys
@@ -131,33 +141,161 @@ def test_without_our_package_loading_is_an_error_that_names_it(checkpoint):
     assert "cat-modifier" in result.stderr.splitlines()[-2] + result.stderr.splitlines()[-3]
 
 
-def change(folder, target, kind):
-    """A copy of a checkpoint with one thing wrong; the name that the error should give"""
-    name = "model.layers.1.mlp.down_proj.cat_input.weight"
+TRANSFORM = "model.layers.1.mlp.down_proj.cat_input.weight"
+SCALE = "model.layers.0.self_attn.q_proj.weight_scale"
+
+
+def change(folder, target, kind) -> str:
+    """Copy a checkpoint with one thing wrong; return what the error must name"""
+    name = TRANSFORM
     tensors = load_file(folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
+    transforms = config["quantization_config"]["transform_config"]
     if kind == "missing":
         del tensors[name]
     elif kind == "extra":
         name = "model.layers.1.mlp.up_proj.cat_input.weight"
         tensors[name] = torch.ones(6, 16, 16)
+    elif kind == "extra, of a Linear that does not exist":
+        name = "model.layers.7.mlp.up_proj.cat_input.weight"
+        tensors[name] = torch.ones(6, 16, 16)
     elif kind == "misshapen":
         tensors[name] = tensors[name][1:].contiguous()
     elif kind == "not finite":
         tensors[name][0, 0, 0] = torch.inf
+    elif kind == "integers":
+        tensors[name] = tensors[name].to(torch.int8)
     elif kind == "renamed layer":
         text = json.dumps(config).replace("layers.1.mlp.down_proj", "layers.7.mlp.down_proj")
         config, name = json.loads(text), "layers.7.mlp.down_proj"
+    elif kind == "no scale":
+        name = SCALE
+        del tensors[name]
+    elif kind == "misshapen scale":
+        name = SCALE
+        tensors[name] = tensors[name][1:].contiguous()
+    elif kind == "no packed weight":
+        name = SCALE.replace("scale", "packed")
+        del tensors[name]
+    elif kind == "no bias":
+        name = "model.layers.0.self_attn.q_proj.bias"
+        del tensors[name]
+    elif kind == "symmetric and clipped":
+        name = "The checkpoint clips the input of"
+        group = config["quantization_config"]["config_groups"]["group_0"]
+        group["input_activations"]["symmetric"] = True
+    elif kind == "not quantized and clipped":
+        name = "The checkpoint clips the input of"
+        config["quantization_config"]["config_groups"]["group_0"]["input_activations"] = None
+    else:
+        raise KeyError(kind)
+    if "clipped" in kind:
+        assert any(scheme["clip_ratio"] < 1 for scheme in transforms["config_groups"].values())
     target.mkdir()
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     (target / "config.json").write_text(json.dumps(config))
     return name
 
 
+@pytest.mark.parametrize("ignore_mismatched_sizes", [False, True])
 @pytest.mark.parametrize(
-    "kind", ["missing", "extra", "misshapen", "not finite", "renamed layer"]
+    "kind",
+    [
+        "missing",
+        "extra",
+        "extra, of a Linear that does not exist",
+        "misshapen",
+        "not finite",
+        "integers",
+        "renamed layer",
+        "no scale",
+        "misshapen scale",
+        "no packed weight",
+        "no bias",
+        "symmetric and clipped",
+        "not quantized and clipped",
+    ],
 )
-def test_damaged_tensors_are_errors_that_name_them(checkpoint, tmp_path, kind):
+def test_damaged_checkpoints_are_errors_that_name_what(
+    checkpoint, tmp_path, kind, ignore_mismatched_sizes
+):
     name = change(checkpoint[1], tmp_path / "damaged", kind)
-    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+    with pytest.raises(ValueError, match=re.escape(name)):
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path / "damaged", ignore_mismatched_sizes=ignore_mismatched_sizes
+        )
+
+
+def test_all_tensors_that_are_wrong_are_named(checkpoint, tmp_path):
+    tensors = load_file(checkpoint[1] / "model.safetensors")
+    names = [name for name in tensors if "cat_input" in name]
+    for name in names:
+        del tensors[name]
+    shutil.copytree(checkpoint[1], tmp_path / "damaged")
+    save_file(tensors, tmp_path / "damaged" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError) as raised:
         AutoModelForCausalLM.from_pretrained(tmp_path / "damaged")
+    assert len(names) == 6
+    assert all(f"{name} is missing" in str(raised.value) for name in names)
+
+
+def test_a_new_head_is_left_to_transformers_unless_it_is_quantized(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=r"score\.weight_packed is missing"):
+        AutoModelForSequenceClassification.from_pretrained(checkpoint[1])
+
+    shutil.copytree(checkpoint[1], tmp_path / "head")
+    config = json.loads((tmp_path / "head" / "config.json").read_text())
+    config["quantization_config"]["ignore"].append("score")
+    (tmp_path / "head" / "config.json").write_text(json.dumps(config))
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "head")
+    original = AutoModelForCausalLM.from_pretrained(checkpoint[1])
+    tokens = make_tokens(2, seed=1)
+    with torch.no_grad():
+        hidden, expected = (
+            one(tokens, output_hidden_states=True).hidden_states[-1]
+            for one in (loaded, original)
+        )
+    assert torch.equal(hidden, expected)
+
+
+def test_a_state_dict_is_refused(checkpoint):
+    config = AutoConfig.from_pretrained(checkpoint[1])
+    tensors = load_file(checkpoint[1] / "model.safetensors")
+    with pytest.raises(ValueError, match="loaded from files, not from a state_dict"):
+        Qwen2ForCausalLM.from_pretrained(None, config=config, state_dict=tensors)
+
+
+@pytest.mark.parametrize("kind", ["no such method", "not called"])
+def test_a_transformers_that_reports_in_another_way_is_an_error(checkpoint, monkeypatch, kind):
+    method = loading._REPORT_METHOD
+    assert hasattr(PreTrainedModel, method)
+    if kind == "no such method":
+        monkeypatch.setattr(loading, "_REPORT_METHOD", "_a_name_that_changed")
+    else:
+        finalize = PreTrainedModel._finalize_model_loading
+
+        def other(model, config, info):
+            ours = vars(model).pop(method)
+            finalize(model, config, info)
+            setattr(model, method, ours)
+            return info
+
+        monkeypatch.setattr(PreTrainedModel, "_finalize_model_loading", staticmethod(other))
+    with pytest.raises(NotImplementedError, match="would go unnoticed"):
+        AutoModelForCausalLM.from_pretrained(checkpoint[1])
+
+
+def test_the_model_keeps_nothing_of_the_check(checkpoint):
+    loaded = AutoModelForCausalLM.from_pretrained(checkpoint[1])
+    assert loading._REPORT_METHOD not in vars(loaded)
+
+
+def test_offloading_to_the_disk_is_refused(checkpoint, tmp_path):
+    places = {"model.layers.1": "disk"} | dict.fromkeys(
+        ("model.embed_tokens", "model.norm", "model.rotary_emb", "model.layers.0", "lm_head"),
+        "cpu",
+    )
+    with pytest.raises(NotImplementedError, match="a `device_map` without 'disk'"):
+        AutoModelForCausalLM.from_pretrained(
+            checkpoint[1], device_map=places, offload_folder=tmp_path
+        )

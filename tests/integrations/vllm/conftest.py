@@ -42,7 +42,7 @@ def serve(model: Path, ids: list, environment: dict | None = None, **job) -> dic
 def checkpoints() -> Path:
     if not (CHECKPOINTS / "smollm2-w4a4" / "config.json").exists():
         pytest.fail(
-            "set CAT_TEST_CHECKPOINTS to a folder made by tests/integrations/vllm/make_checkpoints.py, or "
-            "run all tests with tests/run.sh"
+            "set CAT_TEST_CHECKPOINTS to a folder made by make_checkpoints.py, which is beside "
+            "this file, or run all tests with tests/run.sh"
         )
     return CHECKPOINTS

@@ -2,7 +2,7 @@
 """
 Run vLLM once, in a process of its own, and write what it computed to a JSON file.
 
-    python tests/integrations/vllm/run_vllm.py '{"model": ..., "ids": [[...]], "options": {...}}' FILE
+    python run_vllm.py '{"model": ..., "ids": [[...]], "options": {...}}' FILE
 """
 
 import json
@@ -35,6 +35,9 @@ def main(job: dict, file: Path):
     )
     prompts = [{"prompt_token_ids": ids} for ids in job["ids"]]
     compiled_in_advance = count_compiled_kernels()
+    if "reload" in job:
+        llm.generate(prompts, params, use_tqdm=False)
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": job["reload"]})
     for _ in range(job.get("repeat", 1)):
         outputs = llm.generate(prompts, params, use_tqdm=False)
     result = {

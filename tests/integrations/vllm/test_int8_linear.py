@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Integer activations: the same codes as compressed-tensors, and an exact product"""
+"""Integer activations: quantized as compressed-tensors does, and multiplied exactly"""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from compressed_tensors.quantization import QuantizationArgs, fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 
 from cat_modifier.checkpoint.schema import CATTransformConfig
-from cat_modifier.integrations.vllm.int8_linear import Int8LinearMethod, Int8Scheme
+from cat_modifier.integrations.vllm.int8_linear import Int8LinearMethod, Integers
 from cat_modifier.integrations.vllm.kernels import (
     OneDNNInt8Kernel,
     PackedInt4Kernel,
@@ -34,11 +34,11 @@ def test_quantization_is_that_of_compressed_tensors(bits, symmetric, shift):
     scale, zero_point = compute_dynamic_scales_and_zp(x[None], args, torch.nn.Module())
     expected = fake_quantize(x[None], scale, zero_point, args)[0]
 
-    codes, scales, zero_points = quantize(x, bits, symmetric)
-    assert codes.dtype == torch.int8
+    q, scales, zero_points = quantize(x, bits, symmetric)
+    assert q.dtype == torch.int8
     limit = 2 ** (bits - 1)
-    assert codes.min().item() >= -limit and codes.max().item() < limit
-    shifted = codes if zero_points is None else codes - zero_points
+    assert q.min().item() >= -limit and q.max().item() < limit
+    shifted = q if zero_points is None else q - zero_points
     assert torch.allclose(shifted * scales, expected, rtol=1e-5, atol=1e-7)
 
 
@@ -53,16 +53,20 @@ def test_product_is_exact(symmetric, with_bias, shape, kernel):
     weight = torch.randint(-8, 8, (outputs, inputs), dtype=torch.int8)
     scale = torch.rand(outputs, 1) + 0.1
     bias = torch.randn(outputs) if with_bias else None
-    codes, scales, zero_points = quantize(x, 4, symmetric)
+    q, scales, zero_points = quantize(x, 4, symmetric)
 
     assert choose_kernel(kernel is PackedInt4Kernel) is kernel
-    kernel = kernel(weight, scale, symmetric, torch.float32)
-    shifted = codes.double() - (0 if zero_points is None else zero_points)
+    layer = torch.nn.Module()
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    layer.weight_scale = torch.nn.Parameter(scale, requires_grad=False)
+    kernel = kernel("weight", symmetric, torch.float32)
+    kernel.process_weights(layer, weight)
+    shifted = q.double() - (0 if zero_points is None else zero_points)
     expected = scales * (shifted @ weight.double().T) * scale.T
     if bias is not None:
         expected = expected + bias
-    error = (kernel(codes, scales, zero_points, bias) - expected).norm() / expected.norm()
-    assert error < 1e-6
+    found = kernel.apply(layer, q, scales, zero_points, bias)
+    assert (found - expected).norm() / expected.norm() < 1e-6
 
 
 class Layer(torch.nn.Module):
@@ -74,18 +78,18 @@ def make_layer(weight_bits: int, input_bits: int, symmetric: bool, inputs=64, ou
 
     weights = QuantizationArgs(num_bits=weight_bits, type="int", strategy="channel")
     args = activation_args(input_bits, symmetric)
-    assert Int8Scheme.suits(weights, args, None, "pack-quantized")
+    integers = Integers.read(weights, args, None, "pack-quantized")
     registry = TransformRegistry(CATTransformConfig.empty())
-    method = Int8LinearMethod(Int8Scheme(weights, args, "pack-quantized"), registry)
+    method = Int8LinearMethod(integers, registry)
     layer = Layer()
     method.create_weights(layer, inputs, [outputs], inputs, outputs, torch.float32)
     torch.manual_seed(0)
     limit = 2 ** (weight_bits - 1)
-    codes = torch.randint(-limit, limit, (outputs, inputs), dtype=torch.int8)
-    layer.weight_packed.data.copy_(pack_to_int32(codes, weight_bits))
+    q = torch.randint(-limit, limit, (outputs, inputs), dtype=torch.int8)
+    layer.weight_packed.data.copy_(pack_to_int32(q, weight_bits))
     layer.weight_scale.data.fill_(0.5)
     method.process_weights_after_loading(layer)
-    return method, layer, codes.float() * 0.5
+    return method, layer, q.float() * 0.5
 
 
 @pytest.fixture(autouse=True)
@@ -147,19 +151,5 @@ def test_what_is_left_to_vllm(weights, inputs, output_format):
         "strategy": "token",
         "dynamic": True,
     } | inputs
-    assert not Int8Scheme.suits(
-        QuantizationArgs(**weight_args),
-        QuantizationArgs(**input_args),
-        None,
-        output_format,
-    )
-
-
-@pytest.mark.parametrize("kernel", [OneDNNInt8Kernel, PackedInt4Kernel])
-def test_all_tensors_are_parameters_or_buffers(kernel):
-    """So that they move with their layer"""
-    weight = torch.randint(-8, 8, (32, 64), dtype=torch.int8)
-    product = kernel(weight, torch.rand(32, 1), False, torch.float32)
-    held = {id(x) for x in (*product.parameters(), *product.buffers())}
-    loose = [k for k, v in vars(product).items() if torch.is_tensor(v) and id(v) not in held]
-    assert held and not loose
+    weights, inputs = QuantizationArgs(**weight_args), QuantizationArgs(**input_args)
+    assert Integers.read(weights, inputs, None, output_format) is None

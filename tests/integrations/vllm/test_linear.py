@@ -20,9 +20,6 @@ from cat_modifier.integrations.vllm.registry import TransformRegistry
 NAME = "layers.0.down_proj.cat_input.weight"
 
 
-CPU = torch.device("cpu")
-
-
 def make_scheme(size=1, interleave=1, **changes) -> CATScheme:
     fields = {
         "type": "cat",
@@ -42,7 +39,7 @@ def make(hadamard=(1, 1), ranks=1, rank=0, loaded=None, input_size=96, **changes
     transform = InputTransform(NAME, scheme, input_size, size, rank, torch.float32)
     if loaded is not None:
         transform.load(transform.weight, loaded)
-        transform.process_weights_after_loading(CPU)
+        transform.check_loaded()
     return transform
 
 
@@ -69,7 +66,7 @@ def test_a_hadamard_matrix_alone_has_no_tensor(ranks):
     for rank, part in enumerate(x.chunk(ranks, -1)):
         transform = make((2, 16), ranks, rank, block_size=None)
         assert not list(transform.parameters())
-        transform.process_weights_after_loading(CPU)
+        transform.check_loaded()
         parts.append(transform(part))
     assert torch.allclose(torch.cat(parts, -1), whole, atol=1e-6)
 
@@ -89,7 +86,7 @@ def test_shards_which_would_cut_a_transform_are_refused(hadamard, ranks):
 
 def test_a_tensor_that_was_never_loaded_is_named():
     with pytest.raises(ValueError, match=f"{NAME} is missing"):
-        make().process_weights_after_loading(CPU)
+        make().check_loaded()
 
 
 @pytest.mark.parametrize("shape", [(5, 16, 16), (6, 8, 16), (96, 16)])
@@ -103,6 +100,24 @@ def test_a_tensor_that_is_not_finite_is_named():
     blocks[5, 1, 2] = torch.inf
     with pytest.raises(ValueError, match=f"{NAME} .*not finite"):
         make(loaded=blocks)
+
+
+def test_a_tensor_under_a_second_part_of_a_merged_layer_is_refused():
+    blocks = torch.ones(6, 16, 16)
+    transform = make()
+    for _ in range(2):  # a weight reload brings the same part again
+        transform.load(transform.weight, blocks, "q")
+    with pytest.raises(ValueError, match=f"{NAME} a second time"):
+        transform.load(transform.weight, blocks, "k")
+
+
+def test_blocks_beyond_the_range_of_the_dtype_are_refused():
+    transform = InputTransform(NAME, make_scheme(), 96, 96, 0, torch.float16)
+    blocks = torch.ones(6, 16, 16).bfloat16()
+    transform.load(transform.weight, blocks)
+    assert transform.weight.dtype == torch.float16
+    with pytest.raises(ValueError, match="beyond the range of torch.float16"):
+        transform.load(transform.weight, blocks * 1e5)
 
 
 def make_registry(*inputs: list[str]) -> TransformRegistry:

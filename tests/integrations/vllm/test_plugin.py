@@ -3,6 +3,9 @@
 
 import subprocess
 import sys
+from importlib.metadata import version
+
+from cat_modifier.version import __version__
 
 REGISTER = """
 import sys
@@ -45,7 +48,7 @@ assert "cat_modifier.integrations.vllm.config" in sys.modules
     assert result.returncode == 0, result.stderr
 
 
-def test_a_moved_name_is_a_warning_and_others_models_serve():
+def test_a_moved_name_is_one_warning_and_other_models_serve():
     others = """
 assert method({"quant_method": "compressed-tensors"}, None) is None
 assert method({"quant_method": "gptq"}, None) is None
@@ -53,12 +56,18 @@ assert get_quantization_config("compressed-tensors")
 """
     result = run(BREAK + REGISTER + CHECKPOINT + others)
     assert result.returncode == 0, result.stderr
-    assert "does not work with vLLM 0.32.0" in result.stderr
+    assert result.stderr.count(f"cat-modifier {__version__} does not work") == 1
+    assert f"does not work with vLLM {version('vllm').partition('+')[0]}" in result.stderr
     assert "get_pp_group" in result.stderr
 
 
 def test_a_cat_checkpoint_is_then_refused_with_the_reason():
-    result = run(BREAK + REGISTER + CHECKPOINT + "method(cat, None)")
+    claim = """
+assert method(cat, None) == METHOD_NAME
+assert method({"quant_method": "compressed-tensors"}, METHOD_NAME) == METHOD_NAME
+get_quantization_config(METHOD_NAME).from_config(cat)
+"""
+    result = run(BREAK + REGISTER + CHECKPOINT + claim)
     assert result.returncode != 0
     assert "RuntimeError: cat-modifier" in result.stderr
     assert "get_pp_group" in result.stderr

@@ -193,6 +193,24 @@ def test_compiled(checkpoints, name, weights, kernel):
     assert sqnr > 25, f"{sqnr:.1f} dB"
 
 
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_weights_are_reloaded_in_place(checkpoints, tmp_path, weights):
+    source, changed = checkpoints / "qwen2-w4a4", tmp_path / "changed"
+    shutil.copytree(source, changed)
+    tensors = load_file(source / "model.safetensors")
+    for name in tensors:
+        if name.endswith(("weight_scale", "weight_packed", "cat_input.weight")):
+            tensors[name] = tensors[name].flip(0).contiguous()
+    save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
+    ids, _ = reference(source)
+    options = {"dtype": "float32", "additional_config": {"cat_weights": weights}}
+    reloaded = serve(source, ids, options=options, reload=str(changed))
+    assert not reloaded["error"], reloaded["log"]
+    fresh = serve(changed, ids, options=options)
+    assert reloaded["logprobs"] == fresh["logprobs"]
+    assert fresh["logprobs"] != serve(source, ids, options=options)["logprobs"]
+
+
 # ---- what must not be served ---------------------------------------------------------------
 
 
@@ -206,6 +224,14 @@ def test_more_ranks_than_the_transform_allows_are_refused(checkpoints):
     )
     assert result["error"]
     assert "CATModifier(tensor_parallel_size=2)" in result["log"]
+
+
+def test_sharded_states_are_refused(checkpoints):
+    ids, _ = reference(checkpoints / "qwen2-w4a4")
+    options = {"load_format": "sharded_state"}
+    result = serve(checkpoints / "qwen2-w4a4", ids, options=options)
+    assert result["error"]
+    assert "`--load-format sharded_state` cannot load a model" in result["log"]
 
 
 @pytest.mark.parametrize("name", ["qwen2-w4a4", "llama-w8a8", "llama-w4a16"])

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What vLLM does with the weights of a layer after they are loaded, on its own layers"""
+
+import pytest
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from compressed_tensors.transform import TransformArgs
+from torch.nn import Module
+from vllm.config import (
+    LoadConfig,
+    OffloadConfig,
+    VllmConfig,
+    get_current_vllm_config,
+    set_current_vllm_config,
+)
+from vllm.config.offload import UVAOffloadConfig
+from vllm.distributed import init_distributed_environment, initialize_model_parallel
+from vllm.distributed.parallel_state import (
+    destroy_distributed_environment,
+    destroy_model_parallel,
+)
+from vllm.model_executor.layers.linear import QKVParallelLinear, ReplicatedLinear
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+    record_metadata_for_reloading,
+)
+
+from cat_modifier.checkpoint.schema import CATScheme, CATTransformConfig
+from cat_modifier.integrations.vllm.compat import QuantizeMethodBase
+from cat_modifier.integrations.vllm.config import CATCompressedTensorsConfig
+from cat_modifier.integrations.vllm.int8_linear import Int8LinearMethod
+from cat_modifier.integrations.vllm.linear import TransformLinearMethod
+from cat_modifier.integrations.vllm.registry import TransformRegistry
+
+HIDDEN, HEAD = 64, 16
+PARTS = {"q": 4 * HEAD, "k": 2 * HEAD, "v": 2 * HEAD}
+LAYER = "model.layers.0.self_attn"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank(tmp_path_factory):
+    with set_current_vllm_config(VllmConfig()):
+        file = tmp_path_factory.mktemp("rank") / "store"
+        init_distributed_environment(1, 0, f"file://{file}", 0, "gloo")
+        initialize_model_parallel(1, 1)
+        yield
+        destroy_model_parallel()
+        destroy_distributed_environment()
+
+
+def make_config(symmetric=False, quantized=("Linear",)) -> CATCompressedTensorsConfig:
+    integers = {"num_bits": 4, "type": "int", "symmetric": True}
+    group = {
+        "targets": list(quantized),
+        "weights": integers | {"strategy": "channel"},
+        "input_activations": integers
+        | {"strategy": "token", "dynamic": True, "symmetric": symmetric},
+    }
+    config = CATCompressedTensorsConfig.from_config(
+        {"config_groups": {"group_0": group}, "format": "pack-quantized", "ignore": []}
+    )
+    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    return config
+
+
+class Attention(Module):
+    """A merged layer and another one that read the same input"""
+
+    def __init__(self, config: CATCompressedTensorsConfig, gate=f"{LAYER}.gate"):
+        super().__init__()
+        options = {"params_dtype": torch.float32, "quant_config": config}
+        self.qkv_proj = QKVParallelLinear(
+            HIDDEN, HEAD, 4, 2, False, prefix=f"{LAYER}.qkv_proj", **options
+        )
+        self.gate = ReplicatedLinear(HIDDEN, HIDDEN, False, prefix=gate, **options)
+
+    def forward(self, x):
+        return torch.cat([self.qkv_proj(x)[0], self.gate(x)[0]], -1)
+
+
+def make_model(keeps_packed: bool, is_quantized: bool, gate=f"{LAYER}.gate") -> Attention:
+    config = make_config(quantized=("Linear",) if is_quantized else ("re:.*nothing",))
+    names = [f"{LAYER}.{name}_proj" for name in PARTS] + [gate]
+    transforms = CATTransformConfig.empty()
+    transforms.config_groups["cat"] = CATScheme(
+        type="cat",
+        apply=[TransformArgs(targets=names, location="input")],
+        block_size=16,
+        online_hadamard_size=4,
+        interleave=16,
+        clip_ratio=0.9 if is_quantized else 1.0,
+        precision=torch.bfloat16,
+    )
+    config.registry = TransformRegistry(transforms)
+    vllm_config = get_current_vllm_config()
+    vllm_config.additional_config = {"cat_weights": "int4" if keeps_packed else "int8"}
+    model = Attention(config, gate)
+    record_metadata_for_reloading(model)
+    return model
+
+
+def load(model: Attention, seed: int, transform_first: bool = True):
+    """Load random weights as vLLM's models do, by the loaders of parameters"""
+    generator = torch.Generator().manual_seed(seed)
+    is_quantized = isinstance(model.qkv_proj.quant_method, Int8LinearMethod)
+    tensors = []
+    for layer, part, rows in (
+        *((model.qkv_proj, part, rows) for part, rows in PARTS.items()),
+        (model.gate, None, HIDDEN),
+    ):
+        weight = torch.randint(-8, 8, (rows, HIDDEN), generator=generator).to(torch.int8)
+        if is_quantized:
+            tensors.append((layer, "weight_packed", pack_to_int32(weight, 4), part))
+            scale = torch.rand(rows, 1, generator=generator) + 0.1
+            tensors.append((layer, "weight_scale", scale, part))
+            tensors.append((layer, "weight_shape", torch.tensor([rows, HIDDEN]), part))
+        else:
+            tensors.append((layer, "weight", weight.float(), part))
+    blocks = torch.randn(4, 16, 16, generator=generator).bfloat16()
+    transform = (model.qkv_proj, "cat_input.weight", blocks, "q")
+    tensors.insert(0 if transform_first else len(tensors), transform)
+    for layer, name, loaded, part in tensors:
+        # by name, as vLLM does: a layer may be processed before its last tensor comes
+        param = layer.get_parameter(name)
+        param.weight_loader(param, loaded, *([] if part is None else [part]))
+
+
+def process(model: Attention):
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if isinstance(method, QuantizeMethodBase):
+            method.process_weights_after_loading(module)
+
+
+def make_loaded(keeps_packed: bool, is_quantized: bool, seed: int) -> Attention:
+    model = make_model(keeps_packed, is_quantized)
+    load(model, seed)
+    process(model)
+    return model
+
+
+X = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(9))
+
+KINDS = pytest.mark.parametrize(
+    "keeps_packed, is_quantized",
+    [(False, True), (True, True), (False, False)],
+    ids=["onednn", "packed", "vllm's own method"],
+)
+
+
+def test_the_config_chooses_between_two_methods():
+    for is_quantized, method in ((True, Int8LinearMethod), (False, TransformLinearMethod)):
+        model = make_model(False, is_quantized)
+        assert type(model.qkv_proj.quant_method) is type(model.gate.quant_method) is method
+        assert hasattr(model.qkv_proj, "cat_input") and not hasattr(model.gate, "cat_input")
+
+
+@KINDS
+@pytest.mark.parametrize("transform_first", [True, False])
+def test_reload_computes_with_new_weights_in_the_old_memory(
+    keeps_packed, is_quantized, transform_first
+):
+    """CUDA graphs and compiled graphs read the memory of the first load"""
+    expected = [make_loaded(keeps_packed, is_quantized, seed)(X) for seed in (0, 1)]
+    assert not torch.allclose(*expected)
+    model = make_loaded(keeps_packed, is_quantized, 0)
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    memory = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    for seed in (1, 0, 1):
+        initialize_layerwise_reload(model)
+        load(model, seed, transform_first)
+        finalize_layerwise_reload(model, None)
+        # what vLLM frees must not be read: write over it
+        _ = [torch.full((n,), 3e38) for n in (64, 128, 4096) for _ in range(50)]
+        assert torch.equal(model(X), expected[seed])
+        tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+        assert {name: tensor.data_ptr() for name, tensor in tensors.items()} == memory
+
+
+def test_offloaded_weights_are_read_from_where_vllm_moves_them():
+    """vLLM's offloading without unified addresses calls a layer with other tensors"""
+    model = make_loaded(True, True, 0)
+    before = {name for name, _ in make_model(True, True).named_parameters()}
+    expected = model(X)
+    moved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    assert not torch.allclose(model(X), expected)
+    found = torch.func.functional_call(model, moved, X, tie_weights=False)
+    assert torch.equal(found, expected)
+    # names that vLLM has offloaded before loading, and offloads again after processing
+    for name, tensor in model.named_parameters():
+        assert name in before or tensor.numel() <= 2 * HIDDEN * 4, name
+
+
+def test_offloading_is_refused_where_a_transform_is_in_another_decoder_layer():
+    gate = "model.layers.1.self_attn.gate"
+    assert make_model(False, True, gate)
+    uva = UVAOffloadConfig(cpu_offload_gb=1)
+    with set_current_vllm_config(VllmConfig(offload_config=OffloadConfig(uva=uva))):
+        assert make_model(False, True)
+        with pytest.raises(NotImplementedError, match="cannot be offloaded to the CPU"):
+            make_model(False, True, gate)
+
+
+@pytest.mark.parametrize("load_format", ["sharded_state", "tensorizer"])
+def test_processed_weights_are_refused(load_format):
+    load_config = LoadConfig(load_format=load_format)
+    with set_current_vllm_config(VllmConfig(load_config=load_config)):
+        with pytest.raises(NotImplementedError, match=f"--load-format {load_format}"):
+            make_model(False, True)
+
+
+@KINDS
+def test_no_tensor_is_hidden_from_vllm(keeps_packed, is_quantized):
+    """What a linear method holds beside the parameters of its layer"""
+    model = make_loaded(keeps_packed, is_quantized, 0)
+    memory = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    for layer in (model.qkv_proj, model.gate):
+        method = layer.quant_method
+        for holder in (method, getattr(method, "kernel", None), layer):
+            loose = [
+                value for value in vars(holder or object).values() if torch.is_tensor(value)
+            ]
+            assert all(value.data_ptr() in memory for value in loose)
