@@ -26,7 +26,7 @@ _SERVED = ("W4A4", "W4A8", "W8A8")  # by vLLM; by rising bits
 
 
 def _bits(scheme: str) -> float:
-    return sum(Scheme.parse(scheme).bits) / 2
+    return sum(bits or 16 for bits in Scheme.parse(scheme).bits) / 2
 
 
 def _linears(frame: pd.DataFrame) -> pd.DataFrame:
@@ -94,13 +94,12 @@ def _patterns(layers: list[str]) -> list[str]:
 def config_group(scheme: str, targets: list[str]) -> dict[str, Any]:
     """Config group of llm-compressor that vLLM serves, for a scheme such as `W4A8`"""
     parsed = Scheme.parse(scheme)
-    weights, activations = (
-        args.model_dump(mode="json", exclude_unset=True, exclude_none=True)
-        for args in (parsed.weights, parsed.activations)
-    )
+    both = [args for args in (parsed.weights, parsed.activations) if args is not None]
+    keys = {"num_bits", "type", "symmetric", "strategy", "dynamic"}
+    weights, activations = (args.model_dump(mode="json", include=keys) for args in both)
     return {
         "targets": targets,
-        "format": "pack-quantized" if parsed.weights.num_bits < 8 else "int-quantized",
+        "format": "pack-quantized" if weights["num_bits"] < 8 else "int-quantized",
         "weights": weights | {"observer": "memoryless_mse"},
         "input_activations": activations,
     }
@@ -108,10 +107,7 @@ def config_group(scheme: str, targets: list[str]) -> dict[str, Any]:
 
 def make_recipe(allocation: dict[str, list[str]]) -> dict[str, Any]:
     """Recipe of CATModifier and llm-compressor's QuantizationModifier"""
-    groups = {
-        name.lower(): config_group(name, _patterns(layers))
-        for name, layers in allocation.items()
-    }
+    groups = {s.lower(): config_group(s, _patterns(p)) for s, p in allocation.items()}
     quantization = {"ignore": list(DEFAULT_IGNORE), "config_groups": groups}
     modifiers = {"CATModifier": {}, "QuantizationModifier": quantization}
     return {"quant_stage": {"quant_modifiers": modifiers}}

@@ -53,7 +53,7 @@ def run(
     texts = load_texts(dataset, split, column)
     ids = windows(texts, AutoTokenizer.from_pretrained(model), length, samples)
     batches = ids.split(max(1, _TOKENS_PER_BATCH // length))
-    settings = {
+    settings: dict[str, Any] = {
         "cat-modifier": __version__,
         "model": model,
         "dataset": f"{dataset} ({split})",
@@ -62,7 +62,7 @@ def run(
     with new_report(output, overwrite) as folder:
         unseen = None
         try:
-            if is_quantized:
+            if original is not None:
                 settings["original"] = original
                 results = compare(_load(original), _load(model), batches)
             else:

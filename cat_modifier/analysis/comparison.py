@@ -2,10 +2,11 @@
 """A quantized checkpoint against its original, Linear by Linear and end to end."""
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pandas as pd
 import torch
@@ -62,8 +63,8 @@ def compare(original: Module, quantized: Module, batches: Sequence[Tensor]) -> C
     :raises UnseenLinearsError: if some Linears saw no tokens; holds the other results
     """
     pairs = _match(original, quantized)
-    energies: dict[str, Counter[str]] = {name: Counter() for name in pairs}
-    totals: Counter[str] = Counter()
+    energies: dict[str, dict[str, float]] = {name: defaultdict(float) for name in pairs}
+    totals: dict[str, float] = defaultdict(float)
     outputs: dict[str, Tensor] = {}
     keep = {
         module: lambda module, args, output, name=name: outputs.update({name: output})
@@ -81,20 +82,16 @@ def compare(original: Module, quantized: Module, batches: Sequence[Tensor]) -> C
         _add_predictions(totals, ids.to(logits.device), logits, other.to(logits.device))
 
     rows = [_row(name, pairs[name][1], sums) for name, sums in energies.items() if sums]
-    tokens = totals["tokens"]
-    comparison = Comparison(
-        pd.DataFrame(rows),
-        {key: math.exp(totals[key] / tokens) for key in ("original", "checkpoint")},
-        totals["divergence"] / tokens,
-        totals["agreement"] / tokens,
-        tokens,
-    )
+    means = {key: total / totals["tokens"] for key, total in totals.items()}
+    perplexity = {key: math.exp(means[key]) for key in ("original", "checkpoint")}
+    scalars = perplexity, means["divergence"], means["agreement"], int(totals["tokens"])
+    comparison = Comparison(pd.DataFrame(rows), *scalars)
     if unseen := [name for name, sums in energies.items() if not sums]:
         raise UnseenLinearsError(unseen, comparison if rows else None)
     return comparison
 
 
-def _match(original: Module, quantized: Module) -> dict[str, tuple[Linear, Linear]]:
+def _match(original: Module, quantized: Module) -> dict[str, tuple[Any, Linear]]:
     """Pair the quantized Linears with their originals, by full name"""
     if experts := find_fused_experts(original):
         logger.warning(
@@ -126,7 +123,7 @@ def _match(original: Module, quantized: Module) -> dict[str, tuple[Linear, Linea
 
 
 def _add_errors(
-    energies: Counter[str],
+    energies: dict[str, float],
     quantized: Linear,
     accumulated: Tensor,
     linear: Linear,
@@ -153,7 +150,7 @@ def _add_errors(
         energies[name] += torch.linalg.vector_norm(tensor).double().square().item()
 
 
-def _row(name: str, module: Linear, energies: Counter[str]) -> dict[str, str | int | float]:
+def _row(name: str, module: Any, energies: dict[str, float]) -> dict[str, str | int | float]:
     scheme, parts = module.quantization_scheme, []
     for factor, args in (("W", scheme.weights), ("A", scheme.input_activations)):
         kind = "" if args is None or args.type == "int" else "F"
@@ -164,7 +161,7 @@ def _row(name: str, module: Linear, energies: Counter[str]) -> dict[str, str | i
     return {"layer": name, "scheme": "".join(parts)} | sizes | ratios
 
 
-def _add_predictions(totals: Counter[str], ids: Tensor, logits: Tensor, other: Tensor):
+def _add_predictions(totals: dict[str, float], ids: Tensor, logits: Tensor, other: Tensor):
     """Add up the predictions of all tokens but the last of each row"""
     original = logits[:, :-1].float().log_softmax(-1)
     checkpoint = other[:, :-1].float().log_softmax(-1)

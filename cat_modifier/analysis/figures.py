@@ -29,6 +29,8 @@ __all__ = ["COMPARISON_FIGURES", "FIGURES", "Draw", "write_figures"]
 Draw = Callable[[pd.DataFrame], Figure]
 """Function from the rows of an analysis to a figure; its docstring is the caption"""
 
+Look = dict[str, Any]  # arguments of `plot` and its like
+
 _COLORS = ["#000000", "#E69F00", "#0072B2", "#009E73", "#CC79A7"]
 _COLORS += ["#D55E00", "#56B4E9", "#8C8C00", "#7F7F7F"]
 _MARKERS = "os^vPDX<>"
@@ -37,7 +39,7 @@ _SCHEME_MARKERS = "osD^vPX"
 
 _MAIN = ("none", "scaling", "hadamard", "cat")  # where all transforms would be a crowd
 
-_SETTINGS = {
+_SETTINGS: dict[Any, Any] = {
     "figure.constrained_layout.use": True,
     "font.size": 9,
     "axes.spines.top": False,
@@ -77,18 +79,22 @@ def _schemes(frame: pd.DataFrame, accept: Callable[[Scheme], bool], need: str) -
     return found
 
 
-def _look(index: int, label: str) -> dict[str, Any]:
+def _look(index: int, label: str) -> Look:
     index = index % len(_COLORS)
     look = {"color": _COLORS[index], "marker": _MARKERS[index], "linestyle": _LINES[index]}
     return look | {"label": label}
 
 
-def _look_of(transform: str) -> dict[str, Any]:
+def _look_of(transform: str) -> Look:
     return _look(list(TRANSFORMS).index(transform), TRANSFORMS[transform].label)
 
 
-def _dots(axis: Axes, x: pd.Series, y: pd.Series, look: dict[str, Any]):
-    style = {"marker": look["marker"], "facecolors": "none", "edgecolors": look["color"]}
+def _dots(axis: Axes, x: pd.Series, y: pd.Series, look: Look):
+    style: Look = {
+        "marker": look["marker"],
+        "facecolors": "none",
+        "edgecolors": look["color"],
+    }
     axis.scatter(x, y, s=14, linewidths=0.8, label=look["label"], **style)
 
 
@@ -103,7 +109,7 @@ def _legend_beside(axis: Axes, title: str | None = None):
 
 
 def _by_depth(
-    frame: pd.DataFrame, labels: dict[str, str], looks: dict[str, dict], title: str = ""
+    frame: pd.DataFrame, labels: dict[str, str], looks: dict[str, Look], title: str = ""
 ) -> Figure:
     """
     Draw columns of the rows over depth, one panel per column and role, one line per key of
@@ -117,7 +123,7 @@ def _by_depth(
         for line, look in looks.items():
             rows = frame[(frame["role"] == role) & (frame["line"] == line)]
             rows = rows.groupby("depth")[list(labels)].mean()
-            style = {"markersize": 3, "markevery": max(1, len(rows) // 6)}
+            style: Look = {"markersize": 3, "markevery": max(1, len(rows) // 6)}
             for axis, name in zip(panels, labels, strict=True):
                 axis.plot(rows.index, rows[name], **look, **style)
         panels[0].set_title(role)
@@ -139,7 +145,7 @@ def factors(frame: pd.DataFrame) -> Figure:
     frame = frame[frame["scheme"] == scheme.name]
     concentrations = frame["weight_concentration_db"], frame["activation_concentration_db"]
     frame = frame.assign(line=frame["transform"], concentration_db=joint_db(*concentrations))
-    bits = to_db(12 * (2 ** scheme.bits[0] - 1) ** 2)
+    bits = to_db(12 * (2 ** (scheme.bits[0] or 16) - 1) ** 2)
     labels = {
         "concentration_db": "concentration\nC(x) || C(W), dB",
         "alignment_db": "alignment\nA(x, W), dB",
@@ -178,8 +184,8 @@ def _name_outliers(axis: Axes, frame: pd.DataFrame):
     """Write names below the diagonal, where there is room: the outliers are above it"""
     off = (frame["measured_db"] - frame["predicted_db"]).abs()
     outliers = frame.loc[off[off > 3].nlargest(3).index].sort_values("measured_db")
-    arrow = {"arrowstyle": "-", "color": "grey", "linewidth": 0.5}
-    text = {"horizontalalignment": "right", "fontsize": 7, "arrowprops": arrow}
+    arrow: Look = {"arrowstyle": "-", "color": "grey", "linewidth": 0.5}
+    text: Look = {"horizontalalignment": "right", "fontsize": 7, "arrowprops": arrow}
     for position, row in enumerate(outliers.itertuples()):
         ends = (row.predicted_db, row.measured_db), (0.98, 0.03 + 0.07 * position)
         axis.annotate(f"{row.depth} {row.role}", *ends, textcoords="axes fraction", **text)
@@ -197,13 +203,14 @@ def activations_against_weights(frame: pd.DataFrame) -> Figure:
     axis = figure.subplots()
     for transform in _main_transforms(frame):
         color, label = _look_of(transform)["color"], TRANSFORMS[transform].label
-        text = {"textcoords": "offset points", "fontsize": 7, "color": color}
+        text: Look = {"textcoords": "offset points", "fontsize": 7, "color": color}
         for scheme, marker in markers.items():
             rows = frame[(frame["transform"] == transform) & (frame["scheme"] == scheme)]
             x, y = rows["measured_weights_db"], rows["measured_activations_db"]
             axis.scatter(x, y, s=5, marker=marker, color=color, alpha=0.18, linewidths=0)
-            mean, style = (x.mean(), y.mean()), {"edgecolors": "white", "zorder": 3}
-            axis.scatter(*mean, s=60, marker=marker, color=color, **style)
+            mean = x.mean(), y.mean()
+            white: Look = {"edgecolors": "white", "zorder": 3}
+            axis.scatter(*mean, s=60, marker=marker, color=color, **white)
             if scheme == schemes[0]:
                 axis.annotate(label, mean, xytext=(6, -3), **text)
         axis.plot([], [], linestyle="none", marker="s", color=color, label=label)
@@ -217,7 +224,7 @@ def activations_against_weights(frame: pd.DataFrame) -> Figure:
     axis.clabel(lines, fmt="%d dB", fontsize=7)
     bits = 20 * math.log10((2**8 - 1) / (2**4 - 1))
     start = low[0] + 0.05 * (low[1] - low[0]), high[0] + 0.04 * (high[1] - high[0])
-    arrow = {"arrowstyle": "->", "color": "grey"}
+    arrow: Look = {"arrowstyle": "->", "color": "grey"}
     axis.annotate("", (start[0] + bits, start[1]), start, arrowprops=arrow)
     label = f"8 weight bits and not 4: {bits:.1f} dB"
     axis.annotate(label, start, (0, 4), textcoords="offset points")
@@ -238,12 +245,13 @@ def concentrations(frame: pd.DataFrame) -> Figure:
     sizes = sorted({int(frame["in_features"].min()), int(frame["in_features"].max())})
     figure = Figure(figsize=(9, 4.2))
     left, right = figure.subplots(1, 2, sharey=True)
+    args: Any
     for axis, column, args, title in (
         (left, "weight_concentration_db", scheme.weights, "weights C(W)"),
         (right, "activation_concentration_db", scheme.activations, "activations C(x)"),
     ):
         groups = dict(list(frame.groupby("transform", sort=False)[column]))
-        style = {"patch_artist": True, "flierprops": {"markersize": 2}}
+        style: Look = {"patch_artist": True, "flierprops": {"markersize": 2}}
         boxes = axis.boxplot([group.dropna() for group in groups.values()], widths=0.6, **style)
         for box, median, name in zip(boxes["boxes"], boxes["medians"], groups, strict=True):
             box.set(facecolor=_look_of(name)["color"], alpha=0.45)
@@ -291,7 +299,7 @@ def alignments(frame: pd.DataFrame) -> Figure:
         values = np.sort(frame.loc[frame["transform"] == transform, "alignment_db"])
         if not any(np.allclose(values, other, atol=0.02) for other in drawn):
             drawn.append(values)
-            style = {"markersize": 4, "markevery": max(1, len(share) // 12)}
+            style: Look = {"markersize": 4, "markevery": max(1, len(share) // 12)}
             axis.plot(share, values, **_look_of(transform), **style)
     axis.set(xlabel="Linears, sorted by alignment, %", ylabel="alignment A(x, W), dB")
     axis.set_ylim(bottom=floor)
@@ -302,7 +310,7 @@ def alignments(frame: pd.DataFrame) -> Figure:
 def fewer_bits(frame: pd.DataFrame) -> Figure:
     """Few bits with CAT against more bits without a transform."""
     need = "the transforms none and cat, and schemes such as W4A4 and W6A6"
-    schemes = _schemes(frame, lambda s: s.bits[0] == s.bits[1] < 8, need)
+    schemes = _schemes(frame, lambda s: s.bits[0] == s.bits[1] and (s.bits[0] or 16) < 8, need)
     if len(schemes) < 2 or not {"none", "cat"} <= set(frame["transform"]):
         raise MissingDataError(f"needs {need}")
     few, *_, many = (s.name for s in sorted(schemes, key=lambda s: s.bits))

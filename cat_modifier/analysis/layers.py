@@ -25,8 +25,7 @@ from cat_modifier.functional.layout import Rotation, choose_layout
 __all__ = ["DEFAULT_SCHEMES", "DEFAULT_TRANSFORMS", "Batch", "UnseenLinearsError"]
 __all__ += ["analyze", "call", "parse_names", "without_predictions"]
 
-Batch = Tensor | Mapping[str, Any]
-"""Token ids (or any first argument of the model), or keyword arguments of the model"""
+Batch = Tensor | Mapping[str, Any]  # first argument of the model, or keyword arguments
 
 DEFAULT_SCHEMES = ("W4A4", "W4A8", "W8A8", "W6A6")
 DEFAULT_TRANSFORMS = tuple(name for name in TRANSFORMS if name != WHOLE)
@@ -98,7 +97,7 @@ def analyze(
             collector.set_attention_mask(index, batch.get("attention_mask"))
         hooks = {linear: partial(observe, name, index) for name, linear in linears.items()}
         call(model, batch, hooks)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for shared in tqdm(collector.pending(), desc="Measuring"):
         statistics = collector.take(shared)
         if statistics.sample.count:
@@ -139,7 +138,7 @@ def parse_names(schemes: Iterable[str], transforms: Iterable[str]) -> list[Schem
     return [Scheme.parse(name) for name in schemes]
 
 
-def call(model: Module, batch: Batch, hooks: Mapping[Module, Callable]) -> Any:
+def call(model: Module, batch: Batch, hooks: Mapping[Any, Callable]) -> Any:
     """Call a model with a batch, on any device, while modules have these forward hooks"""
     device = get_execution_device(model)
     handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
@@ -147,7 +146,7 @@ def call(model: Module, batch: Batch, hooks: Mapping[Module, Callable]) -> Any:
         if torch.is_tensor(batch):
             return model(batch.to(device))
         tensors = {k: v.to(device) for k, v in batch.items() if torch.is_tensor(v)}
-        return model(**batch | tensors)
+        return model(**dict(batch) | tensors)
     finally:
         for handle in handles:
             handle.remove()

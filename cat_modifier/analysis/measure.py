@@ -59,12 +59,14 @@ def measure_input(
     for name, linear in shared.linears.items():
         with align_module_device(linear):
             weights[name] = linear.weight.detach().to(device, torch.float32)
-    x = statistics.sample.tokens.to(device)
-    token_weights = statistics.sample.weights.to(device)
+    sx, maxima, sample = statistics.second_moments.mean, statistics.maxima, statistics.sample
+    assert sx is not None and maxima is not None and sample.tokens is not None, "no tokens"
+    x = sample.tokens.to(device)
+    token_weights = sample.weights.to(device)
     for name, tensor in {f"The input of {shared.first}": x, **weights}.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name} has values that are not finite")
-    data = AnalyzedInput(shared, statistics, block_size, weights)
+    data = AnalyzedInput(shared, sx, maxima, block_size, weights)
     largest = torch.linalg.vector_norm(x, dim=-1).max().item() ** 2
     mean = data.input_moments(1).sum().item()
     # the sample knows the ratio of the energies of output and input much better than either
@@ -113,7 +115,7 @@ def measure_input(
                     "measured_weights_db": sqnr.to_db(measured.weights),
                     "measured_activations_db": sqnr.to_db(measured.activations),
                     "measured_db": sqnr.to_db(measured.joint),
-                    "tokens": statistics.sample.count,
+                    "tokens": sample.count,
                     "largest_token": largest / mean if mean else math.nan,
                 }
 
@@ -135,7 +137,7 @@ def _achievable(
     data: AnalyzedInput, block_size: int, outputs: Mapping[str, float]
 ) -> dict[str, float]:
     """Best alignment of each Linear with these blocks; nan if their Sx is not known"""
-    if block_size > data.known_size:
+    if block_size > data.second_moments.shape[-1]:
         return dict.fromkeys(outputs, math.nan)
     root = matrix_power(data.input_moments(block_size), 0.5)
     moments = data.weight_moments(block_size)

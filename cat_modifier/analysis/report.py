@@ -73,14 +73,14 @@ class Report:
         missing = figures.write_figures(self.figures, self.rows, folder)
         versions = {name: version(name) for name in ("cat-modifier", "torch", "transformers")}
         versions["python"] = platform.python_version()
-        has_gpu = torch.cuda.is_available()
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         page = Environment(loader=PackageLoader("cat_modifier.analysis", "."), autoescape=True)
         html = page.get_template("report.html.jinja").render(
             report=self,
-            versions=versions | {"device": torch.cuda.get_device_name() if has_gpu else "CPU"},
+            versions=versions | {"device": device},
             table_format=_NUMBERS | {"border": 0, "classes": "numbers"},
             figures=[
-                (name, " ".join(draw.__doc__.split()), (folder / f"{name}.svg").read_bytes())
+                (name, (draw.__doc__ or "").strip(), (folder / f"{name}.svg").read_bytes())
                 for name, draw in self.figures.items()
                 if name not in missing
             ],

@@ -73,7 +73,6 @@ def diagnose(frame: pd.DataFrame, scheme: Scheme, transform: str) -> pd.DataFram
             if args.num_bits < 8:
                 more = 20 * math.log10((2**8 - 1) / (2**args.num_bits - 1))
                 gains[name] = joint_db(db + more, other) - rows["measured_db"]
-    concentration_loss = losses.max(axis=1)
     losses["alignment"] = rows["achievable_block_db"] - rows["alignment_db"]
     limit = losses.fillna(-math.inf).idxmax(axis=1).where(losses.max(axis=1) >= 1, "bits")
     columns = {
@@ -81,7 +80,7 @@ def diagnose(frame: pd.DataFrame, scheme: Scheme, transform: str) -> pd.DataFram
         "sqnr": rows["measured_db"],
         "noise": noise,
         "limit": limit.mask(rows["measured_db"].isna(), "nothing: no signal"),
-        "concentration_loss": concentration_loss,
+        "concentration_loss": losses.filter(like="concentration").max(axis=1),
         "alignment_loss": losses["alignment"],
         "gain_activations": gains["activations"],
         "gain_weights": gains["weights"],

@@ -22,9 +22,7 @@ from cat_modifier.functional.transform import FusedTransform, compute_transform
 
 __all__ = ["TRANSFORMS", "WHOLE", "AnalysisStatistics", "AnalyzedInput"]
 
-WHOLE = "cat-full"
-"""Name of the transform that needs all of Sx, not only its diagonal blocks"""
-
+WHOLE = "cat-full"  # needs all of Sx, not only its diagonal blocks
 _PRECISION = torch.bfloat16  # of stored transforms, CATModifier's default
 
 
@@ -45,25 +43,22 @@ class AnalysisStatistics(InputStatistics):
 class AnalyzedInput:
     """
     :param shared: an input and the Linears that read it
-    :param statistics: statistics of the input
+    :param second_moments: known diagonal blocks of Sx, of size k, or d if all of Sx is known
+    :param maxima: ``max|x_i|`` of each channel, shape (d,)
     :param block_size: k of CAT
     :param weights: weights by name of the Linear, each of shape (out, d), float32
     """
 
     shared: SharedInput
-    statistics: AnalysisStatistics
+    second_moments: Tensor
+    maxima: Tensor
     block_size: int
     weights: Mapping[str, Tensor]
     _weight_moments: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
-    @property
-    def known_size(self) -> int:
-        """Size of the largest known blocks of Sx: k, or d if all of Sx is known"""
-        return self.statistics.second_moments.mean.shape[-1]
-
     def input_moments(self, block_size: int) -> Tensor:
-        """Diagonal blocks of Sx, shape (d/k, k, k), float64; k divides `known_size`"""
-        blocks = inner_blocks(self.statistics.second_moments.mean, block_size)
+        """Diagonal blocks of Sx, shape (d/k, k, k), float64; k divides the known size"""
+        blocks = inner_blocks(self.second_moments, block_size)
         return blocks.to(self.weights[self.shared.first].device, torch.float64)
 
     def weight_moments(self, block_size: int) -> dict[str, Tensor]:
@@ -93,12 +88,12 @@ def _cat(
 
     def compute(data: AnalyzedInput) -> FusedTransform:
         name, in_features = data.shared.first, data.shared.in_features
-        # blocks of known moments divide the known size
-        bound = block_size or data.block_size
-        bound = choose_layout(name, data.known_size, 1, bound, rotation).block_size
+        # only blocks that divide the known ones have known moments
+        known, bound = data.second_moments.shape[-1], block_size or data.block_size
+        bound = choose_layout(name, known, 1, bound, rotation).block_size
         layout = choose_layout(name, in_features, 1, bound, rotation)
         sx = data.input_moments(layout.block_size)
-        sw = sum(data.weight_moments(layout.block_size).values())
+        sw = sum(data.weight_moments(layout.block_size).values(), torch.zeros_like(sx))
         size = layout.stored_size
         stored = torch.empty(
             in_features // size, size, size, dtype=_PRECISION, device=sx.device
@@ -114,7 +109,7 @@ def _smooth_scaling(data: AnalyzedInput) -> FusedTransform:
     arXiv 2211.10438, equation 4 with its default strength 0.5).
     """
     weights = torch.stack([w.abs().amax(0) for w in data.weights.values()]).amax(0).double()
-    inputs = data.statistics.maxima.to(weights)
+    inputs = data.maxima.to(weights)
     # a channel that is always zero on either side needs no scale
     floor = torch.finfo(torch.float32).tiny
     alive = (inputs > floor) & (weights > floor)
