@@ -16,7 +16,7 @@ from vllm import LLM, SamplingParams
 
 def count_compiled_kernels() -> int:
     """Ours, and not vLLM's"""
-    return sum("cat_modifier" in one.co_filename for one in get_compilation_metrics())
+    return sum("cat_modifier" in (one.co_filename or "") for one in get_compilation_metrics())
 
 
 def main(job: dict, file: Path):
