@@ -256,7 +256,7 @@ def mark_quantization_config(quantization_config: dict[str, Any]) -> dict[str, A
     Mark a quantization config that holds a :class:`CATTransformConfig`, so that readers
     that do not know this package refuse it.
 
-    :param quantization_config: as in ``config.json``
+    :param quantization_config: object of this name in ``config.json``
     :return: a marked copy; the config itself if it holds no CAT transforms
     """
     if not _has_transform(quantization_config):
@@ -275,7 +275,7 @@ def read_quantization_config(
     """
     Split the CAT part off a quantization config.
 
-    :param quantization_config: as in ``config.json``
+    :param quantization_config: object of this name in ``config.json``
     :return: a stock compressed-tensors config, and the transforms; None if the checkpoint
         is no CAT checkpoint
     :raises ValueError: if the config is damaged, or needs a later release

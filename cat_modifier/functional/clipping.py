@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Clipping of activations: a token's range is made a little smaller than its values.
+Clipping of activations: a token's range becomes a little smaller than its values.
 
-The largest of d values grows with d, while most stay where they are: a smaller range rounds
-all values finer, and cuts a few of them off. What a dynamic quantizer finds as the range of a
-clipped token is the range it was clipped to.
+The largest of d values grows with d, while most stay where they are. A smaller range rounds
+all values finer, and cuts a few of them off. A dynamic quantizer finds the clipped range by
+itself.
 """
 
 import torch
@@ -20,8 +20,10 @@ _RATIOS = tuple(percent / 100 for percent in range(100, 58, -2))
 
 def clip_tokens(x: Tensor, ratio: float | Tensor) -> Tensor:
     """
+    Clip each token to a part of its range.
+
     :param x: shape (..., d)
-    :param ratio: of the range of each token to that of its values and zero
+    :param ratio: clipped range over the range of the token's values and zero
     :return: shape and dtype of x
     """
     low = x.amin(-1, keepdim=True).clamp_max(0) * ratio
@@ -33,10 +35,12 @@ def best_clip_ratio(
     x: Tensor, args: QuantizationArgs, token_weights: Tensor | None = None
 ) -> float:
     """
+    Search the ratio of least quantization error, summed over all tokens.
+
     :param x: sample of tokens, shape (tokens, d), floating point
-    :param args: of asymmetric integers with a scale for each token
-    :param token_weights: how much each counts, shape (tokens,)
-    :return: the ratio of the least error, of energies summed over all tokens
+    :param args: quantization to asymmetric integers with a scale for each token
+    :param token_weights: weight of each token, shape (tokens,); None for equal ones
+    :return: ratio in [0.6, 1]
     """
 
     def error(ratio: float) -> float:

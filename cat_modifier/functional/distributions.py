@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Concentration of data from a known distribution: the levels with which that of a model's
-weights and activations is compared.
+Concentration of data from a known distribution, to compare weights and activations with.
 
-A rotation which mixes many channels makes any data nearly normal, and so brings
-concentration near the level of the normal distribution, but rarely beyond it.
+A rotation that mixes many channels makes any data nearly normal. It brings concentration
+near the level of the normal distribution, but rarely beyond it.
 """
 
 from functools import cache
@@ -20,7 +19,7 @@ _GRID = 1500
 
 
 def _laplace_tail(size: int) -> float:
-    """Beyond which fewer than 1e-10 of all samples have a value"""
+    """Find the value that fewer than 1e-10 of all samples exceed"""
     return Laplace(0.0, 1.0).icdf(torch.tensor(1 - 0.5e-10 / size, dtype=torch.float64)).item()
 
 
@@ -37,10 +36,11 @@ def expected_concentration(
     those of ``max(M, 0)^2`` and ``min(m, 0)^2``.
 
     :param distribution: "normal" or "laplace"
-    :param features: d, values of a vector
-    :param symmetric: as in :func:`cat_modifier.functional.sqnr.quantization_range`
-    :param group_size: values which share a range; None if all do. The square of the range
-        is then the mean over the groups, as in
+    :param features: d, number of values of a vector
+    :param symmetric: whether the range is symmetric, as in
+        :func:`cat_modifier.functional.sqnr.quantization_range`
+    :param group_size: number of values that share a range; None if all do. The square of the
+        range is then the mean over the groups, as in
         :func:`cat_modifier.functional.sqnr.concentration`
     :return: a ratio, without a unit
     :raises ValueError: if the distribution is of another kind

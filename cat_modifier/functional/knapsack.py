@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a limited cost lowers noise most"""
+"""Greedy choice of options that lower noise most for a limited cost."""
 
 from collections.abc import Sequence
 
@@ -8,12 +8,13 @@ __all__ = ["spend"]
 
 def spend(options: Sequence[Sequence[tuple[float, float]]], budget: float) -> list[int] | None:
     """
-    Choose an option for each of several units, so that their noise adds up to little: from
-    the cheapest of each, go to what lowers noise most for the cost it adds, until nothing
-    more can be paid.
+    Choose an option for each of several units, so that their noise adds up to little.
 
-    :param options: of each unit, pairs of cost and noise
-    :param budget: for the sum of costs
+    Start from the cheapest options. Go on to the option that lowers noise most for the cost
+    it adds, until nothing more can be paid.
+
+    :param options: pairs of cost and noise, a list for each unit
+    :param budget: limit for the sum of costs
     :return: index of the option of each unit; None if even the cheapest cost more
     """
     chosen = [min(range(len(one)), key=lambda i: one[i]) for one in options]

@@ -139,9 +139,9 @@ def quantize_by_range(x: Tensor, args: QuantizationArgs, ratio: float | Tensor =
     quantized; others have a part of these ranges, or more.
 
     :param x: shape (rows, d)
-    :param args: of integers, or of floats of 4 or 8 bits; see :func:`range_ends`. The global
-        scale of a `tensor_group` that has one is taken of x
-    :param ratio: of the range to that of the values; broadcasts to (rows, d/g)
+    :param args: quantization to integers, or floats of 4 or 8 bits; see :func:`range_ends`. A
+        global scale, as `tensor_group` may have one, is taken of x
+    :param ratio: range over the range of the values; broadcasts to (rows, d/g)
     :return: shape (rows, d), dtype of x
     """
     if x.numel() == 0:
@@ -219,7 +219,7 @@ def achievable_alignment(
     output_energy: float, input_root: Tensor, weight_moments: Tensor
 ) -> float:
     """
-    Best alignment over all invertible transforms of the form of the moments: all matrices,
+    Best alignment over all invertible transforms with the blocks of the second moments: all,
     if these are whole (k = d), else all block-diagonal ones with blocks of size k.
 
     ``A* = E||W x||^2 / (sum_i ||W_i Sx_ii^(1/2)||_*)^2`` with the nuclear norm ``||.||_*``
@@ -250,7 +250,7 @@ def predicted_sqnr(
     on each value, with ``N(b) = 2^b - 1`` intervals, gives ``12 N(b)^2 C A`` for weights and
     for activations [lemmas 2.2, 2.3]; both together, their parallel sum [lemma 2.1].
 
-    :param weight_bits: of integers; None if weights are not quantized
+    :param weight_bits: bits of a weight; None if weights are not quantized
     :param activation_bits: the same of activations
     :return: inf where nothing is quantized; nan for zero weights or inputs
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which modules are decoding layers, as llm-compressor sees it"""
+"""Decoding layers of a model, as llm-compressor finds them."""
 
 from compressed_tensors import match_named_modules
 from llmcompressor.utils.pytorch import infer_sequential_targets
@@ -10,7 +10,9 @@ __all__ = ["find_decoding_layers"]
 
 def find_decoding_layers(model: Module) -> dict[str, Module]:
     """
-    :return: by name, in the order of the model
+    Find the decoding layers.
+
+    :return: modules by full name, in the order of the model
     :raises ValueError: if the model does not say which they are
     """
     layers = {}

@@ -82,7 +82,8 @@ class TransformRegistry:
         Rename Linears. vLLM asks for it again for nested models, whose layers it may have
         made already: names of Linears that are part of a layer stay.
 
-        :param map_name: from an old name to a new one; None for a part that vLLM leaves out
+        :param map_name: function from an old name to a new one; None for a part that vLLM
+            leaves out
         """
         for one in self._inputs:
             mapped = [x if x in self._claimed else map_name(x) for x in one.names]

@@ -2,8 +2,7 @@
 """CATModifier: its options and its lifecycle."""
 
 from collections.abc import Sized
-from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tqdm
@@ -148,8 +147,8 @@ class CATModifier(Modifier):
     rotation: Literal["hadamard", "block-hadamard", "eigen-hadamard", "none"] = "hadamard"
     alignment_strength: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
     dampening_frac: float = Field(default=DEFAULT_DAMPENING_FRAC, gt=0.0, allow_inf_nan=False)
-    targets: str | list[str] = Field(default_factory=lambda: ["Linear"])
-    ignore: str | list[str] = Field(default_factory=lambda: list(DEFAULT_IGNORE))
+    targets: list[str] = Field(default_factory=lambda: ["Linear"])
+    ignore: list[str] = Field(default_factory=lambda: list(DEFAULT_IGNORE))
     mappings: list[list[str]] | None = None
     fuse_attention: bool = True
     clip_activations: bool = True
@@ -160,8 +159,8 @@ class CATModifier(Modifier):
     _linears: dict[str, Linear] = PrivateAttr(default_factory=dict)
     _layers: dict[str, Module] = PrivateAttr(default_factory=dict)
     _value_projections: dict[str, ValueProjection] = PrivateAttr(default_factory=dict)
-    _collector: InputCollector[InputStatistics] | None = PrivateAttr(default=None)
-    _config: CATTransformConfig | None = PrivateAttr(default=None)
+    _collector: InputCollector[InputStatistics] = PrivateAttr()
+    _config: CATTransformConfig = PrivateAttr()
     _finished: set[Module] = PrivateAttr(default_factory=set)
     _transformed: set[str] = PrivateAttr(default_factory=set)
     _is_resident: bool = PrivateAttr(default=False)
@@ -254,7 +253,7 @@ class CATModifier(Modifier):
             )
         self._rotate_unseen(state)
         setattr(state.model, TRANSFORM_CONFIG_NAME, self._config)
-        self._collector = None
+        del self._collector
 
     def on_finalize(self, state: State, **kwargs) -> bool:
         for linear in self._linears.values():
@@ -282,7 +281,7 @@ class CATModifier(Modifier):
     def _find_value_projections(self, state: State) -> dict[str, ValueProjection]:
         """Find them on one batch; those that all ranks agree on"""
         # one and the same batch: by default, oneshot shuffles the data anew for each pass
-        batch = next(islice(state.data.calib, 1))
+        batch = next(iter(state.data.calib or ()))
         found = find_value_projections(
             state.model, self._linears, lambda: run_batch(state, batch)
         )
@@ -311,11 +310,13 @@ class CATModifier(Modifier):
         def mask_hook(module: Module, args: tuple, kwargs: dict):
             collector.set_attention_mask(state.current_batch_idx, kwargs.get("attention_mask"))
 
+        # its type hint says that hooks take one argument
+        register: Any = self.register_hook
         for module in state.model.modules():
             if module in names:
-                self.register_hook(module, input_hook, "forward_pre")
+                register(module, input_hook, "forward_pre")
             elif any(child in names for child in module.modules()):
-                self.register_hook(module, mask_hook, "forward_pre", with_kwargs=True)
+                register(module, mask_hook, "forward_pre", with_kwargs=True)
         return collector
 
     def _shards(self, state: State, shared: SharedInput) -> int:
@@ -396,8 +397,8 @@ class CATModifier(Modifier):
             self._transformed.update(one.source.names)
             if is_source_process():
                 log_transform(one)
-        if plan.overhead is not None and is_source_process():
-            log_overhead(unit.layer, plan.overhead, self.max_overhead)
+        if plan.overhead is not None and self.max_overhead and is_source_process():
+            log_overhead(unit.layer or "", plan.overhead, self.max_overhead)
 
     def _rotate_unseen(self, state: State):
         """Rotate Linears that saw no tokens, such as unused experts, without alignment"""

@@ -3,18 +3,14 @@
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
-from compressed_tensors.quantization import (
-    QuantizationArgs,
-    QuantizationStrategy,
-    QuantizationType,
-)
 from compressed_tensors.utils import get_execution_device
-from torch.nn import Linear
 
 from cat_modifier.calibration.attention import ValueProjection
 from cat_modifier.calibration.collector import InputStatistics
 from cat_modifier.calibration.shared_inputs import SharedInput
+from cat_modifier.checkpoint.integers import suits_clipping
 from cat_modifier.functional.layout import TransformLayout
 from cat_modifier.modifiers.cat.plan import InputToPlan
 
@@ -102,7 +98,7 @@ def describe_input(
         value_projection=value_projection,
         # a recipe of CATModifier alone says nothing: it may be quantized later
         is_quantized=any(schemes) or not is_anything_quantized,
-        is_clippable=_is_clippable(shared.linears),
+        is_clippable=_is_clippable(schemes),
     )
     changes: dict = {}
     if schemes[0] is not None:
@@ -110,28 +106,17 @@ def describe_input(
         changes["activation_args"] = schemes[0].input_activations
     if statistics is not None:
         device = get_execution_device(shared.linears[shared.first])
-        moments, sample = statistics.second_moments, statistics.sample
-        changes["second_moments"] = moments.mean.to(device)
-        changes["token_count"] = moments.count
+        second_moments, sample = statistics.second_moments, statistics.sample
+        if second_moments.mean is not None:
+            changes["second_moments"] = second_moments.mean.to(device)
+        changes["token_count"] = second_moments.count
         if sample.tokens is not None:
             changes["tokens"] = sample.tokens.to(device)
             changes["token_weights"] = sample.weights.to(device)
     return replace(one, **changes)
 
 
-def _is_clippable(linears: Mapping[str, Linear]) -> bool:
-    """
-    Whether all Linears quantize their input alike, to asymmetric integers with a dynamic
-    scale for each token.
-    """
-    schemes = [getattr(one, "quantization_scheme", None) for one in linears.values()]
-    inputs: list[QuantizationArgs | None] = [one and one.input_activations for one in schemes]
-    return all(
-        args is not None
-        and args == inputs[0]
-        and args.type == QuantizationType.INT
-        and args.strategy == QuantizationStrategy.TOKEN
-        and args.dynamic is True
-        and not args.symmetric
-        for args in inputs
-    )
+def _is_clippable(schemes: list[Any]) -> bool:
+    """Whether all Linears quantize their input alike, in a way that allows clipping"""
+    inputs = [scheme and scheme.input_activations for scheme in schemes]
+    return all(args == inputs[0] and suits_clipping(args) for args in inputs)

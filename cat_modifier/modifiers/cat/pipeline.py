@@ -41,7 +41,7 @@ def register():
         return infer(modifiers)
 
     infer_pipeline.infers_basic = True  # type: ignore[attr-defined]
-    CalibrationPipeline._infer_pipeline = staticmethod(infer_pipeline)
+    CalibrationPipeline._infer_pipeline = staticmethod(infer_pipeline)  # type: ignore[method-assign]
 
 
 def is_resident(model: Module) -> bool:
@@ -69,6 +69,6 @@ def run_batch(state: State, batch: Any):
 
     :param batch: keyword arguments of the model
     """
-    device = get_execution_device(state.model)
+    batch = tensors_to_device(batch, get_execution_device(state.model))
     with calibration_forward_context(state.model), DisableQuantization(state.model):
-        state.model(**tensors_to_device(batch, device))
+        state.model(**batch)

@@ -135,12 +135,10 @@ def warn_if_not_served(linears: Mapping[str, Linear]):
     """Warn once, of the first Linear whose integers vLLM may have no kernel for"""
     for name, linear in linears.items():
         scheme = getattr(linear, "quantization_scheme", None)
-        args = getattr(scheme, "weights", None), getattr(scheme, "input_activations", None)
-        if (
-            is_integer(*args)
-            and min(quantization.num_bits for quantization in args) < 8
-            and not suits_int8_product(*args)
-        ):
+        if scheme is None or suits_int8_product(scheme.weights, scheme.input_activations):
+            continue
+        args = scheme.weights, scheme.input_activations
+        if is_integer(*args) and min(one.num_bits for one in args) < 8:
             logger.warning(
                 f"{name} and others will load in Transformers, but vLLM may not serve "
                 f"them: {INT8_PRODUCT_RULE}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CATTrainingModifier, which trains the transforms that CATModifier has inserted"""
+"""CATTrainingModifier: trains the transforms that CATModifier has inserted."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,18 +37,18 @@ from cat_modifier.modifiers.decoding_layers import find_decoding_layers
 __all__ = ["CATTrainingModifier"]
 
 _HELD_OUT = 8
-"""One of so many samples is for early stopping, not for training"""
+"""One of this many samples is held out for early stopping"""
 
 
 class CATTrainingModifier(Modifier):
     """
     Trains the transforms of a CATModifier, the trained variant of CAT (arXiv 2603.04359).
 
-    Layer by layer, corrections of the transforms are fitted by gradient descent, so that the
-    quantized layer, fed by the quantized layers before it, returns what the layer of the
-    original model does. Transforms keep their form: serving costs the same. As before, their
-    inverses go into the weights. Put it between CATModifier and a QuantizationModifier or
-    GPTQModifier, whose scheme is what it trains for.
+    Corrections of the transforms are fitted by gradient descent, layer by layer: the
+    quantized layer, fed by the quantized layers before it, learns to return what the original
+    layer does. Transforms keep their form, so that serving costs the same. Their inverses are
+    fused into the weights. Put it between CATModifier and a QuantizationModifier or
+    GPTQModifier, and it trains for the scheme of that modifier.
 
     Sample yaml:
     ```yaml
@@ -72,28 +72,28 @@ class CATTrainingModifier(Modifier):
     Lifecycle:
 
     - on_initialize
-        - refuse a recipe without a CATModifier before
+        - check that a CATModifier comes before
     - on_calibration_start
-        - refuse what cannot be trained for
-        - hook the decoding layers, to capture what they are called with
+        - check that the schemes can be trained for
+        - hook the decoding layers, to capture the arguments of their calls
     - on_sequential_epoch_end
         - train the transforms of each decoding layer of the subgraph, put them in place, and
-          compute what the quantized layer returns
+          compute the output of the quantized layer
     - on_calibration_end
-        - remove hooks; refuse to go on if a layer could not be trained
+        - remove hooks; fail if a layer could not be trained
 
-    Inputs and outputs of a layer, of all calibration data, are held on the device that
-    computes, and its weights a few times in float32.
+    The device that computes holds inputs and outputs of a layer for all calibration data, and
+    the layer's weights a few times in float32.
 
-    :param steps: of gradient descent for each layer, at most
-    :param batch_size: batches of the calibration data in a step
-    :param learning_rate: of Adam at the start; decays to 0 as a cosine
-    :param patience: evaluations without progress after which a layer is left; the error on
-        held-out samples, an eighth of all, is evaluated ten times at most. The transforms
-        of least error are kept: if no step improves on CATModifier's, those
-    :param checkpoint_dir: folder in which the corrections of each trained layer are kept.
-        If a run is repeated with the same one, layers found there are not trained again. The
-        data must come in the same order: pass `shuffle_calibration_samples=False` to oneshot
+    :param steps: steps of gradient descent for each layer, at most
+    :param batch_size: batches of the calibration data per step
+    :param learning_rate: learning rate of Adam at the start; decays to 0 as a cosine
+    :param patience: evaluations without progress after which a layer is left. The error on
+        held-out samples, an eighth of all, is evaluated ten times at most. The transforms of
+        least error are kept: CATModifier's, if no step improves on them
+    :param checkpoint_dir: folder for the corrections of each trained layer. A repeated run
+        does not train the layers again that it finds there. The data must come in the same
+        order: pass `shuffle_calibration_samples=False` to oneshot
     """
 
     requires_calibration_data: bool = True
@@ -157,7 +157,7 @@ class CATTrainingModifier(Modifier):
         self._inputs = {
             name: [one for one in inputs if one.first.startswith(f"{name}.")] for name in layers
         }
-        # of a vision tower, there may be others, but layers of one class follow each other
+        # a vision tower has other layers, but those of one class follow each other
         classes = {
             type(layers[name])
             for name, own in self._inputs.items()
@@ -187,7 +187,7 @@ class CATTrainingModifier(Modifier):
     ):
         for layer, name in self._names.items():
             if layer in modules and name in self._calls:
-                with HooksMixin.disable_hooks():  # of capturing
+                with HooksMixin.disable_hooks():  # training must not be captured
                     self._train(layer, name, self._calls.pop(name))
                 self._trained.add(name)
 
@@ -210,7 +210,7 @@ class CATTrainingModifier(Modifier):
     def _train(self, layer: Module, name: str, calls: list[tuple[tuple, dict[str, Any]]]):
         if len(calls) < 2:
             raise ValueError(
-                "CATTrainingModifier needs two batches of calibration data at least, one to "
+                "CATTrainingModifier needs at least two batches of calibration data, one to "
                 "train on and one to stop by"
             )
         samples = self._make_samples(layer, name, calls)
@@ -264,7 +264,7 @@ class CATTrainingModifier(Modifier):
         return samples
 
     def _follows(self, hidden: Tensor) -> bool:
-        """Whether a layer gets what the one before returned, up to rounding to 16 bits"""
+        """Whether a layer's input is the output of the layer before, up to 16-bit rounding"""
         expected = self._expected
         if hidden.shape != expected.shape:
             return False
@@ -302,7 +302,7 @@ class CATTrainingModifier(Modifier):
 
 @contextmanager
 def _without_gradients(module: Module) -> Iterator[None]:
-    """For the parameters of the module, as of norms, which stay as they are"""
+    """Freeze the parameters of a module, such as norms, meanwhile"""
     parameters = [one for one in module.parameters() if one.requires_grad]
     for one in parameters:
         one.requires_grad_(False)
@@ -314,7 +314,7 @@ def _without_gradients(module: Module) -> Iterator[None]:
 
 
 def _find_inputs(model: Module, config: CATTransformConfig) -> list[LayerInput]:
-    """All inputs that have a transform, and those of Linears which are quantized alone"""
+    """Find all inputs with a transform, and those of Linears that are only quantized"""
     linears = {n: one for n, one in model.named_modules() if isinstance(one, Linear)}
 
     def value_projection(name: str) -> ValueProjection | None:

@@ -2,11 +2,11 @@
 """
 Quantization with a gradient.
 
-What rounding adds to values is noise which does not depend on them, but for its size: the
-intervals grow with the range. So values have the gradient of a straight-through estimator
-(arXiv 1308.3432), and the ends of the range that of noise in proportion to it (as the step
-size of arXiv 1902.08153), by which training learns to make ranges small. Floats near zero are
-rounded so, too; the intervals of others grow with the value itself, and with it their noise.
+Rounding adds noise to values. The noise grows with the range, and otherwise does not depend
+on the values. So values have the gradient of a straight-through estimator (arXiv 1308.3432),
+and the ends of the range have the gradient of noise in proportion to the range (as the step
+size of arXiv 1902.08153): training learns to make ranges small. The same holds for floats
+near zero. The noise of larger floats grows with the value itself.
 """
 
 import torch
@@ -22,10 +22,12 @@ __all__ = ["quantize_activations", "quantize_weight", "range_ratio"]
 
 def quantize_activations(x: Tensor, args: QuantizationArgs, clip_ratio: float = 1.0) -> Tensor:
     """
+    Quantize activations, differentiable.
+
     :param x: shape (..., d), float32
-    :param args: of integers or symmetric floats whose ranges are found at run time. A global
-        scale, as NVFP4 has one, is that of these values, not of all which were calibrated on
-    :param clip_ratio: of the range of each token to that of its values
+    :param args: quantization to integers or symmetric floats with dynamic ranges. A global
+        scale, as NVFP4 has one, is taken of these values, not of all calibration data
+    :param clip_ratio: clipped range of a token over the range of its values
     :return: shape of x
     """
     return _quantize(x.flatten(0, -2), args, clip_ratio).view_as(x)
@@ -33,10 +35,12 @@ def quantize_activations(x: Tensor, args: QuantizationArgs, clip_ratio: float = 
 
 def quantize_weight(weight: Tensor, args: QuantizationArgs, ratio: Tensor) -> Tensor:
     """
+    Quantize a weight, differentiable.
+
     :param weight: shape (out, d), float32
-    :param args: of integers or symmetric floats, with a scale for each row or for each group
-        of a row. A global scale, as NVFP4 has one, is that of this weight alone, where
-        llm-compressor has one for those which serving engines merge
+    :param args: quantization to integers or symmetric floats, with a scale for each row or
+        each group of a row. A global scale, as NVFP4 has one, is taken of this weight alone;
+        llm-compressor has one for all weights that serving engines merge
     :param ratio: see :func:`range_ratio`
     :return: shape (out, d)
     """
@@ -45,11 +49,11 @@ def quantize_weight(weight: Tensor, args: QuantizationArgs, ratio: Tensor) -> Te
 
 def range_ratio(weight: Tensor, args: QuantizationArgs) -> Tensor:
     """
-    What the observer of a recipe makes of the ranges of a weight.
+    Compute the ranges that the observer of a recipe gives to a weight.
 
     :param weight: shape (out, d)
     :param args: see :func:`quantize_weight`
-    :return: of the width of each range to that of its values, shape (out, d/g)
+    :return: width of each range over the width of its values, shape (out, d/g)
     """
     name = args.observer or "memoryless_minmax"
     observer = Observer.load_from_registry(name, base_name="weight", args=args.model_copy())
@@ -80,8 +84,8 @@ def _last(ratio: float | Tensor) -> float | Tensor:
 
 def _uniform_part(args: QuantizationArgs) -> float:
     """
-    How far from zero intervals of floats are of one size, relative to the largest value: as
-    far as twice the least normal number. With scales that are powers of two, on average.
+    Compute the distance from zero up to which floats have intervals of one size, relative to
+    the largest value: twice the least normal number. On average, if scales are powers of two.
     """
     data = {4: FP4_E2M1_DATA, 8: FP8_E4M3_DATA}[args.num_bits]
     least_normal = 2.0 ** (2 - 2 ** (data.exponent - 1))

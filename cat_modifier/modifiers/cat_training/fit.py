@@ -38,10 +38,11 @@ class Sample:
 @dataclass(frozen=True)
 class Training:
     """
-    :param corrections: of the least error on held-out samples, by the owner of the input
-    :param before: that error without corrections, relative to the energy of each token
-    :param after: that error
-    :param steps: which were made
+    :param corrections: corrections of least error on held-out samples, by the first Linear of
+        the input
+    :param before: error without corrections, relative to the energy of each token
+    :param after: error with corrections
+    :param steps: number of steps
     """
 
     corrections: dict[str, Tensor]
@@ -74,7 +75,7 @@ def fit(
     :param held_out: to choose the corrections by
     :param steps: at most
     :param batch_size: samples of a step
-    :param learning_rate: of Adam; decays to 0 as a cosine
+    :param learning_rate: learning rate of Adam; decays to 0 as a cosine
     :param patience: evaluations without progress, of at most ten, after which to stop
     :param on_step: is called after each step
     :raises ValueError: if the error of the layer is not finite before the first step

@@ -2,9 +2,9 @@
 """
 A decoding layer whose transforms can be corrected.
 
-The transform ``T`` of an input becomes ``R T`` with a correction ``R``, block-diagonal as T
-is, which starts as the identity. A Linear of weight ``W T^-1`` becomes ``W T^-1 R^-1``, so
-that the layer computes the same, but for quantization. An outer Hadamard product stays
+The transform ``T`` of an input becomes ``R T``. The correction ``R`` is block-diagonal as T
+is, and starts as the identity. The weight ``W T^-1`` of a Linear becomes ``W T^-1 R^-1``, so
+that the layer computes the same but for quantization. The online Hadamard matrix stays
 between the two: ``H R T`` and ``W T^-1 R^-1 H^T``.
 """
 
@@ -52,7 +52,7 @@ class LayerInput:
 
     @property
     def correction_shape(self) -> tuple[int, int, int] | None:
-        """Of R; None if there is no transform to correct"""
+        """Shape of R; None if there is no transform to correct"""
         if self.value_projection is not None:
             size = self.value_projection.head_dim
             features = self.linears[self.first].in_features
@@ -79,9 +79,11 @@ class LayerTensors:
 
 class TrainableLayer:
     """
+    The tensors of a decoding layer, with and without corrections.
+
     :param layer: the module
-    :param name: of it in the model
-    :param inputs: of all Linears which are quantized or transformed
+    :param name: full name of the module
+    :param inputs: inputs of all Linears that are quantized or transformed
     """
 
     def __init__(self, layer: Module, name: str, inputs: list[LayerInput]):
@@ -96,8 +98,8 @@ class TrainableLayer:
                     matrix = online_hadamard(transform.scheme, weight.device)
                     if matrix is not None:
                         self._hadamard[one.first] = matrix
-                        stride = transform.scheme.interleave
-                        weight = apply_hadamard(weight, matrix.mT, stride)
+                        interleave = transform.scheme.interleave
+                        weight = apply_hadamard(weight, matrix.mT, interleave)
                 self.base.weights[linear_name] = weight
                 if linear.bias is not None:
                     self.base.biases[linear_name] = linear.bias.detach().float()
@@ -105,7 +107,7 @@ class TrainableLayer:
                 self.base.blocks[one.first] = transform.weight.detach().float()
 
     def identity(self) -> dict[str, Tensor]:
-        """Corrections which change nothing, by the owner of the input, float32"""
+        """Make corrections that change nothing, by the first Linear of the input, float32"""
         corrections = {}
         for one in self.inputs:
             if one.correction_shape is not None:
@@ -116,8 +118,9 @@ class TrainableLayer:
 
     def correct(self, corrections: Mapping[str, Tensor]) -> LayerTensors:
         """
-        :param corrections: R, by the owner of the input
-        :return: of the layer with them, differentiable
+        Compute the tensors of the layer with corrections, differentiable.
+
+        :param corrections: R by the first Linear of the input
         """
         base, tensors = self.base, LayerTensors(biases=dict(self.base.biases))
         for one in self.inputs:
@@ -125,7 +128,7 @@ class TrainableLayer:
             weights = {name: base.weights[name] for name in one.linears}
             blocks = base.blocks.get(one.first)
             if correction is not None:
-                # one that became singular gives infinities, and an error which is seen
+                # a singular correction gives infinities, and so an error that is noticed
                 inverse = torch.linalg.inv_ex(correction)[0]
                 if one.value_projection is not None:
                     inverse = inverse.repeat_interleave(one.value_projection.repeats, 0)
@@ -148,11 +151,10 @@ class TrainableLayer:
         matrix = self._hadamard.get(one.first)
         if matrix is None:
             return weight
-        stride = one.transform.scheme.interleave
-        return apply_hadamard(weight, matrix.to(weight), stride)
+        return apply_hadamard(weight, matrix.to(weight), one.transform.scheme.interleave)
 
     def range_ratios(self, tensors: LayerTensors) -> dict[str, Tensor]:
-        """Of the weights which are quantized, by name: see :func:`range_ratio`"""
+        """Compute :func:`range_ratio` of each quantized weight, by name"""
         with torch.no_grad():
             return {
                 name: range_ratio(tensors.weights[name], args)
@@ -160,7 +162,7 @@ class TrainableLayer:
             }
 
     def quantize(self, tensors: LayerTensors, ratios: Mapping[str, Tensor]) -> LayerTensors:
-        """With quantized weights, differentiable"""
+        """Quantize the weights, differentiable"""
         weights = dict(tensors.weights)
         for name, args in self._weight_args().items():
             weights[name] = quantize_weight(weights[name], args, ratios[name])
@@ -178,8 +180,11 @@ class TrainableLayer:
     @contextmanager
     def computing_with(self, tensors: LayerTensors) -> Iterator[Module]:
         """
-        :param tensors: of which weights are used as they are, and inputs are quantized
-        :return: the layer, whose Linears are exchanged meanwhile
+        Exchange the Linears of the layer meanwhile.
+
+        :param tensors: tensors to compute with. Weights are used as they are, and inputs are
+            quantized
+        :return: the layer
         """
         replaced = []
         for one in self.inputs:
@@ -212,7 +217,7 @@ def _correct_values(tensors: LayerTensors, linear: str, correction: Tensor):
 
 
 class _InputStep:
-    """Transform and quantization of an input, done once for all Linears which read it"""
+    """Transform and quantization of an input, computed once for all Linears that read it"""
 
     def __init__(
         self, transform: CATTransform | None, blocks: Tensor | None, hadamard: Tensor | None

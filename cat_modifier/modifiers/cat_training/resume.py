@@ -26,7 +26,7 @@ _ARGUMENTS = {
     "observer",
     "observer_kwargs",
 }
-"""Those of quantization which training depends on: the same for GPTQ and for rounding"""
+"""Arguments of quantization that training depends on: the same for GPTQ and for rounding"""
 
 _TOLERANCE = 0.01
 """Relative difference between transforms in closed form, and between the sizes of tokens, of
@@ -37,8 +37,8 @@ class CorrectionStore:
     """
     A folder with a file for each layer.
 
-    :param folder: is made if it does not exist
-    :param settings: of the training, for JSON
+    :param folder: folder, made if it does not exist
+    :param settings: settings of the training, for JSON
     """
 
     def __init__(self, folder: str | os.PathLike, settings: dict[str, Any]):
@@ -84,8 +84,8 @@ class CorrectionStore:
 
     def load(self, layer: TrainableLayer, targets: list[Tensor]) -> dict[str, Tensor] | None:
         """
-        :param targets: as in :meth:`save`
-        :return: corrections by the owner of the input; None if the layer is not there
+        :param targets: outputs, see :meth:`save`
+        :return: corrections by the first Linear of the input; None if the layer is not there
         :raises ValueError: if what is there is damaged, or was trained otherwise
         """
         path = self._path(layer)
