@@ -179,8 +179,10 @@ class CATTrainingModifier(Modifier):
             kwargs = {k: None if isinstance(v, Cache) else v for k, v in kwargs.items()}
             self._calls.setdefault(self._names[layer], []).append((args, kwargs))
 
+        # its type hint says that hooks take one argument
+        register: Any = self.register_hook
         for layer in self._names:
-            self.register_hook(layer, capture, "forward_pre", with_kwargs=True)
+            register(layer, capture, "forward_pre", with_kwargs=True)
 
     def on_sequential_epoch_end(
         self, state: State, event: Event, modules: list[Module], **kwargs
@@ -266,7 +268,7 @@ class CATTrainingModifier(Modifier):
     def _follows(self, hidden: Tensor) -> bool:
         """Whether a layer's input is the output of the layer before, up to 16-bit rounding"""
         expected = self._expected
-        if hidden.shape != expected.shape:
+        if expected is None or hidden.shape != expected.shape:
             return False
         error = (hidden - expected).float().norm(dim=-1) / expected.float().norm(dim=-1)
         return error.median().item() < 0.05
@@ -321,9 +323,9 @@ def _find_inputs(model: Module, config: CATTransformConfig) -> list[LayerInput]:
         if name not in config.fused:
             return None
         values = config.fused[name]
-        head_dim = model.get_submodule(name.rpartition(".")[0]).head_dim
+        attention: Any = model.get_submodule(name.rpartition(".")[0])
         repeats = linears[name].in_features // linears[values].out_features
-        return ValueProjection(values, head_dim, repeats)
+        return ValueProjection(values, attention.head_dim, repeats)
 
     inputs = [
         LayerInput(
@@ -384,6 +386,7 @@ def _insert(trainable: TrainableLayer, corrections: dict[str, Tensor]) -> Traina
             continue
         correction = corrections[one.first].double()
         if one.value_projection is None:
+            assert one.transform is not None and one.transform.weight is not None
             # the correction of what is stored: the product with the weights stays exact
             before = one.transform.weight.detach().double()
             after = (correction @ before).to(one.transform.weight.dtype)

@@ -11,6 +11,7 @@ between the two: ``H R T`` and ``W T^-1 R^-1 H^T``.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
@@ -58,7 +59,8 @@ class LayerInput:
             features = self.linears[self.first].in_features
             return (features // size // self.value_projection.repeats, size, size)
         if self.transform is not None and self.transform.weight is not None:
-            return tuple(self.transform.weight.shape)
+            count, size, _ = self.transform.weight.shape
+            return (count, size, size)
         return None
 
 
@@ -149,7 +151,7 @@ class TrainableLayer:
 
     def _rotate(self, one: LayerInput, weight: Tensor) -> Tensor:
         matrix = self._hadamard.get(one.first)
-        if matrix is None:
+        if matrix is None or one.transform is None:
             return weight
         return apply_hadamard(weight, matrix.to(weight), one.transform.scheme.interleave)
 
@@ -169,13 +171,12 @@ class TrainableLayer:
         return LayerTensors(weights, tensors.biases, tensors.blocks)
 
     def _weight_args(self) -> dict[str, QuantizationArgs]:
-        return {
-            name: linear.quantization_scheme.weights
+        schemes: dict[str, Any] = {
+            name: getattr(linear, "quantization_scheme", None)
             for one in self.inputs
             for name, linear in one.linears.items()
-            if getattr(linear, "quantization_scheme", None) is not None
-            and linear.quantization_scheme.weights is not None
         }
+        return {name: one.weights for name, one in schemes.items() if one and one.weights}
 
     @contextmanager
     def computing_with(self, tensors: LayerTensors) -> Iterator[Module]:

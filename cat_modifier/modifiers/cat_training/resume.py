@@ -52,7 +52,7 @@ class CorrectionStore:
         schemes = {}
         for linears in (one.linears for one in layer.inputs):
             for name, linear in linears.items():
-                scheme = linear.quantization_scheme
+                scheme: Any = linear.quantization_scheme
                 schemes[name] = [
                     args and args.model_dump(mode="json", include=_ARGUMENTS)
                     for args in (scheme.weights, scheme.input_activations)
