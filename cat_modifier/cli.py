@@ -98,7 +98,14 @@ def analyze(
             metavar="PATTERN",
             help="Linears to leave out: name, class or re: pattern. Repeat for several.",
         ),
-    ] = ["re:.*lm_head", "re:.*vision.*", "re:.*visual.*"],  # noqa: B006
+    ] = [  # noqa: B006
+        "re:.*lm_head",
+        r"re:.*(score|classifier)(\..*)?$",
+        "re:.*router.*",
+        "re:.*gate$",
+        "re:.*(vision|visual|audio).*",
+        "re:.*projector.*",
+    ],
 ):
     """
     Show what limits the accuracy of each Linear.

@@ -10,6 +10,7 @@ commute with a matrix. So nothing is concluded from names. The output of each Li
 multiplied by a matrix per head, and the inputs of the others are compared.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,10 @@ _TOLERANCE_OF_ALL = 0.2
 
 _TOKENS = 1024
 """Number of tokens to compare"""
+
+_MAX_RUNS = 16
+"""Number of runs to find layers that share values; those that are not tested then count as
+sharing"""
 
 
 @dataclass(frozen=True)
@@ -79,30 +84,34 @@ def find_value_projections(
             handles.append(module.register_forward_hook(hook, with_kwargs=True))
         if hooks:
             run()
-    if found and not _is_all_there_is(linears, found, run):
+    readers = Counter(projection.linear for projection in found.values())
+    alone = {name: one for name, one in found.items() if readers[one.linear] == 1}
+    kept = _read_by_nothing_else(linears, alone, run) if alone else {}
+    if shared := [name for name in found if name not in kept]:
         logger.warning(
-            "Some values of attention are read by more than its output projections, for "
-            "example where layers share them: no transform is fused into v_proj"
+            "The values of attention are read by more than its output projection, as where "
+            "layers share them: the transforms before these are not fused into v_proj: "
+            f"{', '.join(shared)}"
         )
-        return {}
-    return found
+    return kept
 
 
-def _is_all_there_is(
+def _read_by_nothing_else(
     linears: Mapping[str, Linear], found: Mapping[str, ValueProjection], run: Callable[[], None]
-) -> bool:
-    """Whether scaling v_proj and undoing it before o_proj leaves the model unchanged"""
-    if len({heads.linear for heads in found.values()}) < len(found):
-        return False
+) -> dict[str, ValueProjection]:
+    """
+    Keep those for which scaling v_proj and undoing it before o_proj leaves the model unchanged.
+    Halves that change it are halved again, so that few layers that share values cost few runs.
+    """
 
-    def last_input(multiplied: bool) -> Tensor:
+    def last_input(found: Mapping[str, ValueProjection]) -> Tensor:
         last = {}
 
         def remember(linear: Linear, inputs: tuple):
             last["input"] = inputs[0]
 
         with torch.no_grad(), _hooks() as handles:
-            for name, heads in found.items() if multiplied else ():
+            for name, heads in found.items():
                 value = linears[heads.linear]
                 matrices = _matrices(value, heads.head_dim)
                 back = torch.linalg.inv(matrices).repeat_interleave(heads.repeats, 0)
@@ -113,7 +122,19 @@ def _is_all_there_is(
             run()
         return _some_tokens(last["input"])
 
-    return _error(last_input(multiplied=True), last_input(multiplied=False)) < _TOLERANCE_OF_ALL
+    expected = last_input({})
+    kept: dict[str, ValueProjection] = {}
+    untested = [list(found)]
+    for _ in range(_MAX_RUNS):
+        if not untested:
+            break
+        names = untested.pop()
+        if _error(last_input({n: found[n] for n in names}), expected) < _TOLERANCE_OF_ALL:
+            kept |= {name: found[name] for name in names}
+        elif len(names) > 1:
+            half = len(names) // 2
+            untested += [names[:half], names[half:]]
+    return {name: found[name] for name in found if name in kept}
 
 
 def _matrices(linear: Linear, head_dim: int) -> Tensor:
@@ -164,6 +185,15 @@ class _Probe:
         if self.is_done:
             return
         self.is_done = True
+        try:
+            self._probe(module, args, kwargs)
+        except (RuntimeError, TypeError, ValueError, AttributeError, KeyError) as error:
+            logger.warning(
+                f"No transform is fused into the values of {type(module).__name__}, which "
+                f"cannot be called a second time: {error}"
+            )
+
+    def _probe(self, module: Module, args: tuple, kwargs: dict[str, Any]):
         # a cache would be filled twice when the module runs again
         kwargs = {k: None if isinstance(v, Cache) else v for k, v in kwargs.items()}
         run = partial(module, *args, **kwargs)

@@ -77,6 +77,7 @@ class InputCollector(Generic[StatisticsType]):
         self.observer = SharedInputObserver(linears)
         self._new_statistics = new_statistics
         self._masks: dict[int, Tensor] = {}
+        self._certain: set[int] = set()
         # by the first Linear that was called, which may not stay the first of its input
         self._statistics: dict[str, StatisticsType] = {}
 
@@ -89,8 +90,14 @@ class InputCollector(Generic[StatisticsType]):
             be read changes nothing
         """
         mask = padding_mask(attention_mask)
-        if mask is not None:
-            self._masks[batch] = mask
+        if mask is None:
+            return
+        # that of the data is certain, those that models make of it have to be read
+        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+            self._certain.add(batch)
+        elif batch in self._certain:
+            return
+        self._masks[batch] = mask
 
     def observe(self, name: str, x: Tensor, batch: int):
         """
@@ -119,10 +126,11 @@ class InputCollector(Generic[StatisticsType]):
         return [one for one in self.observer.inputs if self._key(one) is not None]
 
     def take(self, shared: SharedInput) -> StatisticsType:
-        """Hand over the statistics of a pending input and forget them"""
+        """Hand over the statistics of a pending input, which no further Linear may join"""
         key = self._key(shared)
         if key is None:
             raise KeyError(shared.first)
+        shared.is_closed = True
         return self._statistics.pop(key)
 
     def _key(self, shared: SharedInput) -> str | None:

@@ -16,8 +16,16 @@ from torch.nn import Linear
 
 __all__ = ["DEFAULT_IGNORE", "SharedInput", "SharedInputObserver", "padding_mask"]
 
-DEFAULT_IGNORE = ("re:.*lm_head", "re:.*vision.*", "re:.*visual.*")
-"""Linears that are left alone by default: the lm_head and vision towers"""
+DEFAULT_IGNORE = (
+    "re:.*lm_head",
+    r"re:.*(score|classifier)(\..*)?$",
+    "re:.*router.*",
+    "re:.*gate$",
+    "re:.*(vision|visual|audio).*",
+    "re:.*projector.*",
+)
+"""Linears that are left alone by default: the lm_head, heads of classifiers, routers of
+experts, towers for images and sound, and what connects them"""
 
 
 @dataclass
@@ -51,13 +59,15 @@ class SharedInputObserver:
     memory, seen in the same way, not written to in between, and still alive.
 
     :param linears: Linears by full name, in the order of the model
+    :ivar called: full names of the Linears that were called
     """
 
     def __init__(self, linears: Mapping[str, Linear]):
+        self.called: set[str] = set()
         self._position = {name: index for index, name in enumerate(linears)}
         self._linears = linears
         self._input_of: dict[str, SharedInput] = {}
-        self._seen: dict[tuple, tuple[weakref.ref, SharedInput]] = {}
+        self._seen: dict[tuple, tuple[weakref.ref, list[SharedInput]]] = {}
 
     @property
     def inputs(self) -> list[SharedInput]:
@@ -74,20 +84,23 @@ class SharedInputObserver:
         :return: the shared input, and whether ``x`` is new to it: True for the first Linear
             that is called with ``x``, False for the others
         """
+        self.called.add(name)
         key = (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version)
-        reference, shared = self._seen.get(key, (None, None))
-        is_new = reference is None or reference() is None
+        reference, read_by = self._seen.get(key, (None, []))
+        if reference is None or reference() is None:
+            self._forget_dead()
+            read_by = []
+            self._seen[key] = (weakref.ref(x), read_by)
         if name not in self._input_of:
-            if is_new or shared is None or shared.is_closed:
-                shared = SharedInput()
-            self._add(shared, name)
+            is_open = (one for one in read_by if not one.is_closed)
+            self._add(next(is_open, None) or SharedInput(), name)
         # Linears may be called with one tensor by chance after the first batch: count it
         # for each of their inputs
-        is_new = is_new or shared is not self._input_of[name]
+        shared = self._input_of[name]
+        is_new = all(one is not shared for one in read_by)
         if is_new:
-            self._forget_dead()
-            self._seen[key] = (weakref.ref(x), self._input_of[name])
-        return self._input_of[name], is_new
+            read_by.append(shared)
+        return shared, is_new
 
     def set_inputs(self, inputs: Iterable[Iterable[str]]):
         """
@@ -117,7 +130,7 @@ def padding_mask(attention_mask: object) -> Tensor | None:
 
     :param attention_mask: mask of shape (batch, tokens), true or 1 for real tokens; or of
         shape (batch, heads, queries, keys), where a real token can attend to itself: true,
-        or 0 added to its score
+        false in a causal mask that is true for what is hidden, or 0 added to its score
     :return: shape (batch, tokens), bool, true for real tokens; None if the mask is of
         another kind
     """
@@ -127,7 +140,10 @@ def padding_mask(attention_mask: object) -> Tensor | None:
         return attention_mask.bool()
     if attention_mask.ndim == 4 and attention_mask.shape[-1] == attention_mask.shape[-2]:
         to_itself = attention_mask[:, 0].diagonal(dim1=-2, dim2=-1)
-        if to_itself.dtype == torch.bool:
-            return to_itself
-        return to_itself == 0
+        if to_itself.dtype != torch.bool:
+            return to_itself == 0
+        size = attention_mask.shape[-1]
+        future = torch.ones(size, size, dtype=torch.bool, device=to_itself.device).triu(1)
+        marks_hidden = not to_itself.all() and bool(attention_mask[:, 0, future].all())
+        return ~to_itself if marks_hidden else to_itself
     return None

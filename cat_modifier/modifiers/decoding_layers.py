@@ -12,16 +12,9 @@ def find_decoding_layers(model: Module) -> dict[str, Module]:
     """
     Find the decoding layers.
 
-    :return: modules by full name, in the order of the model
-    :raises ValueError: if the model does not say which they are
+    :return: modules by full name, in the order of the model; empty if the model does not say
+        which they are
     """
-    layers = {}
-    if getattr(model, "_no_split_modules", None):
-        targets = infer_sequential_targets(model)
-        layers = dict(match_named_modules(model, targets))
-    if not layers:
-        raise ValueError(
-            f"{type(model).__name__} does not name its decoding layers: set its "
-            "`_no_split_modules` to their classes"
-        )
-    return layers
+    if not getattr(model, "_no_split_modules", None):
+        return {}
+    return dict(match_named_modules(model, infer_sequential_targets(model)))

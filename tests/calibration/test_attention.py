@@ -93,6 +93,47 @@ def test_values_which_other_layers_read_are_left_alone(tmp_path):
     assert find_value_projections(model, linears_of(model), run) == {}
 
 
+def test_values_are_fused_in_all_layers_but_those_that_others_read(tmp_path):
+    model = make_model(tmp_path, num_hidden_layers=8)
+    layers = [layer.self_attn for layer in model.model.layers]
+    seen = {}
+    layers[2].v_proj.register_forward_pre_hook(lambda _, inputs: seen.update(x=inputs[0]))
+
+    class SharedValues(torch.nn.Module):
+        def forward(self, hidden_states):
+            return layers[2].v_proj(seen["x"])
+
+    layers[6].v_proj = SharedValues()
+
+    def run():
+        model(make_tokens(1, length=16), use_cache=False)
+
+    found = find_value_projections(model, linears_of(model), run)
+    kept = {f"model.layers.{i}.self_attn.o_proj" for i in range(8) if i not in (2, 6)}
+    assert found.keys() == kept
+
+
+def test_attention_that_cannot_run_again_is_left_alone(tmp_path):
+    model = make_model(tmp_path)
+    attention = model.model.layers[0].self_attn
+    forward, calls = attention.forward, []
+
+    def once(*args, **kwargs):
+        if calls:
+            raise RuntimeError("a state was used up")
+        calls.append(1)
+        return forward(*args, **kwargs)
+
+    attention.forward = once
+
+    def run():
+        calls.clear()
+        model(make_tokens(1, length=16), use_cache=False)
+
+    found = find_value_projections(model, linears_of(model), run)
+    assert found.keys() == {"model.layers.1.self_attn.o_proj"}
+
+
 def test_linears_which_are_not_to_be_changed_are_not_found(tmp_path):
     model = make_model(tmp_path)
     linears = {n: one for n, one in linears_of(model).items() if not n.endswith("v_proj")}

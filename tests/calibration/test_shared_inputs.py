@@ -69,6 +69,20 @@ def test_groups_can_be_given(observer):
     assert members(observer) == [["u", "g"]]
 
 
+def test_none_joins_an_input_that_is_closed(observer):
+    x = torch.randn(2, 4)
+    observer.observe("q", x)
+    observer.inputs[0].is_closed = True
+    assert [observer.observe(name, x)[1] for name in "kvk"] == [True, False, False]
+    assert members(observer) == [["q"], ["k", "v"]]
+
+
+def test_an_input_counts_once_for_each_of_those_given(observer):
+    observer.set_inputs([["q", "v"], ["k"]])
+    x = torch.randn(2, 4)
+    assert [observer.observe(name, x)[1] for name in "qkv"] == [True, True, False]
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
 def test_padding_is_read_from_a_causal_mask(dtype):
     real = torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0]], dtype=torch.bool)
@@ -78,6 +92,14 @@ def test_padding_is_read_from_a_causal_mask(dtype):
         mask = torch.where(mask, 0.0, torch.finfo(dtype).min)
     assert torch.equal(padding_mask(mask), real)
     assert torch.equal(padding_mask(real.long()), real)
+
+
+@pytest.mark.parametrize("real", [[0, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]])
+def test_padding_is_read_from_a_mask_of_what_is_hidden(real):
+    """As MPT makes it"""
+    real = torch.tensor([real], dtype=torch.bool)
+    allowed = torch.ones(4, 4, dtype=torch.bool).tril() & real[:, None] & real[:, :, None]
+    assert torch.equal(padding_mask(~allowed[:, None]), real)
 
 
 def test_masks_of_another_kind_are_left_alone():

@@ -645,20 +645,21 @@ def test_an_empty_dataset_is_an_error(tmp_path):
 
 def test_mapped_linears_without_tokens_stay_together(tmp_path):
     model = make_model(tmp_path)
-    model.model.layers[0].ua, model.model.layers[0].ub = (torch.nn.Linear(96, 8) for _ in "ab")
-    transform(model, CATModifier(mappings=[["re:.*ua$", "re:.*ub$"]]))
+    unused = {"a": torch.nn.Linear(96, 8), "b": torch.nn.Linear(96, 8)}
+    model.model.layers[0].expert = torch.nn.ModuleDict(unused)
+    transform(model, CATModifier(mappings=[["re:.*expert.a$", "re:.*expert.b$"]]))
     groups = [args.targets for _, args in model.transform_config.inputs()]
-    assert ["model.layers.0.ua", "model.layers.0.ub"] in groups
+    assert ["model.layers.0.expert.a", "model.layers.0.expert.b"] in groups
 
 
 def test_linears_without_tokens_are_rotated(tmp_path, logs):
     """As an expert to which no token is routed"""
     model = make_model(tmp_path)
     unused = torch.nn.Linear(96, 96)
-    model.model.layers[0].unused = unused
+    model.model.layers[0].expert = torch.nn.Sequential(unused)
     weight = unused.weight.detach().clone()
     transform(model, CATModifier())
-    assert any("layers.0.unused" in message for message in logs)
+    assert any("layers.0.expert.0" in message for message in logs)
     x = torch.randn(3, 96)
     expected = torch.nn.functional.linear(x, weight, unused.bias)
     assert relative_error(unused(x), expected) < 1e-5

@@ -2,6 +2,7 @@
 """CATModifier: its options and its lifecycle."""
 
 from collections.abc import Sized
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -33,6 +34,7 @@ from cat_modifier.integrations.transformers.saving import save_atomically
 from cat_modifier.modifiers.cat import pipeline
 from cat_modifier.modifiers.cat.apply import LinearWeights, apply_transforms
 from cat_modifier.modifiers.cat.distributed import gather, rank
+from cat_modifier.modifiers.cat.function_check import FunctionCheck
 from cat_modifier.modifiers.cat.inputs import PlanningUnit, describe_input, planning_units
 from cat_modifier.modifiers.cat.log import log_overhead, log_transform
 from cat_modifier.modifiers.cat.matching import (
@@ -117,7 +119,8 @@ class CATModifier(Modifier):
     :param dampening_frac: fraction of the mean eigenvalue of each block of second moments
         that is added to its diagonal; positive
     :param targets: Linears to transform, by name, class or `re:` pattern
-    :param ignore: exceptions from `targets`. Default: the lm_head and vision towers
+    :param ignore: exceptions from `targets`. Default: the lm_head, heads of classifiers,
+        routers of experts, towers for images and sound, and what connects them
     :param mappings: Linears that share a transform, as lists of patterns, one list for each
         input, e.g. `[["re:.*q_proj", "re:.*k_proj", "re:.*v_proj"]]`. Default: the Linears
         that are observed to read the same input
@@ -161,6 +164,8 @@ class CATModifier(Modifier):
     _value_projections: dict[str, ValueProjection] = PrivateAttr(default_factory=dict)
     _collector: InputCollector[InputStatistics] = PrivateAttr()
     _config: CATTransformConfig = PrivateAttr()
+    _check: FunctionCheck = PrivateAttr()
+    _called: set[str] = PrivateAttr(default_factory=set)
     _finished: set[Module] = PrivateAttr(default_factory=set)
     _transformed: set[str] = PrivateAttr(default_factory=set)
     _is_resident: bool = PrivateAttr(default=False)
@@ -206,8 +211,12 @@ class CATModifier(Modifier):
             raise ValueError("The calibration dataset is empty")
         self._linears = match_linears(state.model, self.targets, self.ignore)
         check_later_transforms(self)
-        if self.max_overhead is not None:
-            self._layers = find_decoding_layers(state.model)
+        self._layers = find_decoding_layers(state.model)
+        if self.max_overhead is not None and not self._layers:
+            raise ValueError(
+                f"`max_overhead` is for decoding layers, which {type(state.model).__name__} "
+                "does not name: set its `_no_split_modules` to their classes"
+            )
         # statistics of all inputs are held at once then: they must be smaller than the model
         is_small = self._statistics_size() < _size(state.model)
         # all ranks take the same way
@@ -229,6 +238,8 @@ class CATModifier(Modifier):
         if self.fuse_attention and self.transform_block_size != "full":
             self._value_projections = self._find_value_projections(state)
         self._collector = self._start_collecting(state)
+        self._check = FunctionCheck(state.model, self._linears, self._layers)
+        self._check.watch(self.register_hook)
 
     def on_sequential_epoch_end(
         self, state: State, event: Event, modules: list[Module], **kwargs
@@ -253,7 +264,7 @@ class CATModifier(Modifier):
             )
         self._rotate_unseen(state)
         setattr(state.model, TRANSFORM_CONFIG_NAME, self._config)
-        del self._collector
+        del self._collector, self._check
 
     def on_finalize(self, state: State, **kwargs) -> bool:
         for linear in self._linears.values():
@@ -307,16 +318,18 @@ class CATModifier(Modifier):
         def input_hook(linear: Linear, args: tuple):
             collector.observe(names[linear], args[0], state.current_batch_idx)
 
-        def mask_hook(module: Module, args: tuple, kwargs: dict):
+        def mask_hook(module: Module, args: tuple, kwargs: dict, name: str):
+            self._called.add(name)
             collector.set_attention_mask(state.current_batch_idx, kwargs.get("attention_mask"))
 
         # its type hint says that hooks take one argument
         register: Any = self.register_hook
-        for module in state.model.modules():
+        for name, module in state.model.named_modules():
             if module in names:
                 register(module, input_hook, "forward_pre")
             elif any(child in names for child in module.modules()):
-                register(module, mask_hook, "forward_pre", with_kwargs=True)
+                hook = partial(mask_hook, name=name)
+                register(module, hook, "forward_pre", with_kwargs=True)
         return collector
 
     def _shards(self, state: State, shared: SharedInput) -> int:
@@ -351,10 +364,14 @@ class CATModifier(Modifier):
             # values that were computed before would meet an o_proj that expects others
             if projection is not None and self._linears[projection.linear] in modules:
                 projections[one.first] = projection
-        units = planning_units(ready, projections, self._layers, self._transformed)
+        layers = () if self.max_overhead is None else self._layers
+        units = planning_units(ready, projections, layers, self._transformed)
+        names = [name for one in ready for name in one.linears]
+        before = self._check.outputs(names)
         is_quiet = not units or not is_source_process()
         for unit in tqdm.tqdm(units, desc="Transforming", disable=is_quiet):
             self._transform_unit(state, unit, projections)
+        self._check.compare(before, self._transformed)
 
     def _transform_unit(
         self, state: State, unit: PlanningUnit, projections: dict[str, ValueProjection]
@@ -402,23 +419,44 @@ class CATModifier(Modifier):
 
     def _rotate_unseen(self, state: State):
         """Rotate Linears that saw no tokens, such as unused experts, without alignment"""
-        unseen = [name for name in self._linears if name not in self._transformed]
-        if not unseen:
-            return
-        logger.warning(
-            f"{len(unseen)} of {len(self._linears)} Linears saw no calibration tokens, and "
-            f"are rotated without alignment: {', '.join(unseen[:10])}"
-            + (", ..." if len(unseen) > 10 else "")
-        )
-        known = [
+        left = [
             one for one in self._collector.observer.inputs if one.first not in self._transformed
         ]
-        names = {name for one in known for name in one.linears}
-        alone = [SharedInput({n: self._linears[n]}) for n in unseen if n not in names]
-        for shared in [*known, *alone]:
+        names = {name for one in left for name in one.linears} | self._transformed
+        left += [SharedInput({n: one}) for n, one in self._linears.items() if n not in names]
+        bypassed = [one for one in left if self._is_bypassed(one)]
+        unseen = [one for one in left if one not in bypassed]
+        total = len(self._linears)
+        if unseen:
+            names = [name for one in unseen for name in one.linears]
+            logger.warning(
+                f"{len(names)} of {total} Linears saw no calibration tokens, and are rotated "
+                f"without alignment: {_some(names)}"
+            )
+        if bypassed:
+            names = [name for one in bypassed for name in one.linears]
+            logger.warning(
+                f"{len(names)} of {total} Linears were not called, while the modules that "
+                "hold them ran. Their weights seem to be read in another way, so that their "
+                f"inputs are not transformed: {_some(names)}"
+            )
+        for shared in unseen:
             projection = self._value_projection(shared)
             projections = {} if projection is None else {shared.first: projection}
             self._transform_unit(state, PlanningUnit([shared], is_seen=False), projections)
+
+    def _is_bypassed(self, shared: SharedInput) -> bool:
+        """Whether the modules that hold some Linears ran on any rank, and did not call them"""
+        called = self._collector.observer.called
+        # tracing replaces the calls of modules by those of the modules inside
+        ran = self._called | {name.rpartition(".")[0] for name in called}
+        holders = {name.rpartition(".")[0] for name in shared.linears}
+        votes = gather((not called.isdisjoint(shared.linears), not ran.isdisjoint(holders)))
+        return not any(called for called, _ in votes) and any(ran for _, ran in votes)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
 
 
 def _size(model: Module) -> int:

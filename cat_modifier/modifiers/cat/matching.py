@@ -6,7 +6,11 @@ from collections.abc import Iterable, Mapping
 
 from compressed_tensors import match_modules_set, match_named_modules
 from compressed_tensors.offload import OffloadCache
+from loguru import logger
 from torch.nn import Linear, Module
+from transformers.pytorch_utils import Conv1D
+
+from cat_modifier.calibration.shared_inputs import DEFAULT_IGNORE
 
 __all__ = ["match_linears", "match_mappings", "may_be_sharded"]
 
@@ -22,10 +26,21 @@ def match_linears(model: Module, targets: list[str], ignore: list[str]) -> dict[
     """
     matched = dict(match_named_modules(model, targets, ignore))
     if not matched:
-        raise ValueError(
-            f"CATModifier found no modules for targets {targets} and ignore {ignore}: check "
-            "the names with `model.named_modules()`"
+        conv1d = next(
+            (name for name, one in model.named_modules() if isinstance(one, Conv1D)), None
         )
+        reason = "check the names with `model.named_modules()`"
+        if conv1d is not None:
+            reason = (
+                f"the model holds its weights in Conv1D modules ({conv1d}), which neither "
+                "llm-compressor nor CATModifier quantizes"
+            )
+        raise ValueError(
+            f"CATModifier found no modules for targets {targets} and ignore {ignore}: {reason}"
+        )
+    for pattern in ignore:
+        if pattern not in DEFAULT_IGNORE and not any(match_named_modules(model, [pattern])):
+            logger.warning(f"`ignore` of CATModifier: no module matches {pattern}")
     first_of: dict[int, str] = {}
     for name, module in matched.items():
         if not isinstance(module, Linear):

@@ -167,8 +167,9 @@ class CATTrainingModifier(Modifier):
         if not self._names:
             found = sorted({type(layer).__name__ for layer in layers.values()})
             raise ValueError(
-                f"No transform is in a decoding layer of the classes {found}, which "
-                "CATTrainingModifier could train: leave it out of the recipe"
+                "CATTrainingModifier trains transforms inside decoding layers. "
+                f"{type(state.model).__name__} has none of them (classes of decoding layers: "
+                f"{', '.join(found) or 'none'}): leave CATTrainingModifier out of the recipe"
             )
         for one in (one for name in self._names.values() for one in self._inputs[name]):
             check_quantized(one.linears, self)

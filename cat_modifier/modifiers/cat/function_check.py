@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Comparison of what modules compute before and after their Linears are transformed.
+
+A transform leaves a model as it is only if the model calls its Linears. Code that reads the
+weight of a Linear and multiplies by it itself gets a transformed weight and an input that is
+not. Nothing in a module tells the two apart, so each runs once more on one batch.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from llmcompressor.modifiers.utils.hooks import HooksMixin
+from llmcompressor.utils.helpers import DisableQuantization, calibration_forward_context
+from torch import Tensor
+from torch.nn import Linear, Module, ModuleDict, ModuleList
+from torch.utils._pytree import tree_leaves
+from transformers import Cache
+
+from cat_modifier.modifiers.cat.distributed import gather
+
+__all__ = ["FunctionCheck", "relative_change"]
+
+_TOLERANCE = 0.2
+"""Bound of the relative change. Weights that are not called change outputs by 0.4 and more,
+rounding to 16 bits by less than 0.05"""
+
+_TOKENS = 256
+"""Number of tokens of each output to compare"""
+
+
+class _Call(NamedTuple):
+    args: tuple
+    kwargs: dict[str, Any]
+
+
+class FunctionCheck:
+    """
+    Remembers the first call of each decoding layer, and repeats it.
+
+    Linears outside decoding layers are checked with the module that holds them.
+
+    :param model: the whole model
+    :param linears: Linears to be transformed, by full name
+    :param layers: decoding layers by full name
+    """
+
+    def __init__(
+        self, model: Module, linears: Mapping[str, Linear], layers: Mapping[str, Module]
+    ):
+        self._model = model
+        self._modules: dict[str, Module] = {}
+        self._module_of: dict[str, str] = {}
+        for name in linears:
+            holder = next((one for one in layers if name.startswith(f"{one}.")), None)
+            if holder is None:
+                holder = _holder(model, name)
+            self._module_of[name] = holder
+            self._modules[holder] = model.get_submodule(holder)
+        self._calls: dict[str, _Call] = {}
+
+    def watch(self, register: Callable):
+        """
+        Remember the first call of each module, until it is taken by :meth:`outputs`.
+
+        :param register: `register_hook` of a modifier
+        """
+        for name, module in self._modules.items():
+
+            def remember(module: Module, args: tuple, kwargs: dict, name: str = name):
+                if name not in self._calls:
+                    self._calls[name] = _Call(args, kwargs)
+
+            register(module, remember, "forward_pre", with_kwargs=True)
+
+    def outputs(self, linears: Iterable[str]) -> dict[str, list[Tensor]]:
+        """
+        Run the modules that hold some Linears, on their first calls.
+
+        :return: tokens of each floating point output, shape (tokens, ...), by the name of
+            the module, in the order of the Linears; without modules that were never called
+        """
+        names = dict.fromkeys(self._module_of[name] for name in linears)
+        return {name: self._run(name) for name in names if name in self._calls}
+
+    def compare(self, before: Mapping[str, list[Tensor]], transformed: Collection[str]):
+        """
+        Run modules again, and forget their calls.
+
+        :param before: what :meth:`outputs` returned before Linears were transformed
+        :param transformed: names of the Linears that were
+        :raises ValueError: if a module computes something else, on any rank
+        """
+        changes = {}
+        for name, expected in before.items():
+            x = _tokens_of(self._calls[name])
+            outputs = self._run(name)
+            del self._calls[name]
+            changes[name] = max(
+                map(partial(relative_change, x=x), expected, outputs), default=0
+            )
+        of_ranks = gather(changes)
+        for name in dict.fromkeys(name for one in of_ranks for name in one):
+            change = max(one.get(name, 0.0) for one in of_ranks)
+            if change > _TOLERANCE:
+                inside = [one for one in transformed if self._module_of[one] == name]
+                raise ValueError(
+                    f"The output of {name} changes by {change:.0%} when the inputs of its "
+                    f"Linears are transformed ({', '.join(inside)}): it seems to use a "
+                    "weight without calling the Linear. Add that Linear to `ignore` of "
+                    f"CATModifier, or all of them: `re:{name}.*`"
+                )
+
+    def _run(self, name: str) -> list[Tensor]:
+        args, kwargs = self._calls[name]
+        # a cache would be filled twice
+        args = tuple(None if isinstance(one, Cache) else one for one in args)
+        kwargs = {k: None if isinstance(v, Cache) else v for k, v in kwargs.items()}
+        with (
+            HooksMixin.disable_hooks(),
+            calibration_forward_context(self._model),
+            DisableQuantization(self._model),
+            torch.random.fork_rng(),
+        ):
+            torch.manual_seed(0)
+            outputs = self._modules[name](*args, **kwargs)
+        return [_some_tokens(one) for one in _floats(outputs)]
+
+
+def relative_change(before: Tensor, after: Tensor, x: Tensor | None = None) -> float:
+    """
+    Compute the change of an output, relative to what the module adds to its input. Median over
+    tokens, because single tokens may be routed to other experts after rounding.
+
+    :param before: shape (tokens, ...)
+    :param after: same shape
+    :param x: input of the module; ignored unless it has the same shape
+    :return: 0 for equal outputs and for changes within the rounding of their dtype; infinite
+        if finite values became others
+    """
+    eps = torch.finfo(before.dtype).eps
+    before, after = before.flatten(1).float(), after.flatten(1).float()
+    is_finite = before.isfinite().all(dim=1)
+    if not is_finite.any():
+        return 0.0
+    if not after[is_finite].isfinite().all():
+        return float("inf")
+    size = before.norm(dim=1)
+    scale = size
+    if x is not None and x.shape[0] == before.shape[0] and x[0].numel() == before.shape[1]:
+        scale = torch.minimum(size, (before - x.flatten(1).float()).norm(dim=1))
+    rounding = eps * size
+    tiny = torch.finfo(torch.float32).tiny
+    change = ((after - before).norm(dim=1) - rounding).clamp_min(0) / scale.clamp_min(tiny)
+    return change[is_finite].median().item()
+
+
+def _holder(model: Module, name: str) -> str:
+    """Name of the nearest module around a Linear that can be called"""
+    while name:
+        name = name.rpartition(".")[0]
+        if not isinstance(model.get_submodule(name), ModuleList | ModuleDict):
+            break
+    return name
+
+
+def _floats(tree: Any) -> list[Tensor]:
+    return [
+        one
+        for one in tree_leaves(tree)
+        if isinstance(one, Tensor) and one.is_floating_point() and not one.is_meta
+    ]
+
+
+def _some_tokens(x: Tensor) -> Tensor:
+    """Take evenly spaced rows, shape (tokens, last size)"""
+    rows = x.reshape(-1, x.shape[-1]) if x.ndim else x.reshape(1, 1)
+    return rows[:: -(-len(rows) // _TOKENS) or 1].clone()
+
+
+def _tokens_of(call: _Call) -> Tensor | None:
+    """Tokens of a module's first floating point input"""
+    inputs = _floats([call.args, call.kwargs])
+    return _some_tokens(inputs[0]) if inputs else None

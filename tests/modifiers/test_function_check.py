@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights that a model uses in other ways than by calling the Linear that holds them"""
+
+import pytest
+import torch
+from llmcompressor import oneshot
+from loguru import logger
+from tiny_models import make_model, make_tokens, relative_error
+from torch.nn.functional import linear
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSpeechSeq2Seq,
+    AutoTokenizer,
+    GPT2Config,
+    JambaConfig,
+    MambaConfig,
+    PreTrainedConfig,
+    SiglipVisionConfig,
+    WhisperConfig,
+)
+
+from cat_modifier import CATModifier
+from cat_modifier.modifiers.cat.function_check import relative_change
+
+PIPELINES = ["independent", "sequential"]
+
+
+@pytest.fixture
+def logs():
+    messages = []
+    sink = logger.add(lambda message: messages.append(str(message)), level="WARNING")
+    yield messages
+    logger.remove(sink)
+
+
+def make(folder, kind: type, config: PreTrainedConfig):
+    torch.manual_seed(0)
+    make_model(folder)  # for its tokenizer
+    kind.from_config(config).save_pretrained(folder)
+    return kind.from_pretrained(folder).eval()
+
+
+def transform(model, folder, pipeline="independent", seed=0, ignore=None, **sample):
+    options = {} if ignore is None else {"ignore": ignore}
+    oneshot(
+        model=model,
+        processor=AutoTokenizer.from_pretrained(folder),
+        recipe=CATModifier(transform_block_size=16, **options),
+        dataset=DataLoader([sample] * 2, batch_size=1),
+        pipeline=pipeline,
+    )
+
+
+def outputs_of(model, **sample) -> list[torch.Tensor]:
+    with torch.no_grad():
+        outputs = model(**{name: one[None] for name, one in sample.items()}, use_cache=False)
+    return [one for one in outputs.to_tuple() if isinstance(one, torch.Tensor)]
+
+
+def check_is_kept(before, after):
+    errors = [relative_error(*pair) for pair in zip(after, before, strict=True)]
+    assert max(errors) < 1e-5
+
+
+TEXT = {"input_ids": make_tokens(1)[0], "attention_mask": torch.ones(48, dtype=torch.long)}
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 128}
+
+
+def mamba():
+    return AutoModelForCausalLM, MambaConfig(**SMALL, state_size=8), "dt_proj"
+
+
+def jamba():
+    config = JambaConfig(
+        **SMALL,
+        intermediate_size=96,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=2,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        mamba_d_state=8,
+        mamba_dt_rank=16,
+        use_mamba_kernels=False,
+        pad_token_id=1,
+    )
+    return AutoModelForCausalLM, config, "dt_proj"
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+@pytest.mark.parametrize("family", [mamba, jamba])
+def test_weights_read_without_a_call_are_left_alone(tmp_path, logs, family, pipeline):
+    kind, config, name = family()
+    model = make(tmp_path, kind, config)
+    before = outputs_of(model, **TEXT)
+    transform(model, tmp_path, pipeline, **TEXT)
+    check_is_kept(before, outputs_of(model, **TEXT))
+    assert any("were not called" in line and name in line for line in logs)
+    assert not any(name in one for one in _transformed(model))
+
+
+def test_attention_of_torch_is_left_alone(tmp_path, logs):
+    config = SiglipVisionConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+    )
+    model = make(tmp_path, AutoModel, config)
+    picture = {"pixel_values": torch.randn(3, 32, 32)}
+    before = outputs_of_picture(model, picture)
+    transform(model, tmp_path, ignore=[], **picture)
+    check_is_kept(before, outputs_of_picture(model, picture))
+    assert any("head.attention.out_proj" in line for line in logs)
+    assert any("mlp.fc1" in one for one in _transformed(model))
+
+
+def outputs_of_picture(model, picture):
+    with torch.no_grad():
+        outputs = model(pixel_values=picture["pixel_values"][None])
+    return [outputs.last_hidden_state, outputs.pooler_output]
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_weights_read_beside_a_call_are_an_error(tmp_path, pipeline):
+    model = make_model(tmp_path)
+    mlp = model.model.layers[1].mlp
+
+    class Reader(type(mlp)):
+        def forward(self, x):
+            called = super().forward(x)
+            return called + linear(called, self.up_proj.weight)[..., :96]
+
+    mlp.__class__ = Reader
+    with pytest.raises(
+        ValueError, match=r"model\.layers\.1 changes by .*layers\.1\.mlp\.up_proj"
+    ):
+        transform(model, tmp_path, pipeline, **TEXT)
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_attention_to_an_encoder(tmp_path, logs, pipeline):
+    """All decoder layers read the output of the encoder, in turn in the sequential pipeline"""
+    config = WhisperConfig(
+        d_model=64,
+        encoder_layers=2,
+        decoder_layers=3,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=96,
+        decoder_ffn_dim=96,
+        vocab_size=128,
+        num_mel_bins=8,
+        max_source_positions=20,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+    )
+    model = make(tmp_path, AutoModelForSpeechSeq2Seq, config)
+    sample = {"input_features": torch.randn(8, 40), "decoder_input_ids": TEXT["input_ids"]}
+    before = outputs_of(model, **sample)
+    transform(model, tmp_path, pipeline, **sample)
+    check_is_kept(before, outputs_of(model, **sample))
+    assert not logs_of_unseen(logs)
+    assert {f"model.decoder.layers.{i}.encoder_attn.k_proj" for i in range(3)} <= _transformed(
+        model
+    )
+
+
+def logs_of_unseen(logs):
+    return [line for line in logs if "saw no calibration" in line or "were not called" in line]
+
+
+def _transformed(model) -> set[str]:
+    config = model.transform_config
+    return {name for _, args in config.inputs() for name in args.targets} | config.fused.keys()
+
+
+def test_conv1d_is_named(tmp_path):
+    config = GPT2Config(
+        n_embd=64, n_head=4, n_layer=2, vocab_size=128, bos_token_id=0, eos_token_id=1
+    )
+    model = make(tmp_path, AutoModelForCausalLM, config)
+    with pytest.raises(ValueError, match=r"Conv1D modules \(transformer\.h\.0\.attn\.c_attn\)"):
+        transform(model, tmp_path, **TEXT)
+
+
+def test_patterns_that_match_nothing_are_a_warning(tmp_path, logs):
+    ignore = ["re:.*lm_head", "re:.*block_sparse_moe.*"]
+    transform(make_model(tmp_path), tmp_path, ignore=ignore, **TEXT)
+    warned = [line for line in logs if "no module matches" in line]
+    assert len(warned) == 1 and "block_sparse_moe" in warned[0]
+
+
+def test_change_is_relative_to_what_a_module_adds():
+    torch.manual_seed(0)
+    x = 100 * torch.randn(8, 16)
+    added = torch.randn(8, 16)
+    assert relative_change(x + added, x - added, x) == pytest.approx(2, rel=1e-2)
+    assert relative_change(x + added, x + added, x) == 0
+    assert relative_change(x + added, x - added) < 0.1
+    # within the rounding of the dtype
+    assert relative_change((x + added).bfloat16(), (x + added * 1.01).bfloat16(), x) < 0.1
+    assert relative_change(x, x.masked_fill(x > 50, torch.inf)) == float("inf")
+    # of few tokens, as when routing changes
+    routed = x.clone()
+    routed[0] = 0
+    assert relative_change(x, routed) == 0
