@@ -42,9 +42,9 @@ def diagnose(frame: pd.DataFrame, scheme: Scheme, transform: str) -> pd.DataFram
     """
     What holds each Linear back under a transform, worst first.
 
-    Concentration is compared with normal data, the result of mixing many channels;
-    alignment with the achievable one. The factor that is further below limits the Linear;
-    bits do if none is 1 dB below.
+    Concentration is compared with that of normal data, the result of mixing many channels,
+    and alignment with the achievable one. The factor with the larger loss is the limit. If
+    both lose less than 1 dB, the bit width is.
 
     :param frame: rows of an analysis
     :return: columns `layer`; `sqnr`, dB; `noise` (weights, activations or both); `limit`;

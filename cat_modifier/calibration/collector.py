@@ -44,6 +44,8 @@ class InputStatistics:
 
     def update(self, tokens: Tensor):
         """
+        Add tokens.
+
         :param tokens: shape (tokens, d), any floating point dtype
         """
         self.second_moments.update(tokens)

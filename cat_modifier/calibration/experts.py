@@ -16,6 +16,8 @@ __all__ = ["find_fused_experts", "make_experts_linears"]
 
 def find_fused_experts(model: Module, ignore: Iterable[str] = ()) -> list[str]:
     """
+    Find experts that hold their weights in one parameter.
+
     :param ignore: names, classes or `re:` patterns of modules to leave out
     :return: names of modules with a stack of matrices as a parameter, without those of torch
         itself (convolutions)

@@ -32,6 +32,8 @@ class SecondMoments:
 
     def update(self, tokens: Tensor):
         """
+        Add tokens.
+
         :param tokens: shape (tokens, d), any floating point dtype
         """
         count = tokens.shape[0]

@@ -51,6 +51,8 @@ class TokenSample:
 
     def update(self, tokens: Tensor):
         """
+        Draw from more tokens.
+
         :param tokens: shape (tokens, d), any floating point dtype
         """
         if tokens.shape[0] == 0:

@@ -41,11 +41,11 @@ __all__ = [
 
 class SQNR(NamedTuple):
     """
-    Ratios of the energy of ``W x`` and of its error
+    Energy of the exact output ``W x`` over the energy of its error.
 
-    :param weights: if only weights are quantized, ``SQNR(Wq x)``
-    :param activations: if only activations are quantized, ``SQNR(W xq)``
-    :param joint: if both are, ``SQNR(Wq xq)``
+    :param weights: only weights are quantized, ``Wq x``
+    :param activations: only activations are quantized, ``W xq``
+    :param joint: both are, ``Wq xq``
     """
 
     weights: float
@@ -101,7 +101,7 @@ def range_ends(x: Tensor, args: QuantizationArgs) -> tuple[Tensor, Tensor]:
 
 def quantization_range(x: Tensor, args: QuantizationArgs) -> Tensor:
     """
-    Width of the range which a quantizer spans. Zero is always in it.
+    Width of the range of values that a quantizer covers, zero included.
 
     :param x: shape (rows, d)
     :param args: see :func:`range_ends`
@@ -225,7 +225,7 @@ def achievable_alignment(
     ``A* = E||W x||^2 / (sum_i ||W_i Sx_ii^(1/2)||_*)^2`` with the nuclear norm ``||.||_*``
     and ``W_i`` the columns of block i: ``tr(Sw G^-1) tr(G Sx)`` sees only diagonal blocks of
     the moments, and is least at the solution of the Riccati equation (see
-    :mod:`cat_modifier.functional.transform`).
+    :mod:`cat_modifier.functional.alignment`).
 
     :param output_energy: ``E||W x||^2``, summed over the Linears which share the transform
     :param input_root: square roots of the diagonal blocks of Sx, which may serve several

@@ -8,8 +8,9 @@ transforms are trained; rows which the JSON has are not made again. Runs in the 
 environment, after examples/quickstart.sh has unpacked the model.
 
     python tests/benchmarks/accuracy.py output/smollm2-135m-instruct \
-        --json tests/benchmarks/results/accuracy.json \
-        --recipes "W4A4 CAT, alignment_strength 0.75 GPTQ, dampening 0.1=recipes/w4a4_gptq.yaml"
+        --json tests/benchmarks/results/accuracy.json
+
+makes the rows of the README, with the recipes of this repository. `--rows` names others.
 """
 
 import argparse
@@ -41,6 +42,14 @@ ROOT = Path(__file__).parents[2]
 NEWS = ("gensim==4.4.0", "gensim/test/test_data/lee_background.cor")
 IGNORE = ["re:.*lm_head"]
 
+
+def transforms_of(recipe: str) -> dict:
+    """Modifiers of a recipe of this repository, without the last, which quantizes"""
+    content = yaml.safe_load((ROOT / "recipes" / f"{recipe}.yaml").read_text())
+    modifiers = content["quant_stage"]["quant_modifiers"]
+    return dict(list(modifiers.items())[:-1])
+
+
 TRANSFORMS = {
     "no transform": {},
     "SmoothQuant": {"SmoothQuantModifier": {}},
@@ -48,17 +57,16 @@ TRANSFORMS = {
     "SpinQuant R1 R2": {
         "SpinQuantModifier": {"rotations": ["R1", "R2"], "transform_block_size": 64}
     },
-    "Hadamard": {"CATModifier": {"alignment_strength": 0.0, "clip_activations": False}},
+    "Hadamard": transforms_of("w4a4_hadamard"),
     "Hadamard, clipped": {"CATModifier": {"alignment_strength": 0.0}},
     "CAT, paper": {"CATModifier": {"fuse_attention": False, "clip_activations": False}},
-    "CAT": {"CATModifier": {}},
-    "CAT, trained": {"CATModifier": {}, "CATTrainingModifier": {}},
+    "CAT": transforms_of("w4a4"),
+    "CAT, alignment_strength 0.75": transforms_of("w4a4_gptq"),
+    "CAT, trained": transforms_of("w4a4_trained"),
     "CAT, block Hadamard": {"CATModifier": {"rotation": "block-hadamard"}},
-    "CAT, block Hadamard, alignment_strength 0.75": {
-        "CATModifier": {"rotation": "block-hadamard", "alignment_strength": 0.75}
-    },
+    "CAT, block Hadamard, alignment_strength 0.75": transforms_of("nvfp4"),
     "CAT, block Hadamard, alignment_strength 0.75, trained": {
-        "CATModifier": {"rotation": "block-hadamard", "alignment_strength": 0.75},
+        **transforms_of("nvfp4"),
         "CATTrainingModifier": {"steps": 40, "learning_rate": 0.001},
     },
     "CAT, block Hadamard, blocks of 64": {
@@ -72,7 +80,21 @@ TRANSFORMS = {
 }
 """Modifiers before the one that quantizes"""
 
-ROUNDING = {"RTN": "QuantizationModifier", "GPTQ": "GPTQModifier"}
+ROUNDING = {
+    "RTN": ("QuantizationModifier", {}),
+    "GPTQ": ("GPTQModifier", {}),
+    "GPTQ, dampening 0.1": ("GPTQModifier", {"dampening_frac": 0.1}),
+}
+"""The modifier that quantizes, and its options"""
+
+ROWS = [
+    "no transform RTN",
+    "Hadamard RTN",
+    "Hadamard GPTQ, dampening 0.1",
+    "CAT RTN",
+    "CAT, alignment_strength 0.75 GPTQ, dampening 0.1",
+    "CAT, trained RTN",
+]
 
 
 def quantization(scheme: str) -> dict:
@@ -82,8 +104,15 @@ def quantization(scheme: str) -> dict:
     return {"ignore": IGNORE, "config_groups": {"group_0": config_group(scheme, ["Linear"])}}
 
 
-def make_recipe(scheme: str, transform: str, rounding: str) -> str:
-    modifiers = {**TRANSFORMS[transform], ROUNDING[rounding]: quantization(scheme)}
+def make_recipe(scheme: str, row: str) -> str:
+    """
+    :param row: a key of TRANSFORMS and one of ROUNDING, with a space between
+    """
+    transform, rounding = next(
+        (row.removesuffix(f" {one}"), one) for one in ROUNDING if row.endswith(f" {one}")
+    )
+    modifier, options = ROUNDING[rounding]
+    modifiers = {**TRANSFORMS[transform], modifier: options | quantization(scheme)}
     return yaml.safe_dump({"quant_stage": {"quant_modifiers": modifiers}}, sort_keys=False)
 
 
@@ -161,15 +190,22 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.strip().partition("\n\n")[0])
     parser.add_argument("model")
     parser.add_argument("--schemes", nargs="+", default=["W4A4"])
-    parser.add_argument("--transforms", nargs="+", default=list(TRANSFORMS), choices=TRANSFORMS)
-    parser.add_argument("--rounding", nargs="+", default=list(ROUNDING), choices=ROUNDING)
+    choices = [f"{transform} {rounding}" for transform in TRANSFORMS for rounding in ROUNDING]
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        default=ROWS,
+        choices=choices,
+        metavar="TRANSFORM ROUNDING",
+        help="rows of each scheme; default: those of the README",
+    )
     parser.add_argument(
         "--recipes",
         nargs="+",
         default=[],
         metavar="NAME=FILE",
         type=lambda text: text.split("=", 1),
-        help="more rows, as `W4A4 my own=my.yaml`",
+        help="more rows, as `4.5-bit CAT RTN=mixed.yaml`",
     )
     parser.add_argument("--samples", type=int, default=16, help="windows of each text")
     parser.add_argument("--json", type=Path, required=True)
@@ -203,10 +239,9 @@ def main():
     rows = result["rows"]
     rows.setdefault("bf16", measure(original))
     recipes = {
-        f"{scheme} {transform} {rounding}": make_recipe(scheme, transform, rounding)
+        f"{scheme} {row}": make_recipe(scheme, row)
         for scheme in args.schemes
-        for rounding in args.rounding
-        for transform in args.transforms
+        for row in args.rows
     }
     recipes |= {name: Path(path).read_text() for name, path in args.recipes}
     for name, recipe in recipes.items():

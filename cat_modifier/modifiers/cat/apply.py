@@ -72,6 +72,8 @@ def _write_weight(
     linear: Linear, reader: PlannedTransform | None, value: PlannedTransform | None
 ):
     """
+    Write the weight of a Linear, and its bias if the rows change.
+
     :param reader: transform of the Linear's input
     :param value: transform to be fused into the Linear's rows
     """

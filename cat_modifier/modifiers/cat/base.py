@@ -200,6 +200,8 @@ class CATModifier(Modifier):
 
     def on_initialize(self, state: State, **kwargs) -> bool:
         """
+        Find the Linears, and choose the pipeline.
+
         :raises ValueError: if there is nothing to transform or to calibrate on, a target
             cannot be transformed, a later modifier would undo the transforms, or
             `max_overhead` is set for a model without decoding layers
@@ -225,6 +227,8 @@ class CATModifier(Modifier):
 
     def on_calibration_start(self, state: State, event: Event, **kwargs):
         """
+        Check recipe and model, find value projections, hook the Linears.
+
         :raises ValueError: if another modifier shares the calibration pass, an input has a
             transform, or weights are quantized already
         """
@@ -254,6 +258,8 @@ class CATModifier(Modifier):
 
     def on_calibration_end(self, state: State, event: Event, **kwargs):
         """
+        Transform what is left, and hand the config to the model.
+
         :raises ValueError: if no Linear saw any tokens
         """
         self.remove_hooks()
@@ -354,6 +360,8 @@ class CATModifier(Modifier):
 
     def _plan_and_apply(self, state: State, ready: list[SharedInput], modules: set[Module]):
         """
+        Plan the transforms of some inputs, apply them, and check the function of the layers.
+
         :param ready: inputs whose statistics are complete
         :param modules: modules whose outputs are computed anew after this
         """

@@ -83,6 +83,8 @@ def describe_input(
     is_anything_quantized: bool,
 ) -> InputToPlan:
     """
+    Collect what planning needs to know of an input.
+
     :param shards: tensor parallel shards of the input
     :param layout: largest layout of the transform
     :param statistics: statistics of all ranks; None if the input was never seen

@@ -42,6 +42,8 @@ def log_transform(one: PlannedTransform):
 
 def log_overhead(layer: str, overhead: Overhead, max_overhead: float):
     """
+    Log what the transforms of a decoding layer add online.
+
     :param layer: full name of the decoding layer
     """
     logger.info(

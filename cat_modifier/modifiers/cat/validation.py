@@ -33,6 +33,8 @@ __all__ = [
 
 def check_later_transforms(modifier: Modifier):
     """
+    Check that no later modifier changes what the modifier has transformed.
+
     :raises ValueError: if one of llm-compressor's transforms follows the modifier
     """
     modifiers = active_session().lifecycle.recipe.modifiers
@@ -54,6 +56,8 @@ def check_later_transforms(modifier: Modifier):
 
 def check_shared_pass(modifier: Modifier):
     """
+    Check that the modifier has the calibration pass to itself.
+
     :raises ValueError: if other modifiers calibrate in the same pass
     """
     sharing = [
@@ -104,6 +108,8 @@ def check_earlier_transforms(
 
 def check_quantized(linears: Mapping[str, Linear], modifier: Modifier):
     """
+    Check that no Linear is quantized yet.
+
     :raises ValueError: if a Linear is quantized, so that the modifier comes too late
     """
     for name, linear in linears.items():

@@ -116,6 +116,8 @@ class CATTrainingModifier(Modifier):
 
     def on_initialize(self, state: State, **kwargs) -> bool:
         """
+        Check the data and the recipe.
+
         :raises ValueError: if there is no data, no CATModifier before, or more than one rank
         """
         if state.data.calib is None:
@@ -138,6 +140,8 @@ class CATTrainingModifier(Modifier):
 
     def on_calibration_start(self, state: State, event: Event, **kwargs):
         """
+        Find the decoding layers to train, and hook them.
+
         :raises ValueError: if the transforms cannot be trained for the schemes of the recipe,
             or belong to no decoding layer
         """
@@ -196,6 +200,8 @@ class CATTrainingModifier(Modifier):
 
     def on_calibration_end(self, state: State, event: Event, **kwargs):
         """
+        Remove the hooks, and check that all layers were trained.
+
         :raises ValueError: if a layer was not called as a whole
         """
         self.remove_hooks()
@@ -276,6 +282,8 @@ class CATTrainingModifier(Modifier):
 
     def _fit(self, trainable: TrainableLayer, samples: list[Sample]) -> dict[str, Tensor]:
         """
+        Train the corrections of a layer.
+
         :raises ValueError: if the error of the layer is not finite
         """
         count = max(1, len(samples) // _HELD_OUT)
@@ -350,6 +358,8 @@ def _find_inputs(model: Module, config: CATTransformConfig) -> list[LayerInput]:
 
 def _check_scheme(name: str, linear: Linear):
     """
+    Check that the scheme of a Linear can be trained for.
+
     :raises ValueError: if it is not one that can be trained for
     """
     scheme = getattr(linear, "quantization_scheme", None)

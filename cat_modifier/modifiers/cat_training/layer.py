@@ -209,6 +209,8 @@ class TrainableLayer:
 
 def _correct_values(tensors: LayerTensors, linear: str, correction: Tensor):
     """
+    Correct the rows of a value projection, and its bias.
+
     :param linear: name of the value projection
     :param correction: one matrix per value head, shape (heads, head_dim, head_dim)
     """
