@@ -97,6 +97,7 @@ def test_what_cannot_be_met_is_an_error(frame, bits, transform, message):
         allocate(frame, bits, transform)
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_recipe(tmp_path, monkeypatch, capsys):
     make_model(tmp_path / "model")
     (tmp_path / "text.txt").write_text(" ".join(f"<{i % 128}>" for i in range(600)))

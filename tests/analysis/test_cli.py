@@ -85,13 +85,24 @@ finally:
     assert done.stdout.endswith("imported: []\n")
 
 
+@pytest.mark.slow
 def test_an_interrupt_is_exit_code_130_without_a_traceback(tmp_path):
     make_model(tmp_path / "model")
     words = " ".join(f"<{i % 128}>" for i in range(400_000))
     (tmp_path / "text.txt").write_text(words)
     command = [sys.executable, "-m", "cat_modifier.cli", "analyze", "model"]
     command += ["--dataset", "text.txt", "--samples", "100000", "--length", "4"]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+
+    def heed_interrupts():  # jobs in the background of a shell ignore them
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_interrupts,
+    ) as process:
         for line in process.stderr:
             if "Calibrating" in line or (tmp_path / "report").exists():
                 break

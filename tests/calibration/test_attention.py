@@ -22,6 +22,7 @@ def find(model, **linears):
     return find_value_projections(model, linears or linears_of(model), run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_values_are_found_without_names(tmp_path, family, dtype):

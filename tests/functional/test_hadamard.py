@@ -172,6 +172,7 @@ def specified_hadamard(n: int) -> np.ndarray | None:
     return signs / sqrt(n)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("orders", [range(1, 513), [576, 720, 1200, 1248, 1536, 1584]])
 def test_the_specification_is_enough_to_build_them(orders):
     known = 0

@@ -64,6 +64,7 @@ def test_cheaper_layouts(features, bound, rotation):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("features", [576, 4096, 14336])
 def test_cheaper_transforms_are_exact(features):
     generator = torch.Generator().manual_seed(0)

@@ -261,6 +261,7 @@ def test_block_optimum_is_at_most_the_full_optimum_and_at_least_the_start(layer)
     assert full <= 1 + 1e-5
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(layers())
 def test_the_transform_reaches_the_predicted_best_alignment(layer):

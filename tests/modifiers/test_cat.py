@@ -242,6 +242,7 @@ if rank == 0:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"max_overhead": 0.2}])
 def test_ranks_sum_their_moments(tmp_path, options):
     model = make_model(tmp_path / "model")
@@ -464,6 +465,7 @@ def test_two_modifiers_with_different_targets_make_one_checkpoint(tmp_path):
     assert relative_error(logits_of(loaded), logits_of(model)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem
 )

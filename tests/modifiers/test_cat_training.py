@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM
 from cat_modifier import CATModifier, CATTrainingModifier
 from cat_modifier.modifiers.cat_training import base as training_module
 
+pytestmark = pytest.mark.slow
+
 SCHEME = int_scheme(4, 4)
 FAST = {"steps": 20, "batch_size": 4}
 

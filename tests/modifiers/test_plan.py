@@ -233,6 +233,7 @@ def test_one_linear_in_float64_is_the_peak(max_overhead):
     assert peaks[16] < 1.1 * peaks[1]
 
 
+@pytest.mark.slow
 def test_planning_needs_no_llm_compressor():
     program = (
         "import sys; sys.modules['llmcompressor'] = None\n"

@@ -49,6 +49,7 @@ def test_help_of_the_command_imports_no_library():
     assert not imported & set(LIBRARIES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
     [
@@ -87,6 +88,7 @@ def checkpoint(tmp_path_factory):
     return output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
     [
@@ -108,6 +110,7 @@ print(type(model.hf_quantizer).__name__, len(names) > 0)
     assert run_python(code) == "CATHfQuantizer True"
 
 
+@pytest.mark.slow
 def test_transformers_refuses_checkpoints_without_the_package(checkpoint):
     code = f"""
 from transformers import AutoModelForCausalLM

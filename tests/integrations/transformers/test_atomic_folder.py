@@ -147,6 +147,7 @@ def test_a_save_replaces_the_checkpoint_and_no_other_file(tmp_path):
     assert contents(folder) == NEW | OTHERS | {"adapter_model.safetensors": "adapter"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strike", [fail, interrupt])
 def test_a_fault_at_any_step_loses_nothing(tmp_path, strike):
     steps = count_steps(target(tmp_path))
@@ -173,6 +174,7 @@ def test_a_fault_at_any_step_loses_nothing(tmp_path, strike):
     assert raised > 20
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_step_loses_nothing(tmp_path):
     steps = count_steps(target(tmp_path))
     for number in range(1, steps + 1):
@@ -252,6 +254,7 @@ def test_a_target_that_is_a_file_is_an_error(tmp_path):
     assert (tmp_path / "file").read_text() == "text"
 
 
+@pytest.mark.slow
 def test_saves_at_once_do_not_mix(tmp_path):
     kinds = [OLD, NEW, NEWER]
     for attempt in range(30):

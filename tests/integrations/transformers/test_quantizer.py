@@ -64,6 +64,7 @@ SCHEMES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_loaded_model_is_the_one_in_memory(scheme, tmp_path):
     # compressed-tensors decompresses 4-bit floats to bfloat16, whatever the model
@@ -104,6 +105,7 @@ def test_transforms_are_stored_once_a_group(checkpoint):
     assert all(tensors[name].dtype == torch.bfloat16 for name in names)
 
 
+@pytest.mark.slow
 def test_stock_checkpoints_load_as_without_us(tmp_path):
     _, folder = quantize(tmp_path, int_scheme(4, 4), cat=False)
     script = LOAD_WITHOUT_US + (
@@ -131,6 +133,7 @@ def test_dequantized(tmp_path, cat):
         assert not (tmp_path / "again" / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_without_our_package_loading_is_an_error_that_names_it(checkpoint):
     result = subprocess.run(
         [sys.executable, "-c", LOAD_WITHOUT_US, str(checkpoint[1])],

@@ -198,6 +198,7 @@ def test_an_error_while_files_are_moved_loses_nothing(
     assert (tmp_path / "model_backup.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_oneshot_saves_into_a_folder_with_an_older_checkpoint(tmp_path):
     """Its tokenizer and recipe are written, too, and can be read by all"""
     for seed in range(2):
