@@ -124,7 +124,8 @@ def test_what_is_not_quantized_costs_least(tmp_path):
 
 def test_unseen_linears_are_rotated(tmp_path):
     model = make_model(tmp_path, **WIDE)
-    unused = model.model.layers[0].mlp.spare = torch.nn.Linear(192, 192)
+    unused = torch.nn.Linear(192, 192)
+    model.model.layers[0].mlp.expert = torch.nn.Sequential(unused)
     before = unused.weight.detach().clone()
     modifier = CATModifier(
         transform_block_size=96, max_overhead=0.15, rotation="block-hadamard"

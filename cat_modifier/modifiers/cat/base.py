@@ -216,8 +216,8 @@ class CATModifier(Modifier):
         self._layers = find_decoding_layers(state.model)
         if self.max_overhead is not None and not self._layers:
             raise ValueError(
-                f"`max_overhead` is for decoding layers, which {type(state.model).__name__} "
-                "does not name: set its `_no_split_modules` to their classes"
+                f"{type(state.model).__name__} does not name its decoding layers, which "
+                "`max_overhead` is for: set its `_no_split_modules` to their classes"
             )
         # statistics of all inputs are held at once then: they must be smaller than the model
         is_small = self._statistics_size() < _size(state.model)
