@@ -232,7 +232,7 @@ class CATModifier(Modifier):
             untie_word_embeddings(state.model)
         if self.fuse_attention and self.transform_block_size != "full":
             self._value_projections = self._find_value_projections(state)
-        self._ranks = self._find_tensor_parallel_size(state.model)
+        self._ranks = self._find_tensor_parallel_size(state)
         self._collector = self._start_collecting(state)
 
     def on_sequential_epoch_end(
@@ -324,19 +324,17 @@ class CATModifier(Modifier):
                 register(module, mask_hook, "forward_pre", with_kwargs=True)
         return collector
 
-    def _find_tensor_parallel_size(self, model: Module) -> int:
+    def _find_tensor_parallel_size(self, state: State) -> int:
         if self.tensor_parallel_size != "auto":
             return self.tensor_parallel_size
         size = largest_tensor_parallel_size(
-            *count_heads(model),
-            inputs_to_shard(model, self._linears, self._value_projections),
+            *count_heads(state.model.config),
+            inputs_to_shard(state.model, self._linears, self._value_projections),
             self.transform_block_size,
             Rotation(self.rotation),
         )
         if is_source_process():
-            logger.info(
-                f"The checkpoint can be served with --tensor-parallel-size up to {size}"
-            )
+            logger.info(f"tensor_parallel_size: up to {size} ranks can serve the checkpoint")
         return size
 
     def _shards(self, state: State, shared: SharedInput) -> int:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from torch.nn import Linear, Module
+from transformers import PretrainedConfig
 
 from cat_modifier.calibration.attention import ValueProjection
 from cat_modifier.functional.tensor_parallel import InputToShard
@@ -16,13 +17,13 @@ _PACKED = 8
 """Weights of 4 bits that a checkpoint packs into one integer"""
 
 
-def count_heads(model: Module) -> tuple[int, int]:
+def count_heads(config: PretrainedConfig) -> tuple[int, int]:
     """
     Count query heads and KV heads of the text model; 0 where its config names none.
 
     Layers may differ: the counts divide by what all layers divide by.
     """
-    config = model.config.get_text_config()
+    config = config.get_text_config()
     heads, kv_heads = (
         getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads")
     )
