@@ -133,7 +133,7 @@ def test_offloaded_model(tmp_path, monkeypatch, tied, ignore):
 
 
 def test_groups_are_those_which_read_the_same_input(tmp_path):
-    model = transform(make_model(tmp_path), CATModifier())
+    model = transform(make_model(tmp_path), CATModifier(tensor_parallel_size=1))
     groups = {tuple(args.targets) for _, args in model.transform_config.inputs()}
     assert len(groups) == 8
     layer = "model.layers.0"
@@ -691,7 +691,7 @@ def test_linears_without_tokens_are_rotated(tmp_path, logs):
     unused = torch.nn.Linear(96, 96)
     model.model.layers[0].unused = unused
     weight = unused.weight.detach().clone()
-    transform(model, CATModifier())
+    transform(model, CATModifier(tensor_parallel_size=1))
     assert any("layers.0.unused" in message for message in logs)
     x = torch.randn(3, 96)
     expected = torch.nn.functional.linear(x, weight, unused.bias)
