@@ -133,7 +133,7 @@ def test_offloaded_model(tmp_path, monkeypatch, tied, ignore):
 
 
 def test_groups_are_those_which_read_the_same_input(tmp_path):
-    model = transform(make_model(tmp_path), CATModifier())
+    model = transform(make_model(tmp_path), CATModifier(tensor_parallel_size=1))
     groups = {tuple(args.targets) for _, args in model.transform_config.inputs()}
     assert len(groups) == 8
     layer = "model.layers.0"
@@ -288,9 +288,12 @@ def test_ranks_sum_their_moments(tmp_path, options):
         ({"transform_block_size": 40, "rotation": "none"}, {(32, 1, 1)}),
         # o_proj and down_proj are divided
         ({"tensor_parallel_size": 2}, {(96, 1, 1), (None, 2, 24)}),
+        # 4 ranks of one head
+        ({"tensor_parallel_size": "auto"}, {(96, 1, 1), (48, 1, 1)}),
     ],
 )
 def test_blocks_and_hadamard_matrices_fit_the_inputs(tmp_path, options, expected):
+    options = {"tensor_parallel_size": 1} | options
     model = transform(make_model(tmp_path), CATModifier(**options))
     schemes = model.transform_config.config_groups.values()
     found = {
@@ -298,6 +301,36 @@ def test_blocks_and_hadamard_matrices_fit_the_inputs(tmp_path, options, expected
         for scheme in schemes
     }
     assert found == expected
+
+
+@pytest.mark.parametrize(
+    "overrides, group_size, expected",
+    [
+        ({}, None, 4),
+        ({"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16}, None, 2),
+        ({"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16}, None, 1),
+        # ranks share KV heads
+        ({"num_key_value_heads": 1}, None, 4),
+        ({"intermediate_size": 168}, None, 1),
+        ({}, 48, 2),
+    ],
+)
+def test_tensor_parallel_size_is_the_largest_that_fits(
+    tmp_path, overrides, group_size, expected
+):
+    """What it then is: as with that size, named"""
+    configs = []
+    for size in ("auto", expected):
+        scheme = int_scheme(4, None)
+        if group_size is not None:
+            args = scheme["config_groups"]["group_0"]["weights"]
+            args |= {"strategy": "group", "group_size": group_size}
+        recipe = [CATModifier(tensor_parallel_size=size), QuantizationModifier(**scheme)]
+        model = make_model(tmp_path / str(size), **overrides)
+        oneshot(model=model, recipe=recipe, dataset=make_loader(make_tokens(2)))
+        groups = model.transform_config.config_groups
+        configs.append([(x.block_size, x.hadamard_size, x.apply) for x in groups.values()])
+    assert configs[0] == configs[1]
 
 
 def test_row_parallel_inputs_alone_are_divided(tmp_path):
@@ -505,6 +538,7 @@ def test_recipes_run(tmp_path, recipe):
         ({"dampening_frac": 0}, "dampening_frac"),
         ({"precision": "int8"}, "precision"),
         ({"tensor_parallel_size": 0}, "tensor_parallel_size"),
+        ({"tensor_parallel_size": "all"}, "tensor_parallel_size"),
     ],
 )
 def test_unusable_options_are_errors(options, message):
@@ -660,7 +694,7 @@ def test_linears_without_tokens_are_rotated(tmp_path, logs):
     unused = torch.nn.Linear(96, 96)
     model.model.layers[0].expert = torch.nn.Sequential(unused)
     weight = unused.weight.detach().clone()
-    transform(model, CATModifier())
+    transform(model, CATModifier(tensor_parallel_size=1))
     assert any("layers.0.expert.0" in message for message in logs)
     x = torch.randn(3, 96)
     expected = torch.nn.functional.linear(x, weight, unused.bias)

@@ -128,7 +128,10 @@ def test_unseen_linears_are_rotated(tmp_path):
     model.model.layers[0].mlp.expert = torch.nn.Sequential(unused)
     before = unused.weight.detach().clone()
     modifier = CATModifier(
-        transform_block_size=96, max_overhead=0.15, rotation="block-hadamard"
+        transform_block_size=96,
+        max_overhead=0.15,
+        rotation="block-hadamard",
+        tensor_parallel_size=1,
     )
     oneshot(model=model, recipe=modifier, dataset=make_loader(make_tokens()))
     assert unused.cat_input.weight.shape[-1] == 96

@@ -3,7 +3,7 @@
 
 from collections.abc import Sized
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tqdm
@@ -30,6 +30,7 @@ from cat_modifier.functional.layout import (
     choose_attention_layout,
     choose_layout,
 )
+from cat_modifier.functional.tensor_parallel import largest_tensor_parallel_size
 from cat_modifier.integrations.transformers.saving import save_atomically
 from cat_modifier.modifiers.cat import pipeline
 from cat_modifier.modifiers.cat.apply import LinearWeights, apply_transforms
@@ -37,13 +38,14 @@ from cat_modifier.modifiers.cat.distributed import gather, rank
 from cat_modifier.modifiers.cat.function_check import FunctionCheck
 from cat_modifier.modifiers.cat.inputs import PlanningUnit, describe_input, planning_units
 from cat_modifier.modifiers.cat.log import log_overhead, log_transform
-from cat_modifier.modifiers.cat.matching import (
-    match_linears,
-    match_mappings,
-    may_be_sharded,
-)
+from cat_modifier.modifiers.cat.matching import match_linears, match_mappings
 from cat_modifier.modifiers.cat.pipeline import is_resident, run_batch
 from cat_modifier.modifiers.cat.plan import PlanOptions, plan_transforms
+from cat_modifier.modifiers.cat.sharding import (
+    count_heads,
+    inputs_to_shard,
+    may_be_sharded,
+)
 from cat_modifier.modifiers.cat.validation import (
     check_earlier_transforms,
     check_later_transforms,
@@ -141,7 +143,8 @@ class CATModifier(Modifier):
     :param tensor_parallel_size: largest tensor parallel size at which the checkpoint can be
         served. Blocks and Hadamard products of inputs that may be sharded (o_proj,
         down_proj, and all that the model's `tp_plan` does not call `colwise`) then stay
-        within one shard
+        within one shard. `"auto"`: the largest power of two, up to 8, that divides heads and
+        inputs and leaves the blocks at least half of their size
     """
 
     requires_calibration_data: bool = True
@@ -157,7 +160,7 @@ class CATModifier(Modifier):
     clip_activations: bool = True
     precision: TorchDtype = Field(default=torch.bfloat16)
     max_overhead: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
-    tensor_parallel_size: int = Field(default=1, ge=1)
+    tensor_parallel_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
 
     _linears: dict[str, Linear] = PrivateAttr(default_factory=dict)
     _layers: dict[str, Module] = PrivateAttr(default_factory=dict)
@@ -169,6 +172,7 @@ class CATModifier(Modifier):
     _finished: set[Module] = PrivateAttr(default_factory=set)
     _transformed: set[str] = PrivateAttr(default_factory=set)
     _is_resident: bool = PrivateAttr(default=False)
+    _ranks: int = PrivateAttr(default=1)
 
     @field_validator("targets", "ignore", mode="before")
     @classmethod
@@ -241,6 +245,7 @@ class CATModifier(Modifier):
             untie_word_embeddings(state.model)
         if self.fuse_attention and self.transform_block_size != "full":
             self._value_projections = self._find_value_projections(state)
+        self._ranks = self._find_tensor_parallel_size(state)
         self._collector = self._start_collecting(state)
         self._check = FunctionCheck(state.model, self._linears, self._layers)
         self._check.watch(self.register_hook)
@@ -338,11 +343,22 @@ class CATModifier(Modifier):
                 register(module, hook, "forward_pre", with_kwargs=True)
         return collector
 
-    def _shards(self, state: State, shared: SharedInput) -> int:
-        is_sharded = self.tensor_parallel_size > 1 and may_be_sharded(
-            state.model, shared.linears
+    def _find_tensor_parallel_size(self, state: State) -> int:
+        if self.tensor_parallel_size != "auto":
+            return self.tensor_parallel_size
+        size = largest_tensor_parallel_size(
+            *count_heads(state.model.config),
+            inputs_to_shard(state.model, self._linears, self._value_projections),
+            self.transform_block_size,
+            Rotation(self.rotation),
         )
-        return self.tensor_parallel_size if is_sharded else 1
+        if is_source_process():
+            logger.info(f"tensor_parallel_size: up to {size} ranks can serve the checkpoint")
+        return size
+
+    def _shards(self, state: State, shared: SharedInput) -> int:
+        is_sharded = self._ranks > 1 and may_be_sharded(state.model, shared.linears)
+        return self._ranks if is_sharded else 1
 
     def _layout(self, state: State, shared: SharedInput) -> TransformLayout:
         """Choose the largest layout"""

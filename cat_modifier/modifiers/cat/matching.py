@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules that the options of CATModifier name, and inputs that tensor parallelism splits."""
+"""Modules that the options of CATModifier name."""
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from compressed_tensors import match_modules_set, match_named_modules
 from compressed_tensors.offload import OffloadCache
@@ -12,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cat_modifier.calibration.shared_inputs import DEFAULT_IGNORE
 
-__all__ = ["match_linears", "match_mappings", "may_be_sharded"]
+__all__ = ["match_linears", "match_mappings"]
 
 
 def match_linears(model: Module, targets: list[str], ignore: list[str]) -> dict[str, Linear]:
@@ -90,19 +89,3 @@ def match_mappings(
                 )
             inputs.append([names[module] for module in members])
     return inputs
-
-
-def may_be_sharded(model: Module, names: Iterable[str]) -> bool:
-    """
-    Whether a tensor parallel rank may get a part of an input instead of all of it.
-
-    :param names: Linears that read the input
-    """
-    plan = getattr(model, "tp_plan", None) or {}
-    # the plan is Transformers', and vLLM's can differ: trust nothing but a clear yes
-    column_parallel = [
-        re.compile(r"(^|\.)" + re.escape(pattern).replace(r"\*", r"\d+") + "$")
-        for pattern, style in plan.items()
-        if style == "colwise"
-    ]
-    return not all(any(pattern.search(name) for pattern in column_parallel) for name in names)
