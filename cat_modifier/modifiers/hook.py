@@ -6,10 +6,12 @@ Earlier is too early: modules of this package import llm-compressor, and a modif
 is imported at that moment would find them half initialized.
 """
 
+from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
 from llmcompressor.modifiers import Modifier, ModifierFactory
+from loguru import logger
 
 import cat_modifier
 
@@ -18,8 +20,15 @@ __all__ = ["register"]
 
 def register(llmcompressor: ModuleType):
     """Let recipes in YAML name the modifiers. Runs after ``import llmcompressor``."""
-    for name in cat_modifier.MODIFIERS:
-        ModifierFactory.register(name, _make_placeholder(name))
+    try:
+        for name in cat_modifier.MODIFIERS:
+            ModifierFactory.register(name, _make_placeholder(name))
+    except Exception as error:  # inside an import, which must not fail because of this package
+        logger.warning(
+            f"cat-modifier {cat_modifier.__version__} does not work with llm-compressor "
+            f"{version('llmcompressor')} and cannot register its modifiers "
+            f"({type(error).__name__}: {error}): install a release of one that fits the other"
+        )
 
 
 def _make_placeholder(name: str) -> type[Modifier]:

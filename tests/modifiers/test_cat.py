@@ -15,6 +15,7 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from llmcompressor.modifiers.transform.spinquant import SpinQuantModifier
+from llmcompressor.pipelines.registry import CalibrationPipeline
 from llmcompressor.recipe import Recipe
 from loguru import logger
 from tiny_models import (
@@ -631,6 +632,9 @@ def test_nan_activations_are_an_error_that_names_the_layer(tmp_path):
     with pytest.raises(ValueError, match="layers.1.self_attn"):
         transform(model, CATModifier(), output_dir=str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+    # weights of layer 0 are transformed, and its config is not complete
+    with pytest.raises(ValueError, match="CATModifier did not finish"):
+        model.save_pretrained(tmp_path / "out")
 
 
 def test_few_tokens_are_a_warning_and_keep_the_function(tmp_path, logs):
@@ -672,6 +676,18 @@ def test_four_bit_weights_take_four_bits_in_files(tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     group = config["quantization_config"]["config_groups"]["group_0"]
     assert group["format"] == "cat-modifier/pack-quantized"
+
+
+def test_weights_that_do_not_fill_32_bits_are_not_packed(tmp_path):
+    """vLLM cannot split a packed integer that holds weights of two rows"""
+    model = make_model(tmp_path / "model")
+    quantization = QuantizationModifier(**int_scheme(6, 6, format=None))
+    transform(model, CATModifier(), quantization, output_dir=str(tmp_path / "out"))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    group = config["quantization_config"]["config_groups"]["group_0"]
+    assert group["format"] == "cat-modifier/int-quantized"
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert relative_error(logits_of(reloaded), logits_of(model)) < 1e-5
 
 
 def test_an_empty_dataset_is_an_error(tmp_path):
@@ -723,6 +739,20 @@ def test_log_tells_what_each_transform_did(tmp_path, logs):
     ):
         assert any(word in line for line in lines)
     assert any("blocks of 128 do not divide 96 inputs" in line for line in logs)
+
+
+def test_log_does_not_predict_what_is_not_quantized(tmp_path, logs):
+    scheme = int_scheme(8, 8, targets=["re:.*mlp.*"])
+    transform(make_model(tmp_path), CATModifier(), QuantizationModifier(**scheme))
+    lines = [line for line in logs if "condition number" in line]
+    assert len(lines) == 8
+    for line in lines:
+        assert ("predicted W8A8 SQNR" in line) == ("mlp" in line)
+        assert ("not quantized" in line) == ("self_attn" in line)
+
+
+def test_other_recipes_without_modifiers_have_the_pipeline_of_llm_compressor():
+    assert CalibrationPipeline._infer_pipeline([]) == "datafree"
 
 
 def test_block_scales_which_do_not_divide_a_weight_are_no_hindrance(tmp_path):

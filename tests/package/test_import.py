@@ -122,6 +122,39 @@ except ValueError as error:
     assert run_python(code) == "True"
 
 
+@pytest.mark.slow
+def test_a_table_of_transformers_that_moved_is_one_warning():
+    code = """
+import transformers.quantizers.auto as auto
+del auto.AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"]
+import cat_modifier
+print("imported")
+"""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.stdout == "imported\n"
+    lines = [line for line in process.stderr.splitlines() if "cat-modifier" in line]
+    assert len(lines) == 1 and "does not work with Transformers" in lines[0]
+
+
+@pytest.mark.slow
+def test_a_quantizer_that_cannot_be_imported_refuses_cat_checkpoints_alone(checkpoint):
+    code = f"""
+import sys
+import cat_modifier
+sys.modules["cat_modifier.integrations.transformers.loading"] = None
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as configs
+from transformers import AutoModelForCausalLM
+stock = configs["compressed-tensors"].from_dict({{"format": "dense"}})
+print(type(stock).__name__)
+try:
+    AutoModelForCausalLM.from_pretrained({checkpoint!r})
+except RuntimeError as error:
+    print("does not work with Transformers" in str(error))
+"""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.stdout == "CompressedTensorsConfig\nTrue\n", process.stderr
+
+
 def test_recipe_is_the_path_of_a_file():
     for name in ("w4a4", "w4a4_gptq", "nvfp4"):
         with open(cat_modifier.recipe(name)) as file:
@@ -141,5 +174,17 @@ def test_all_names_exist():
     for name in names:
         assert getattr(cat_modifier, name)
         assert name in dir(cat_modifier)
+
+
+def test_names_that_need_a_library_are_not_listed_without_it():
+    code = """
+import importlib.util, inspect
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name: None if name == "llmcompressor" else find(name)
+import cat_modifier
+names = [name for name, _ in inspect.getmembers(cat_modifier)]
+print("CATModifier" in names, "recipe" in names)
+"""
+    assert run_python(code) == "False True"
     with pytest.raises(AttributeError, match="no attribute 'CatModifier'"):
         cat_modifier.CatModifier  # noqa: B018

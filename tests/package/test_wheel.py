@@ -6,7 +6,8 @@ recipe of the package, and reload.
 The environment shares the libraries of the one that runs the tests, torch and llm-compressor
 above all, because installing them takes minutes. It does not share cat-modifier: an
 editable install works by a .pth file, and Python reads none in a folder that another
-.pth file names.
+.pth file names. With CAT_TEST_EMPTY_ENVIRONMENT=1 it shares nothing, and holds what the
+wheel asks for.
 """
 
 import os
@@ -18,6 +19,8 @@ from pathlib import Path
 
 import pytest
 from tiny_models import make_model
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,13 +74,16 @@ def environment(tmp_path_factory) -> Path:
 
     venv.create(folder / "venv", symlinks=True)
     python = folder / "venv/bin/python"
-    run(*pip, "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=folder)
+    install = [*pip, "--python", python, "install", "--quiet"]
+    if os.environ.get("CAT_TEST_EMPTY_ENVIRONMENT"):
+        run(*install, "torch==2.13.0", f"{wheel}[compress]", cwd=folder)
+        return folder / "venv"
+    run(*install, "--no-deps", "--no-index", wheel, cwd=folder)
     (site,) = (folder / "venv/lib").glob("python*/site-packages")
     (site / "shared.pth").write_text(sysconfig.get_path("purelib"))
     return folder / "venv"
 
 
-@pytest.mark.slow
 def test_a_recipe_of_the_wheel_quantizes(environment, tmp_path):
     make_model(tmp_path / "model")
     script = tmp_path / "quantize.py"
@@ -93,10 +99,9 @@ def test_a_recipe_of_the_wheel_quantizes(environment, tmp_path):
     assert Path(recipe).is_relative_to(environment)
     quantizer, error = result.split()
     assert quantizer == "CATHfQuantizer"
-    assert float(error) < 0.5
+    assert float(error) < 0.7  # 4 bits of random weights; about 1.4 without transforms
 
 
-@pytest.mark.slow
 def test_the_wheel_brings_the_command_and_the_plugin(environment, tmp_path):
     lines = run(environment / "bin/cat-modifier", "--help", cwd=tmp_path)
     assert any("analyze" in line for line in lines)

@@ -9,7 +9,12 @@ models the quantizer needs; and vLLM imports the registry, but never loads a mod
 from types import ModuleType
 from typing import Any
 
+from loguru import logger
+from transformers import __version__ as transformers_version
 from transformers.utils.quantization_config import CompressedTensorsConfig
+
+from cat_modifier.checkpoint.marker import has_transform
+from cat_modifier.version import __version__
 
 __all__ = ["register"]
 
@@ -23,14 +28,33 @@ def register(registry: ModuleType):
 
     :param registry: ``transformers.quantizers.auto``
     """
-    configs = registry.AUTO_QUANTIZATION_CONFIG_MAPPING
+    # runs inside an import of Transformers, which must not fail because of this package
+    configs: Any = getattr(registry, "AUTO_QUANTIZATION_CONFIG_MAPPING", {})
+    if _METHOD not in configs:
+        logger.warning(_reason("its table of quantization configs has another name"))
+        return
 
     class Placeholder(CompressedTensorsConfig):
         @classmethod
-        def from_dict(cls, *args, **kwargs) -> Any:
-            from cat_modifier.integrations.transformers import quantizer
+        def from_dict(cls, config_dict, *args, **kwargs) -> Any:
+            try:
+                from cat_modifier.integrations.transformers import quantizer
 
-            quantizer.register()
-            return configs[_METHOD].from_dict(*args, **kwargs)
+                quantizer.register()
+            except Exception as error:  # whatever the import of a moved name raises
+                reason = _reason(f"{type(error).__name__}: {error}")
+                if has_transform(config_dict):
+                    raise RuntimeError(reason) from error
+                logger.warning(reason)
+                return CompressedTensorsConfig.from_dict(config_dict, *args, **kwargs)
+            return configs[_METHOD].from_dict(config_dict, *args, **kwargs)
 
     configs[_METHOD] = Placeholder
+
+
+def _reason(what: str) -> str:
+    return (
+        f"cat-modifier {__version__} does not work with Transformers {transformers_version} "
+        f"and cannot load CAT checkpoints here ({what}): install a release of one that fits "
+        "the other"
+    )

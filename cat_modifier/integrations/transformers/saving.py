@@ -14,13 +14,16 @@ import torch.distributed as dist
 from compressed_tensors.distributed import is_distributed, is_source_process
 from compressed_tensors.quantization.utils import is_module_quantized
 from loguru import logger
+from torch.nn import Module
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from cat_modifier.checkpoint.schema import mark_quantization_config
 from cat_modifier.integrations.transformers.atomic_folder import atomic_folder
 
-__all__ = ["save_atomically"]
+__all__ = ["mark_complete", "mark_incomplete", "save_atomically"]
+
+_INCOMPLETE = "_cat_is_incomplete"
 
 
 def save_atomically(model: PreTrainedModel):
@@ -59,6 +62,17 @@ def save_atomically(model: PreTrainedModel):
     model.save_pretrained = MethodType(save_pretrained, model)  # type: ignore[method-assign]
 
 
+def mark_incomplete(model: Module):
+    """Refuse to save a model until :func:`mark_complete`: its weights are being transformed"""
+    setattr(model, _INCOMPLETE, True)
+
+
+def mark_complete(model: Module):
+    """Allow a model to be saved"""
+    if hasattr(model, _INCOMPLETE):
+        delattr(model, _INCOMPLETE)
+
+
 def _name_arguments(
     model: PreTrainedModel, save_directory: str | os.PathLike, args: tuple, kwargs: dict
 ) -> dict[str, Any]:
@@ -80,6 +94,11 @@ def _check(model: PreTrainedModel, options: dict[str, Any]):
     :param options: arguments of ``save_pretrained``
     :raises ValueError: if it cannot
     """
+    if hasattr(model, _INCOMPLETE):
+        raise ValueError(
+            "CATModifier did not finish: only a part of the model is transformed. Remove the "
+            "cause of its error, load the original model again, and repeat the run"
+        )
     if options.get("push_to_hub"):
         # it would upload the staging folder, and before it is marked
         raise ValueError(

@@ -7,6 +7,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 
 from cat_modifier.checkpoint.integers import INT8_PRODUCT_RULE, is_integer
+from cat_modifier.checkpoint.marker import METHOD_NAME
 from cat_modifier.checkpoint.schema import CATTransformConfig, read_quantization_config
 from cat_modifier.integrations.vllm.compat import (
     CompressedTensorsConfig,
@@ -22,7 +23,6 @@ from cat_modifier.integrations.vllm.compat import (
 )
 from cat_modifier.integrations.vllm.int8_linear import Int8LinearMethod, Integers
 from cat_modifier.integrations.vllm.linear import TransformLinearMethod
-from cat_modifier.integrations.vllm.plugin import METHOD_NAME
 from cat_modifier.integrations.vllm.registry import TransformRegistry
 
 __all__ = ["CATCompressedTensorsConfig"]

@@ -7,12 +7,10 @@ from typing import Any
 
 from loguru import logger
 
+from cat_modifier.checkpoint.marker import METHOD_NAME, has_transform
 from cat_modifier.version import __version__
 
-__all__ = ["METHOD_NAME", "register"]
-
-METHOD_NAME = "cat-modifier"
-"""Name of the quantization method in vLLM"""
+__all__ = ["register"]
 
 
 @cache  # vLLM may call it more than once in a process
@@ -55,9 +53,7 @@ def _register_refusal(reason: str):
             def override_quantization_method(
                 cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
             ) -> str | None:
-                transforms = (hf_quant_cfg or {}).get("transform_config")
-                requires = transforms.get("requires") if isinstance(transforms, dict) else None
-                is_cat = user_quant == METHOD_NAME or str(requires).startswith(METHOD_NAME)
+                is_cat = user_quant == METHOD_NAME or has_transform(hf_quant_cfg)
                 return METHOD_NAME if is_cat else None
 
             @classmethod

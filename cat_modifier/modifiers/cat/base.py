@@ -31,7 +31,11 @@ from cat_modifier.functional.layout import (
     choose_layout,
 )
 from cat_modifier.functional.tensor_parallel import largest_tensor_parallel_size
-from cat_modifier.integrations.transformers.saving import save_atomically
+from cat_modifier.integrations.transformers.saving import (
+    mark_complete,
+    mark_incomplete,
+    save_atomically,
+)
 from cat_modifier.modifiers.cat import pipeline
 from cat_modifier.modifiers.cat.apply import LinearWeights, apply_transforms
 from cat_modifier.modifiers.cat.distributed import gather, rank
@@ -107,7 +111,7 @@ class CATModifier(Modifier):
     - on_calibration_end
         - the same for inputs that are left, and for Linears that saw no tokens
     - on_finalize
-        - make `save_pretrained` write a marked checkpoint, atomically
+        - choose the format of integer weights
 
     :param transform_block_size: k, number of input channels that a block of T mixes. Upper
         bound: if it does not divide the input of a Linear, the largest usable divisor below
@@ -263,7 +267,7 @@ class CATModifier(Modifier):
 
     def on_calibration_end(self, state: State, event: Event, **kwargs):
         """
-        Transform what is left, and hand the config to the model.
+        Transform what is left. The model can be saved then.
 
         :raises ValueError: if no Linear saw any tokens
         """
@@ -274,22 +278,26 @@ class CATModifier(Modifier):
                 "CATModifier saw no tokens: pass a calibration `dataset` of more than padding"
             )
         self._rotate_unseen(state)
-        setattr(state.model, TRANSFORM_CONFIG_NAME, self._config)
+        mark_complete(state.model)
         del self._collector, self._check
 
     def on_finalize(self, state: State, **kwargs) -> bool:
         for linear in self._linears.values():
             scheme = getattr(linear, "quantization_scheme", None)
             # by default compressed-tensors stores integer weights in 8 bits if activations
-            # are integers as well
+            # are integers as well. Packed weights fill 32 bits, and each row ends with one
             if (
                 scheme is not None
                 and scheme.format is None
                 and suits_int8_product(scheme.weights, scheme.input_activations)
                 and scheme.weights.num_bits < 8
             ):
-                scheme.format = CompressionFormat.pack_quantized
-        save_atomically(state.model)
+                fits = 32 % scheme.weights.num_bits == 0
+                scheme.format = (
+                    CompressionFormat.pack_quantized
+                    if fits
+                    else CompressionFormat.int_quantized
+                )
         return True
 
     ## Calibration ##
@@ -432,6 +440,10 @@ class CATModifier(Modifier):
             self.precision,
             self.max_overhead if unit.layer else None,
         )
+        # weights change from here on: a run that fails must not be saved as another model
+        setattr(state.model, TRANSFORM_CONFIG_NAME, self._config)
+        save_atomically(state.model)
+        mark_incomplete(state.model)
         plan = plan_transforms(inputs, LinearWeights(self._linears), options, unit.layer or "")
         apply_transforms(plan.transforms, self._linears, self._config, self.precision)
         for one in plan.transforms:
@@ -446,23 +458,23 @@ class CATModifier(Modifier):
         left = [
             one for one in self._collector.observer.inputs if one.first not in self._transformed
         ]
-        names = {name for one in left for name in one.linears} | self._transformed
-        left += [SharedInput({n: one}) for n, one in self._linears.items() if n not in names]
+        known = {name for one in left for name in one.linears} | self._transformed
+        left += [SharedInput({n: one}) for n, one in self._linears.items() if n not in known]
         bypassed = [one for one in left if self._is_bypassed(one)]
         unseen = [one for one in left if one not in bypassed]
         total = len(self._linears)
         if unseen:
-            names = [name for one in unseen for name in one.linears]
+            rotated = [name for one in unseen for name in one.linears]
             logger.warning(
-                f"{len(names)} of {total} Linears saw no calibration tokens, and are rotated "
-                f"without alignment: {_some(names)}"
+                f"{len(rotated)} of {total} Linears saw no calibration tokens, and are rotated "
+                f"without alignment: {_some(rotated)}"
             )
         if bypassed:
-            names = [name for one in bypassed for name in one.linears]
+            skipped = [name for one in bypassed for name in one.linears]
             logger.warning(
-                f"{len(names)} of {total} Linears were not called, while the modules that "
+                f"{len(skipped)} of {total} Linears were not called, while the modules that "
                 "hold them ran. Their weights seem to be read in another way, so that their "
-                f"inputs are not transformed: {_some(names)}"
+                f"inputs are not transformed: {_some(skipped)}"
             )
         for shared in unseen:
             projection = self._value_projection(shared)

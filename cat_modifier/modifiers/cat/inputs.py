@@ -103,9 +103,10 @@ def describe_input(
         is_clippable=_is_clippable(schemes),
     )
     changes: dict = {}
-    if schemes[0] is not None:
-        changes["weight_args"] = schemes[0].weights
-        changes["activation_args"] = schemes[0].input_activations
+    scheme = next((one for one in schemes if one is not None), None)
+    if scheme is not None:
+        changes["weight_args"] = scheme.weights
+        changes["activation_args"] = scheme.input_activations
     if statistics is not None:
         device = get_execution_device(shared.linears[shared.first])
         second_moments, sample = statistics.second_moments, statistics.sample

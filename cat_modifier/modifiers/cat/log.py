@@ -22,10 +22,13 @@ def log_transform(one: PlannedTransform):
     weights, activations = source.weight_args, source.activation_args
     # theorem 2.4 speaks of integers
     is_float = weights is not None and weights.type == QuantizationType.FLOAT
-    logger.info(
-        f"{prefix}.{shown}: predicted W{_bits(weights)}A{_bits(activations)} SQNR"
+    sqnr = (
+        f"predicted W{_bits(weights)}A{_bits(activations)} SQNR"
         f"{' as integers' if is_float else ''} "
-        f"{to_db(one.before.sqnr):.1f} -> {to_db(one.after.sqnr):.1f} dB, alignment "
+        f"{to_db(one.before.sqnr):.1f} -> {to_db(one.after.sqnr):.1f} dB"
+    )
+    logger.info(
+        f"{prefix}.{shown}: {sqnr if source.is_quantized else 'not quantized'}, alignment "
         f"{to_db(one.before.alignment):.1f} -> {to_db(one.after.alignment):.1f} dB, "
         f"block size {layout.block_size}, Hadamard size {layout.hadamard_size}, "
         f"condition number {condition_number(one.transform.blocks):.1f}"

@@ -36,7 +36,9 @@ def register():
         return
 
     def infer_pipeline(modifiers: list[Modifier]) -> str:
-        if all(getattr(one, "prefers_basic_pipeline", False) for one in modifiers):
+        if modifiers and all(
+            getattr(one, "prefers_basic_pipeline", False) for one in modifiers
+        ):
             return "basic"
         return infer(modifiers)
 

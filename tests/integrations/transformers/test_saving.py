@@ -11,6 +11,7 @@ import pytest
 import torch
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.transformers.compression import compressed_tensors_utils
 from llmcompressor.transformers.compression.compressed_tensors_utils import (
     modify_save_pretrained,
 )
@@ -196,6 +197,24 @@ def test_an_error_while_files_are_moved_loses_nothing(
     assert relative_error(logits_of(load(tmp_path)), model.logits) < 1e-5
     assert relative_error(logits_of(load(tmp_path)), older) > 0.1
     assert (tmp_path / "model_backup.safetensors").exists()
+
+
+def test_weights_are_kept_if_what_follows_them_cannot_be_written(
+    compressed, tmp_path, monkeypatch
+):
+    def fail(*args):
+        raise OSError("no such file")
+
+    name = "copy_python_files_from_model_cache"
+    monkeypatch.setattr(compressed_tensors_utils, name, fail)
+    with pytest.raises(UnfinishedSaveError, match="All weights are written.*no such file"):
+        compressed.save_pretrained(tmp_path)
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert {"config.json", "model.safetensors"} <= {path.name for path in folder.iterdir()}
+    monkeypatch.undo()
+    compressed.save_pretrained(tmp_path)
+    assert not folder.exists()
+    assert relative_error(logits_of(load(tmp_path)), compressed.logits) < 1e-5
 
 
 @pytest.mark.slow

@@ -56,6 +56,11 @@ def test_shards_put_together_are_the_whole(ranks, hadamard):
         for rank, part in enumerate(x.chunk(ranks, -1))
     ]
     assert torch.allclose(torch.cat(parts, -1), whole, atol=1e-6)
+    # each rank has a scale of its own, and so a range of its own to clip
+    for rank, part in enumerate(x.chunk(ranks, -1)):
+        clipped = make(hadamard, ranks, rank, blocks, clip_ratio=0.8)(part)
+        low, high = (0.8 * end for end in parts[rank].aminmax(dim=-1, keepdim=True))
+        assert torch.allclose(clipped, parts[rank].clamp(low, high), atol=1e-6)
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
