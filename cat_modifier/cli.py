@@ -100,6 +100,7 @@ def analyze(
         ),
     ] = [  # noqa: B006
         "re:.*lm_head",
+        "re:.*decoder$",
         r"re:.*(score|classifier)(\..*)?$",
         "re:.*router.*",
         "re:.*gate$",

@@ -18,6 +18,7 @@ __all__ = ["DEFAULT_IGNORE", "SharedInput", "SharedInputObserver", "padding_mask
 
 DEFAULT_IGNORE = (
     "re:.*lm_head",
+    "re:.*decoder$",
     r"re:.*(score|classifier)(\..*)?$",
     "re:.*router.*",
     "re:.*gate$",

@@ -194,7 +194,7 @@ def test_each_batch_has_its_own_padding(tmp_path):
     assert set.union(*counts.values()) == {96}
 
 
-@pytest.mark.parametrize("pipeline", ["independent", "basic", "sequential"])
+@pytest.mark.parametrize("pipeline", ["independent", "single_pass", "basic", "sequential"])
 def test_pipelines_agree(tmp_path, pipeline):
     one = transform(make_model(tmp_path / "a"), CATModifier(), pipeline="independent")
     other = transform(make_model(tmp_path / "b"), CATModifier(), pipeline=pipeline)
@@ -606,12 +606,12 @@ def test_layers_in_turn_give_the_transforms_of_one_pass(tmp_path, monkeypatch, l
         # attention is computed in another way
         assert relative_error(tensor.float(), both[1][name].float()) < 0.01
     pipelines = [line for line in logs if "Inferred" in line]
-    assert "BasicPipeline" in pipelines[0] and "SequentialPipeline" in pipelines[1]
+    assert "SinglePassPipeline" in pipelines[0] and "SequentialPipeline" in pipelines[1]
 
 
 def test_moments_larger_than_the_model_are_not_held_at_once(tmp_path, logs):
     options = {"hidden_size": 384, "head_dim": 96, "intermediate_size": 96}
-    for block_size, pipeline in ((16, "Basic"), ("full", "Sequential")):
+    for block_size, pipeline in ((16, "SinglePass"), ("full", "Sequential")):
         model = make_model(tmp_path / pipeline, **options)
         transform(model, CATModifier(transform_block_size=block_size))
         assert f"{pipeline}Pipeline" in next(line for line in logs if "Inferred" in line)
@@ -749,6 +749,26 @@ def test_log_does_not_predict_what_is_not_quantized(tmp_path, logs):
     for line in lines:
         assert ("predicted W8A8 SQNR" in line) == ("mlp" in line)
         assert ("not quantized" in line) == ("self_attn" in line)
+
+
+def test_a_recipe_that_does_not_quantize_is_a_warning(tmp_path, logs):
+    transform(make_model(tmp_path), CATModifier())
+    assert any("Nothing in the recipe quantizes" in line for line in logs)
+    logs.clear()
+    transform(make_model(tmp_path), CATModifier(), QuantizationModifier(**int_scheme(4, 4)))
+    assert not any("Nothing in the recipe quantizes" in line for line in logs)
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+@pytest.mark.parametrize("transformed", [True, False])
+def test_an_lm_head_that_vllm_cannot_serve_is_a_warning(tmp_path, logs, ignored, transformed):
+    scheme = int_scheme(4, 4)
+    if not ignored:
+        scheme["ignore"] = []
+    options = {"ignore": []} if transformed else {}
+    transform(make_model(tmp_path), CATModifier(**options), QuantizationModifier(**scheme))
+    warned = any("whose lm_head is transformed or quantized" in line for line in logs)
+    assert warned == (transformed or not ignored)
 
 
 def test_other_recipes_without_modifiers_have_the_pipeline_of_llm_compressor():

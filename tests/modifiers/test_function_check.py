@@ -4,24 +4,28 @@
 import pytest
 import torch
 from llmcompressor import oneshot
+from llmcompressor.modifiers.quantization import QuantizationModifier
 from loguru import logger
-from tiny_models import make_model, make_tokens, relative_error
+from tiny_models import int_scheme, make_loader, make_model, make_tokens, relative_error
 from torch.nn.functional import linear
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSpeechSeq2Seq,
     AutoTokenizer,
     GPT2Config,
     JambaConfig,
     MambaConfig,
+    MBartConfig,
     PreTrainedConfig,
     SiglipVisionConfig,
     WhisperConfig,
 )
 
 from cat_modifier import CATModifier
+from cat_modifier.modifiers.cat import base
 from cat_modifier.modifiers.cat.function_check import relative_change
 
 PIPELINES = ["independent", "sequential"]
@@ -170,6 +174,46 @@ def test_attention_to_an_encoder(tmp_path, logs, pipeline):
     assert {f"model.decoder.layers.{i}.encoder_attn.k_proj" for i in range(3)} <= _transformed(
         model
     )
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_quantization_stays_disabled_while_inputs_are_collected(
+    tmp_path, monkeypatch, resident
+):
+    monkeypatch.setattr(base, "is_resident", lambda model: resident)
+    models = []
+    for recipe in ([], [QuantizationModifier(**int_scheme(4, 4))]):
+        model = make_model(tmp_path)
+        oneshot(
+            model=model,
+            recipe=[CATModifier(), *recipe],
+            dataset=make_loader(make_tokens()),
+            pipeline="independent",
+        )
+        models.append(model)
+    for name, tensor in models[0].state_dict().items():
+        if name.endswith("cat_input.weight"):
+            assert torch.equal(tensor, models[1].state_dict()[name])
+
+
+def test_logits_with_a_bias_are_no_hindrance(tmp_path):
+    """As of MBart and Marian, which add it to the output of the lm_head"""
+    config = MBartConfig(
+        d_model=64,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=96,
+        decoder_ffn_dim=96,
+        vocab_size=128,
+        max_position_embeddings=64,
+    )
+    model = make(tmp_path, AutoModelForSeq2SeqLM, config)
+    sample = TEXT | {"decoder_input_ids": TEXT["input_ids"]}
+    before = outputs_of(model, **sample)
+    transform(model, tmp_path, **sample)
+    check_is_kept(before, outputs_of(model, **sample))
 
 
 def logs_of_unseen(logs):

@@ -56,6 +56,7 @@ from cat_modifier.modifiers.cat.validation import (
     check_quantized,
     check_same_inputs,
     check_shared_pass,
+    warn_if_not_quantized,
     warn_if_not_served,
 )
 from cat_modifier.modifiers.decoding_layers import find_decoding_layers
@@ -200,7 +201,7 @@ class CATModifier(Modifier):
         return value
 
     @property
-    def prefers_basic_pipeline(self) -> bool:
+    def prefers_single_pass(self) -> bool:
         """Whether one pass over the whole model is best: see :mod:`.pipeline`"""
         return self._is_resident
 
@@ -221,6 +222,7 @@ class CATModifier(Modifier):
             raise ValueError("The calibration dataset is empty")
         self._linears = match_linears(state.model, self.targets, self.ignore)
         check_later_transforms(self)
+        warn_if_not_quantized(self)
         self._layers = find_decoding_layers(state.model)
         if self.max_overhead is not None and not self._layers:
             raise ValueError(
@@ -243,7 +245,7 @@ class CATModifier(Modifier):
         check_shared_pass(self)
         self._config = check_earlier_transforms(state.model, self._linears)
         check_quantized(self._linears, self)
-        warn_if_not_served(self._linears)
+        warn_if_not_served(state.model, self._linears)
         # the weight of an lm_head that is tied to the embedding cannot change alone
         if state.model.get_output_embeddings() in self._linears.values():
             untie_word_embeddings(state.model)

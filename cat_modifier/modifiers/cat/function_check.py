@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 from llmcompressor.modifiers.utils.hooks import HooksMixin
-from llmcompressor.utils.helpers import DisableQuantization, calibration_forward_context
 from torch import Tensor
 from torch.nn import Linear, Module, ModuleDict, ModuleList
 from torch.utils._pytree import tree_leaves
 from transformers import Cache
 
 from cat_modifier.modifiers.cat.distributed import gather
+from cat_modifier.modifiers.cat.pipeline import as_it_is_run
 
 __all__ = ["FunctionCheck", "relative_change"]
 
@@ -118,12 +118,7 @@ class FunctionCheck:
         # a cache would be filled twice
         args = tuple(None if isinstance(one, Cache) else one for one in args)
         kwargs = {k: None if isinstance(v, Cache) else v for k, v in kwargs.items()}
-        with (
-            HooksMixin.disable_hooks(),
-            calibration_forward_context(self._model),
-            DisableQuantization(self._model),
-            torch.random.fork_rng(),
-        ):
+        with HooksMixin.disable_hooks(), as_it_is_run(self._model), torch.random.fork_rng():
             torch.manual_seed(0)
             outputs = self._modules[name](*args, **kwargs)
         return [_some_tokens(one) for one in _floats(outputs)]

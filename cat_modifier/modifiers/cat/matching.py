@@ -29,6 +29,8 @@ def match_linears(model: Module, targets: list[str], ignore: list[str]) -> dict[
             (name for name, one in model.named_modules() if isinstance(one, Conv1D)), None
         )
         reason = "check the names with `model.named_modules()`"
+        if ignored := [name for name, _ in match_named_modules(model, targets)]:
+            reason = f"all {len(ignored)} targets are ignored, for example {ignored[0]}"
         if conv1d is not None:
             reason = (
                 f"the model holds its weights in Conv1D modules ({conv1d}), which neither "

@@ -9,6 +9,7 @@ from compressed_tensors.quantization import QuantizationStatus
 from compressed_tensors.transform.factory.base import TransformBase
 from llmcompressor.core import active_session
 from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.quantization.quantization import QuantizationMixin
 from loguru import logger
 from torch.nn import Linear, Module
 
@@ -27,6 +28,7 @@ __all__ = [
     "check_quantized",
     "check_same_inputs",
     "check_shared_pass",
+    "warn_if_not_quantized",
     "warn_if_not_served",
 ]
 
@@ -51,6 +53,17 @@ def check_later_transforms(modifier: Modifier):
         raise ValueError(
             f"{', '.join(later)} would change weights or inputs that CATModifier has "
             "transformed: put it before CATModifier in the recipe"
+        )
+
+
+def warn_if_not_quantized(modifier: Modifier):
+    """Warn of a recipe that quantizes nothing: a model with transforms alone cannot be saved"""
+    modifiers = active_session().lifecycle.recipe.modifiers
+    if not any(isinstance(other, QuantizationMixin) for other in modifiers):
+        logger.warning(
+            f"Nothing in the recipe quantizes, and a model with transforms alone cannot be "
+            f"saved: add a QuantizationModifier or a GPTQModifier after "
+            f"{type(modifier).__name__}"
         )
 
 
@@ -137,8 +150,21 @@ def check_same_inputs(inputs: list[SharedInput]):
         )
 
 
-def warn_if_not_served(linears: Mapping[str, Linear]):
-    """Warn once, of the first Linear whose integers vLLM may have no kernel for"""
+def warn_if_not_served(model: Module, linears: Mapping[str, Linear]):
+    """
+    Warn of what vLLM cannot serve: an lm_head that is transformed or quantized, and the first
+    Linear whose integers it may have no kernel for.
+    """
+    find = getattr(model, "get_output_embeddings", None)
+    head = None if find is None else find()
+    if head is not None and (
+        head in linears.values() or getattr(head, "quantization_scheme", None) is not None
+    ):
+        name = next(name for name, one in model.named_modules() if one is head)
+        logger.warning(
+            f"vLLM cannot serve a model whose {name} is transformed or quantized: add it to "
+            "`ignore` of CATModifier and of the modifier that quantizes"
+        )
     for name, linear in linears.items():
         scheme = getattr(linear, "quantization_scheme", None)
         if scheme is None or suits_int8_product(scheme.weights, scheme.input_activations):
