@@ -4,6 +4,7 @@ import torch
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
+from loguru import logger
 from tiny_models import (
     int_scheme,
     logits_of,
@@ -12,7 +13,13 @@ from tiny_models import (
     make_tokens,
     relative_error,
 )
-from transformers import AutoModelForCausalLM
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSpeechSeq2Seq,
+    AutoTokenizer,
+    WhisperConfig,
+)
 
 from cat_modifier import CATModifier, CATTrainingModifier
 from cat_modifier.modifiers.cat_training import base as training_module
@@ -370,3 +377,45 @@ def test_one_batch_is_refused(tmp_path):
         compress(
             make_model(tmp_path), CATModifier(), CATTrainingModifier(), tokens=make_tokens(1)
         )
+
+
+def test_layers_of_an_encoder_that_cannot_be_cut_out_are_a_warning(tmp_path):
+    """As of Whisper, whose encoder runs as one piece in the sequential pipeline"""
+    config = WhisperConfig(
+        d_model=64,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=96,
+        decoder_ffn_dim=96,
+        vocab_size=128,
+        num_mel_bins=8,
+        max_source_positions=20,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+    )
+    make_model(tmp_path)  # for its tokenizer
+    AutoModelForSpeechSeq2Seq.from_config(config).save_pretrained(tmp_path)
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path)
+    samples = [
+        {"input_features": torch.randn(8, 40), "decoder_input_ids": tokens}
+        for tokens in make_tokens(4)
+    ]
+    messages = []
+    sink = logger.add(lambda message: messages.append(str(message)), level="WARNING")
+    oneshot(
+        model=model,
+        processor=AutoTokenizer.from_pretrained(tmp_path),
+        recipe=[
+            CATModifier(ignore=["re:.*proj_out"]),
+            CATTrainingModifier(steps=2, batch_size=2),
+            QuantizationModifier(**(SCHEME | {"ignore": ["re:.*proj_out"]})),
+        ],
+        dataset=DataLoader(samples, batch_size=1),
+    )
+    logger.remove(sink)
+    (warning,) = (one for one in messages if "were not trained" in one)
+    assert "model.encoder.layers.0" in warning and "decoder" not in warning

@@ -206,12 +206,23 @@ class CATTrainingModifier(Modifier):
         """
         self.remove_hooks()
         left = [name for name in self._names.values() if name not in self._trained]
+        in_parts = [name for name in left if name not in self._calls]
+        is_trained = bool(self._trained)
         self._inputs, self._names, self._calls, self._trained = {}, {}, {}, set()
         self._hidden = self._expected = self._store = None
-        if left:
+        if left and not is_trained:
             raise ValueError(
                 f"{left[0]} was never called as a whole, so that its transforms could not be "
                 "trained: leave `sequential_targets` of oneshot at its default"
+                if in_parts
+                else f"{left[0]} runs in code that llm-compressor does not divide into layers, "
+                "so that its transforms cannot be trained: leave CATTrainingModifier out"
+            )
+        if left:
+            logger.warning(
+                f"{len(left)} layers were not trained and keep the transforms of CATModifier, "
+                "because they are called in parts, or in code that llm-compressor does not "
+                f"divide into layers: {', '.join(left)}"
             )
 
     ## Training ##
