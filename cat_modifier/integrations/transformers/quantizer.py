@@ -15,6 +15,7 @@ from compressed_tensors.quantization import QuantizationStatus
 from compressed_tensors.quantization.utils import is_module_quantized
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightTransform
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -34,6 +35,7 @@ from cat_modifier.checkpoint.transform_module import (
     attach_transforms,
     validate_transform,
 )
+from cat_modifier.integrations.transformers.experts import linearize_experts, without_fusing
 from cat_modifier.integrations.transformers.loading import LoadingCheck
 from cat_modifier.integrations.transformers.saving import save_atomically
 
@@ -71,6 +73,7 @@ class CATHfQuantizer(CompressedTensorsHfQuantizer):
 
     quantization_config: CompressedTensorsConfig
     _loading: LoadingCheck
+    _fused: list[str]
 
     @property
     def _transforms(self) -> CATTransformConfig | None:
@@ -82,14 +85,24 @@ class CATHfQuantizer(CompressedTensorsHfQuantizer):
         checkpoint_files: list[str] | None = None,
         **kwargs,
     ):
+        is_cat = self._transforms is not None
+        if is_cat and checkpoint_files is None:
+            raise ValueError("CAT checkpoints are loaded from files, not from a state_dict")
+        # before quantization schemes are given to Linears
+        self._fused = linearize_experts(model) if is_cat else []
         super()._process_model_before_weight_loading(
             model, checkpoint_files=checkpoint_files, **kwargs
         )
         if self._transforms is not None:
-            if checkpoint_files is None:
-                raise ValueError("CAT checkpoints are loaded from files, not from a state_dict")
             attach_transforms(model, self._transforms)
             self._loading = LoadingCheck(model)
+
+    def update_weight_conversions(
+        self, weight_conversions: list[WeightTransform]
+    ) -> list[WeightTransform]:
+        return super().update_weight_conversions(
+            without_fusing(weight_conversions, self._fused)
+        )
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):
         if self._transforms is not None:
