@@ -6,7 +6,8 @@ Transformers holds the experts of a layer in one parameter for each projection. 
 checkpoint holds a matrix, its scales and its transform for each expert.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,12 @@ class LinearExperts(Module):
     :param experts: fused experts, which may be on the meta device
     """
 
-    def __init__(self, experts: Module):
+    has_gate: bool
+    is_transposed: bool
+    is_concatenated: bool
+    act_fn: Callable[[Tensor], Tensor]
+
+    def __init__(self, experts: Any):
         super().__init__()
         # what the gate reads: limits, the activation
         for name, value in vars(experts).items():
@@ -51,7 +57,7 @@ class LinearExperts(Module):
                 setattr(self, name, value)
         for name, child in experts.named_children():
             self.add_module(name, child)
-        self._gate = type(experts)._apply_gate
+        self._gate: Callable[[Module, Tensor], Tensor] = type(experts)._apply_gate
         sizes = _projection_sizes(experts)
         self.count = len(experts.down_proj)
         for index in range(self.count):
@@ -78,7 +84,7 @@ class LinearExperts(Module):
         return output
 
     def _apply_expert(self, index: int, hidden_states: Tensor) -> Tensor:
-        expert = self.get_submodule(str(index))
+        expert: Any = self.get_submodule(str(index))
         up = expert.up_proj(hidden_states)
         if not self.has_gate:
             return expert.down_proj(self.act_fn(up))
@@ -131,7 +137,7 @@ def without_fusing(
     ]
 
 
-def _projection_sizes(experts: Module) -> dict[str, tuple[int, int]]:
+def _projection_sizes(experts: Any) -> dict[str, tuple[int, int]]:
     """Read input and output features of the projections off the fused parameters"""
 
     def size(parameter: Tensor) -> tuple[int, int]:
@@ -146,7 +152,7 @@ def _projection_sizes(experts: Module) -> dict[str, tuple[int, int]]:
     return {"gate_proj": half, "up_proj": half, "down_proj": down}
 
 
-def _check_parameters(name: str, experts: Module):
+def _check_parameters(name: str, experts: Any):
     up = "gate_up_proj" if experts.has_gate else "up_proj"
     needed = {up, "down_proj"}
     if experts.has_bias:

@@ -30,6 +30,7 @@ from cat_modifier.checkpoint.schema import (
     mark_quantization_config,
     read_quantization_config,
 )
+from cat_modifier.checkpoint.token_batch import batch_tokens
 from cat_modifier.checkpoint.transform_module import (
     CATTransform,
     attach_transforms,
@@ -95,6 +96,7 @@ class CATHfQuantizer(CompressedTensorsHfQuantizer):
         )
         if self._transforms is not None:
             attach_transforms(model, self._transforms)
+            batch_tokens(model)
             self._loading = LoadingCheck(model)
 
     def update_weight_conversions(

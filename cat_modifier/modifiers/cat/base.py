@@ -22,6 +22,7 @@ from cat_modifier.calibration.collector import InputCollector, InputStatistics
 from cat_modifier.calibration.shared_inputs import DEFAULT_IGNORE, SharedInput
 from cat_modifier.checkpoint.integers import suits_int8_product
 from cat_modifier.checkpoint.schema import CATTransformConfig
+from cat_modifier.checkpoint.token_batch import batch_tokens
 from cat_modifier.functional.alignment import DEFAULT_DAMPENING_FRAC
 from cat_modifier.functional.layout import (
     Rotation,
@@ -253,6 +254,7 @@ class CATModifier(Modifier):
             )
         self._rotate_unseen(state)
         setattr(state.model, TRANSFORM_CONFIG_NAME, self._config)
+        batch_tokens(state.model)
         del self._collector
 
     def on_finalize(self, state: State, **kwargs) -> bool:
