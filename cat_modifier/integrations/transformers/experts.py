@@ -121,7 +121,7 @@ def linearize_experts(model: PreTrainedModel) -> list[str]:
 
 
 def without_fusing(
-    conversions: Iterable[WeightTransform], fused: list[str]
+    conversions: Iterable[WeightTransform], fused: Iterable[str]
 ) -> list[WeightTransform]:
     """
     Leave out conversions that make fused parameters of the tensors of single experts.

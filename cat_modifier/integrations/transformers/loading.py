@@ -45,6 +45,7 @@ class LoadingCheck:
         self._pass_on = getattr(model, _REPORT_METHOD)
         self._shapes = {name: tensor.shape for name, tensor in _needed(model).items()}
         self._missing: set[str] | None = None
+        _add_placeholders(model)
         self._unexpected: set[str] = set()
         setattr(model, _REPORT_METHOD, self._receive)
 
@@ -62,6 +63,7 @@ class LoadingCheck:
         :raises ValueError: if a tensor is missing, unexpected, or of another shape
         """
         delattr(self._model, _REPORT_METHOD)
+        _remove_placeholders(self._model)
         if self._missing is None:
             raise NotImplementedError(
                 f"Transformers {transformers.__version__} loaded the model without a report, "
@@ -93,6 +95,31 @@ class LoadingCheck:
                 "The tensors of this checkpoint do not fit the model and its "
                 "quantization_config:\n" + "\n".join(problems)
             )
+
+
+def _add_placeholders(model: PreTrainedModel):
+    """
+    Give compressed Linears a weight without values until the tensors are loaded.
+
+    Some models read the weights of their Linears when they initialize what was not loaded.
+    """
+    for linear in _compressed_linears(model):
+        weight = torch.empty(linear.out_features, linear.in_features, device="meta")
+        weight._is_hf_initialized = True  # type: ignore[attr-defined]
+        vars(linear)["weight"] = weight
+
+
+def _remove_placeholders(model: PreTrainedModel):
+    for linear in _compressed_linears(model):
+        vars(linear).pop("weight", None)
+
+
+def _compressed_linears(model: PreTrainedModel) -> list[Linear]:
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, Linear) and "weight" not in module._parameters
+    ]
 
 
 def _needed(model: PreTrainedModel) -> dict[str, torch.Tensor]:
