@@ -102,6 +102,12 @@ def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
+def decibels(value: torch.Tensor, expected: torch.Tensor) -> float:
+    """Energy of what is expected over that of the difference"""
+    energies = expected.double().square().sum(), (value - expected).double().square().sum()
+    return 10 * (energies[0] / energies[1]).log10().item()
+
+
 def int_scheme(weight_bits: int, input_bits: int | None, **overrides) -> dict:
     """A config group as in recipes/"""
     group = {

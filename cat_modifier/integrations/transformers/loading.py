@@ -13,11 +13,12 @@ from typing import Any
 import torch
 import transformers
 from compressed_tensors.quantization.utils import is_module_quantized
-from torch.nn import Linear
+from torch.nn import Linear, Module
 from transformers import PreTrainedModel
 
 from cat_modifier.checkpoint.schema import TRANSFORM_NAME
 from cat_modifier.checkpoint.transform_module import CATTransform
+from cat_modifier.integrations.transformers.experts import LinearExperts
 
 __all__ = ["LoadingCheck"]
 
@@ -44,6 +45,7 @@ class LoadingCheck:
         self._pass_on = getattr(model, _REPORT_METHOD)
         self._shapes = {name: tensor.shape for name, tensor in _needed(model).items()}
         self._missing: set[str] | None = None
+        _add_placeholders(model)
         self._unexpected: set[str] = set()
         setattr(model, _REPORT_METHOD, self._receive)
 
@@ -61,6 +63,7 @@ class LoadingCheck:
         :raises ValueError: if a tensor is missing, unexpected, or of another shape
         """
         delattr(self._model, _REPORT_METHOD)
+        _remove_placeholders(self._model)
         if self._missing is None:
             raise NotImplementedError(
                 f"Transformers {transformers.__version__} loaded the model without a report, "
@@ -81,6 +84,12 @@ class LoadingCheck:
             for name in sorted(self._unexpected)
             if f".{TRANSFORM_NAME}." in f".{name}"
         ]
+        owners = {name.rpartition(".")[0] for name in self._shapes}
+        problems += [
+            f"{name} has no place in the model"
+            for name in sorted(self._unexpected)
+            if name.rpartition(".")[0] in owners
+        ]
         if problems:
             raise ValueError(
                 "The tensors of this checkpoint do not fit the model and its "
@@ -88,22 +97,70 @@ class LoadingCheck:
             )
 
 
-def _needed(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """List the tensors of all transforms, and of Linears that are quantized or transformed"""
-    targets = {
-        name
+def _add_placeholders(model: PreTrainedModel):
+    """
+    Give compressed Linears a weight without values until the tensors are loaded.
+
+    Some models read the weights of their Linears when they initialize what was not loaded.
+    """
+    for linear in _compressed_linears(model):
+        weight = torch.empty(linear.out_features, linear.in_features, device="meta")
+        weight._is_hf_initialized = True  # type: ignore[attr-defined]
+        vars(linear)["weight"] = weight
+
+
+def _remove_placeholders(model: PreTrainedModel):
+    for linear in _compressed_linears(model):
+        vars(linear).pop("weight", None)
+
+
+def _compressed_linears(model: PreTrainedModel) -> list[Linear]:
+    return [
+        module
         for module in model.modules()
-        if isinstance(module, CATTransform)
-        for name in module.args.targets
+        if isinstance(module, Linear) and "weight" not in module._parameters
+    ]
+
+
+def _needed(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """
+    List the tensors of all transforms, of Linears that are quantized or transformed, and of
+    experts, quantized or not.
+    """
+    modules = dict(model.named_modules())
+    transforms = {name for name, part in modules.items() if isinstance(part, CATTransform)}
+    names = transforms | _expert_linears(modules)
+    names |= {target for name in transforms for target in modules[name].args.targets}
+    names |= {
+        name
+        for name, part in modules.items()
+        if isinstance(part, Linear) and is_module_quantized(part)
+    }
+    tensors = {
+        f"{name}.{key}": tensor
+        for name in names
+        for key, tensor in (
+            *modules[name]._parameters.items(),
+            *modules[name]._buffers.items(),
+        )
+        if tensor is not None
+    }
+    tensors |= {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        # experts of an unknown kind, for which quantized models have no loader
+        if parameter.ndim == 3 and len(parameter) > 1 and "expert" in name
     }
     # a tied weight is stored once, under another name
     tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return {name: tensor for name, tensor in tensors.items() if name not in tied}
+
+
+def _expert_linears(modules: dict[str, Module]) -> set[str]:
     return {
-        f"{name}.{key}": tensor
-        for name, module in model.named_modules()
-        if isinstance(module, CATTransform)
-        or isinstance(module, Linear)
-        and (name in targets or is_module_quantized(module))
-        for key, tensor in (*module._parameters.items(), *module._buffers.items())
-        if tensor is not None and f"{name}.{key}" not in tied
+        f"{name}.{linear}"
+        for name, experts in modules.items()
+        if isinstance(experts, LinearExperts)
+        for linear, part in experts.named_modules()
+        if isinstance(part, Linear)
     }

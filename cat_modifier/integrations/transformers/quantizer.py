@@ -6,15 +6,18 @@ Both classes replace their base class in Transformers' tables. They leave checkp
 without CAT transforms to it.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from compressed_tensors import TRANSFORM_CONFIG_NAME
 from compressed_tensors.compressors import compress_module
+from compressed_tensors.offload import from_accelerate
 from compressed_tensors.quantization import QuantizationStatus
 from compressed_tensors.quantization.utils import is_module_quantized
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightTransform
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -29,11 +32,14 @@ from cat_modifier.checkpoint.schema import (
     mark_quantization_config,
     read_quantization_config,
 )
+from cat_modifier.checkpoint.token_batch import batch_tokens
 from cat_modifier.checkpoint.transform_module import (
     CATTransform,
     attach_transforms,
     validate_transform,
 )
+from cat_modifier.integrations.transformers.experts import linearize_experts, without_fusing
+from cat_modifier.integrations.transformers.heads import find_new_heads, rename_modules
 from cat_modifier.integrations.transformers.loading import LoadingCheck
 from cat_modifier.integrations.transformers.saving import save_atomically
 
@@ -71,6 +77,8 @@ class CATHfQuantizer(CompressedTensorsHfQuantizer):
 
     quantization_config: CompressedTensorsConfig
     _loading: LoadingCheck
+    _fused: Sequence[str] = ()
+    """Parameters of experts, in place of which the model has Linears"""
 
     @property
     def _transforms(self) -> CATTransformConfig | None:
@@ -82,14 +90,27 @@ class CATHfQuantizer(CompressedTensorsHfQuantizer):
         checkpoint_files: list[str] | None = None,
         **kwargs,
     ):
+        if self._transforms is not None:
+            if checkpoint_files is None:
+                raise ValueError("CAT checkpoints are loaded from files, not from a state_dict")
+            self._fused = linearize_experts(model)
+            quantization = self.compressor.quantization_config
+            rename_modules(model, quantization, self._transforms)
+            quantization.ignore += find_new_heads(model, checkpoint_files)
         super()._process_model_before_weight_loading(
             model, checkpoint_files=checkpoint_files, **kwargs
         )
         if self._transforms is not None:
-            if checkpoint_files is None:
-                raise ValueError("CAT checkpoints are loaded from files, not from a state_dict")
             attach_transforms(model, self._transforms)
+            batch_tokens(model)
             self._loading = LoadingCheck(model)
+
+    def update_weight_conversions(
+        self, weight_conversions: list[WeightTransform]
+    ) -> list[WeightTransform]:
+        return super().update_weight_conversions(
+            without_fusing(weight_conversions, self._fused)
+        )
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):
         if self._transforms is not None:
@@ -97,6 +118,10 @@ class CATHfQuantizer(CompressedTensorsHfQuantizer):
         super()._process_model_after_weight_loading(model, **kwargs)
         if self._transforms is None:
             return
+        if hasattr(model, "_hf_hook"):
+            # accelerate's hooks show no tensors that are offloaded, and the decompression in
+            # the first forward pass would remove them while they run
+            from_accelerate(model)
         for name, module in model.named_modules():
             if isinstance(module, CATTransform) and module.weight is not None:
                 _check_transform(f"{name}.weight", module.weight, module.scheme.precision)
@@ -131,13 +156,7 @@ def _check_transform(name: str, blocks: Tensor, precision: torch.dtype):
     :param blocks: T as loaded
     :param precision: dtype that the config promises
     :raises ValueError: if the dtype differs, or if an element is not finite
-    :raises NotImplementedError: if the tensor is offloaded to the disk
     """
-    if blocks.is_meta:
-        raise NotImplementedError(
-            f"{name} is offloaded to the disk, where compressed-tensors cannot decompress: "
-            "choose a `device_map` without 'disk'"
-        )
     if blocks.dtype != precision:
         raise ValueError(
             f"Transform tensor {name} is stored as {blocks.dtype}, not {precision}: the "

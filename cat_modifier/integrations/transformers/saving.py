@@ -14,7 +14,7 @@ import torch.distributed as dist
 from compressed_tensors.distributed import is_distributed, is_source_process
 from compressed_tensors.quantization.utils import is_module_quantized
 from loguru import logger
-from torch.nn import Module
+from torch.nn import Linear, Module
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
@@ -144,9 +144,10 @@ def _edit_config(model: PreTrainedModel, folder: Path):
 
 
 def _unquantized(model: PreTrainedModel) -> list[str]:
-    """List the modules that are not quantized, although others of their class are"""
+    """List the Linears that are not quantized, and modules of a class of which others are"""
     modules = dict(model.named_modules())
     quantized = {type(module) for module in modules.values() if is_module_quantized(module)}
+    quantized.add(Linear)
     return [
         name
         for name, module in modules.items()

@@ -23,6 +23,7 @@ from cat_modifier.calibration.collector import InputCollector, InputStatistics
 from cat_modifier.calibration.shared_inputs import DEFAULT_IGNORE, SharedInput
 from cat_modifier.checkpoint.integers import suits_int8_product
 from cat_modifier.checkpoint.schema import CATTransformConfig
+from cat_modifier.checkpoint.token_batch import batch_tokens
 from cat_modifier.functional.alignment import DEFAULT_DAMPENING_FRAC
 from cat_modifier.functional.layout import (
     Rotation,
@@ -280,6 +281,7 @@ class CATModifier(Modifier):
                 "CATModifier saw no tokens: pass a calibration `dataset` of more than padding"
             )
         self._rotate_unseen(state)
+        batch_tokens(state.model)
         mark_complete(state.model)
         del self._collector, self._check
 

@@ -21,7 +21,6 @@ from tiny_models import (
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     CompressedTensorsConfig,
     PreTrainedModel,
     Qwen2ForCausalLM,
@@ -242,25 +241,6 @@ def test_all_tensors_that_are_wrong_are_named(checkpoint, tmp_path):
     assert all(f"{name} is missing" in str(raised.value) for name in names)
 
 
-def test_a_new_head_is_left_to_transformers_unless_it_is_quantized(checkpoint, tmp_path):
-    with pytest.raises(ValueError, match=r"score\.weight_packed is missing"):
-        AutoModelForSequenceClassification.from_pretrained(checkpoint[1])
-
-    shutil.copytree(checkpoint[1], tmp_path / "head")
-    config = json.loads((tmp_path / "head" / "config.json").read_text())
-    config["quantization_config"]["ignore"].append("score")
-    (tmp_path / "head" / "config.json").write_text(json.dumps(config))
-    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "head")
-    original = AutoModelForCausalLM.from_pretrained(checkpoint[1])
-    tokens = make_tokens(2, seed=1)
-    with torch.no_grad():
-        hidden, expected = (
-            one(tokens, output_hidden_states=True).hidden_states[-1]
-            for one in (loaded, original)
-        )
-    assert torch.equal(hidden, expected)
-
-
 def test_a_state_dict_is_refused(checkpoint):
     config = AutoConfig.from_pretrained(checkpoint[1])
     tensors = load_file(checkpoint[1] / "model.safetensors")
@@ -291,14 +271,3 @@ def test_a_transformers_that_reports_in_another_way_is_an_error(checkpoint, monk
 def test_the_model_keeps_nothing_of_the_check(checkpoint):
     loaded = AutoModelForCausalLM.from_pretrained(checkpoint[1])
     assert loading._REPORT_METHOD not in vars(loaded)
-
-
-def test_offloading_to_the_disk_is_refused(checkpoint, tmp_path):
-    places = {"model.layers.1": "disk"} | dict.fromkeys(
-        ("model.embed_tokens", "model.norm", "model.rotary_emb", "model.layers.0", "lm_head"),
-        "cpu",
-    )
-    with pytest.raises(NotImplementedError, match="a `device_map` without 'disk'"):
-        AutoModelForCausalLM.from_pretrained(
-            checkpoint[1], device_map=places, offload_folder=tmp_path
-        )
