@@ -233,6 +233,11 @@ class Int8ExpertsMethod(FusedMoEMethodBase):
         for inputs in (self.w13_inputs, self.w2_inputs):
             inputs.check_loaded()
             inputs.warm_up(self.integers.input_bits, self.integers.input_symmetric)
+        # before the model is compiled, which cannot see it change
+        self.moe_quant_config = self.get_fused_moe_quant_config(layer)
+        self._activation = ApplyMoEActivationConfig.from_configs(
+            self.moe, self.moe_quant_config
+        )
         self._products = {name: self._make_products(layer, name) for name in self._shapes}
         self.integers.log(
             choose_kernel(self._keeps_packed).__name__,
@@ -282,7 +287,6 @@ class Int8ExpertsMethod(FusedMoEMethodBase):
         :return: sum over the experts on this rank, shape and dtype of x
         """
         integers = self.integers.input_bits, self.integers.input_symmetric
-        activation = ApplyMoEActivationConfig.from_configs(self.moe, self.moe_quant_config)
         if layer.apply_router_weight_on_input:
             x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
         if layer.expert_map is not None:
@@ -299,7 +303,9 @@ class Int8ExpertsMethod(FusedMoEMethodBase):
                 operands = tuple(None if part is None else part[tokens] for part in shared)
             gates = self._products["w13"][expert](*operands)
             hidden = gates.new_empty((len(tokens), self.intermediate_size))
-            apply_moe_activation(layer.activation, hidden, gates, activation_config=activation)
+            apply_moe_activation(
+                layer.activation, hidden, gates, activation_config=self._activation
+            )
             operands = self.w2_inputs.quantize(expert, hidden, *integers)
             found = self._products["w2"][expert](*operands)
             out.index_add_(0, tokens, found.float() * weights[:, None])
