@@ -35,7 +35,7 @@ IGNORE = [
     "re:.*block_sparse_moe[.]router.*",
 ]
 W4A4 = int_scheme(4, 4)
-SYMMETRIC = {"num_bits": 4, "type": "int", "strategy": "token", "symmetric": True}
+SYMMETRIC = {"num_bits": 8, "type": "int", "strategy": "token", "symmetric": True}
 OWN_INPUTS = {"moe_calibrate_all_experts": False}
 """Options of oneshot by which an expert sees its own tokens alone: each has a transform"""
 
@@ -52,9 +52,10 @@ CASES = {
         OWN_INPUTS,
     ),
     "qwen2-moe-w4a4": ("qwen2-moe", W4A4, {}, {}),
-    "olmoe-w4a4-symmetric": (
+    # not 4 bits: the largest value of a token, 7.5 steps, rounds by its last bits to 7 or 8
+    "olmoe-w4a8-symmetric": (
         "olmoe",
-        int_scheme(4, 4, input_activations={**SYMMETRIC, "dynamic": True}),
+        int_scheme(4, 8, input_activations={**SYMMETRIC, "dynamic": True}),
         {"rotation": "block-hadamard"},
         {},
     ),

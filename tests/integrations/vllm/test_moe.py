@@ -48,7 +48,7 @@ def change(folder: Path, target: Path, function) -> Path:
 def exchange_blocks(name: str):
     def function(tensors: dict):
         blocks = tensors[name]
-        tensors[name] = torch.cat([blocks[1::-1], blocks[2:]])
+        tensors[name] = torch.cat([blocks[:2].flip(0), blocks[2:]])
 
     return function
 
@@ -61,7 +61,7 @@ SERVED = {
     "qwen2-moe-w4a8": "W4A8 integers of experts",
     # the shared expert reads the experts' input, transformed
     "qwen2-moe-w4a4": "W4A4 integers of experts",
-    "olmoe-w4a4-symmetric": "W4A4 integers of experts (activations: 4 bits, per token, sym",
+    "olmoe-w4a8-symmetric": "W4A8 integers of experts (activations: 8 bits, per token, sym",
     "granitemoe-w8a8": "W8A8 integers of experts",
     "glm4-moe-w4a4": "W4A4 integers of experts",
 }
@@ -81,7 +81,7 @@ def test_one_exchanged_block_fails_the_threshold(checkpoints, tmp_path, linear):
         checkpoints / "qwen3-moe-w4a4", tmp_path / "exchanged", exchange_blocks(name)
     )
     sqnr, _ = measure(folder)
-    assert sqnr < THRESHOLD / 2, f"{sqnr:.1f} dB"
+    assert sqnr < THRESHOLD - 10, f"{sqnr:.1f} dB"
 
 
 def test_compiled(checkpoints):
@@ -103,7 +103,7 @@ def test_weights_can_stay_packed_and_be_reloaded(checkpoints, tmp_path):
     other = change(folder, tmp_path / "other", exchange_experts)
     options = {"additional_config": {"cat_weights": "int4"}}
     sqnr, log = measure(other, **options)
-    assert sqnr < THRESHOLD / 2, f"{sqnr:.1f} dB"
+    assert sqnr < THRESHOLD - 10, f"{sqnr:.1f} dB"
     assert "PackedInt4Kernel for W4A4 integers of experts" in log
     sqnr, _ = measure(other, reload=folder, **options)
     assert sqnr > THRESHOLD, f"{sqnr:.1f} dB"
