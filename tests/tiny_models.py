@@ -24,6 +24,17 @@ FAMILIES = {
     "qwen3": {"model_type": "qwen3"},  # norms of q and k
     "cohere": {"model_type": "cohere"},  # attention and MLP read the same input
     "qwen3-moe": {"model_type": "qwen3_moe"},  # experts
+    "qwen2-moe": {  # a shared expert, with a gate of its own
+        "model_type": "qwen2_moe",
+        "shared_expert_intermediate_size": 96,
+    },
+    "olmoe": {"model_type": "olmoe"},
+    "granitemoe": {"model_type": "granitemoe"},
+    "glm4-moe": {  # shared experts, and routing with a correction
+        "model_type": "glm4_moe",
+        "first_k_dense_replace": 0,
+        "partial_rotary_factor": 0.5,
+    },
 }
 
 

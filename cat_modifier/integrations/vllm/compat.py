@@ -8,8 +8,16 @@ has to follow. ``plugin`` alone imports more, for when an import here fails.
 from vllm import _custom_ops as ops
 from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed import get_pp_group
+from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
-from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.fused_moe import (
+    ApplyMoEActivationConfig,
+    FusedMoEMethodBase,
+    FusedMoEQuantConfig,
+    FusedMoeWeightScaleSupported,
+    RoutedExperts,
+    apply_moe_activation,
+)
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
@@ -34,14 +42,18 @@ from vllm.model_executor.parameter import (
     ModelWeightParameter,
     PackedvLLMParameter,
 )
-from vllm.model_executor.utils import replace_parameter
+from vllm.model_executor.utils import replace_parameter, set_weight_attrs
 from vllm.platforms import current_platform
 
 __all__ = [
+    "ApplyMoEActivationConfig",
     "BasevLLMParameter",
     "ChannelQuantScaleParameter",
     "CompressedTensorsConfig",
     "CompressedTensorsScheme",
+    "FusedMoEMethodBase",
+    "FusedMoEQuantConfig",
+    "FusedMoeWeightScaleSupported",
     "LinearBase",
     "LinearMethodBase",
     "ModelWeightParameter",
@@ -50,8 +62,10 @@ __all__ = [
     "QuantizeMethodBase",
     "RoutedExperts",
     "WeightsMapper",
+    "apply_moe_activation",
     "current_platform",
     "get_current_vllm_config_or_none",
+    "get_forward_context",
     "get_layer_partition_names",
     "get_pp_group",
     "init_logger",
@@ -60,6 +74,7 @@ __all__ = [
     "register_quantization_config",
     "register_weight_loader_v2_supported_method",
     "replace_parameter",
+    "set_weight_attrs",
 ]
 
 

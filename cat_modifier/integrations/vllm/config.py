@@ -23,6 +23,7 @@ from cat_modifier.integrations.vllm.compat import (
 )
 from cat_modifier.integrations.vllm.int8_linear import Int8LinearMethod, Integers
 from cat_modifier.integrations.vllm.linear import TransformLinearMethod
+from cat_modifier.integrations.vllm.moe import find_experts_method
 from cat_modifier.integrations.vllm.registry import TransformRegistry
 
 __all__ = ["CATCompressedTensorsConfig"]
@@ -73,14 +74,12 @@ class CATCompressedTensorsConfig(CompressedTensorsConfig):
     def get_quant_method(
         self, layer: torch.nn.Module, prefix: str
     ) -> QuantizeMethodBase | None:
+        if isinstance(layer, RoutedExperts):
+            _check_load_format()
+            method = find_experts_method(self, self.registry, layer, prefix)
+            return method or super().get_quant_method(layer, prefix)
         parts = self._parts(prefix)
         source = self.registry.find(parts)
-        if isinstance(layer, RoutedExperts) and self.registry.has_below(prefix):
-            raise NotImplementedError(
-                f"{prefix}: transforms of the inputs of fused experts cannot be served by "
-                "vLLM yet: add 're:.*mlp.experts.*' to `ignore` of CATModifier and of the "
-                "quantization modifier"
-            )
         if source is not None and not isinstance(layer, LinearBase):
             raise NotImplementedError(
                 f"{prefix} has an input transform, but vLLM computes it in a "

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from cat_modifier.checkpoint.integers import suits_int8_product
+from cat_modifier.checkpoint.schema import CATScheme
 from cat_modifier.integrations.vllm.compat import (
     BasevLLMParameter,
     ChannelQuantScaleParameter,
@@ -33,24 +34,11 @@ from cat_modifier.integrations.vllm.kernels import Int8Kernel, choose_kernel
 from cat_modifier.integrations.vllm.registry import TransformedInput, TransformRegistry
 from cat_modifier.kernels.ops import quantize, warm_up
 
-__all__ = ["Int8LinearMethod", "Integers"]
+__all__ = ["Int8LinearMethod", "Integers", "keeps_packed"]
 
 logger = init_logger(f"vllm.{__name__}")
 
 _OPTION = "cat_weights"
-
-
-def _is_asked_to_keep_packed() -> bool:
-    """Read vLLM's option `--additional-config '{"cat_weights": "int4"}'`"""
-    config = get_current_vllm_config_or_none()
-    options = config.additional_config if config is not None else {}
-    choice = options.get(_OPTION, "int8") if isinstance(options, dict) else "int8"
-    if choice not in ("int4", "int8"):
-        raise ValueError(
-            f"`{_OPTION}` of `--additional-config` must be int4, which takes less memory, or "
-            f"int8, which is faster, not {choice!r}"
-        )
-    return choice == "int4"
 
 
 @dataclass(frozen=True)
@@ -77,19 +65,97 @@ class Integers:
         input_quant: QuantizationArgs | None,
         output_quant: QuantizationArgs | None,
         format: str,
+        is_w8a8_left_out: bool = True,
     ) -> "Integers | None":
         """
-        Read the integers of a layer that :class:`Int8LinearMethod` serves.
+        Read the integers of Linears that an int8 product computes.
 
-        :return: None for all others, and for W8A8 in ``int-quantized`` format, which vLLM's
-            own kernels serve
+        :param is_w8a8_left_out: whether to leave W8A8 in ``int-quantized`` format to vLLM,
+            whose own kernels serve it in Linears, but not in experts on every CPU
+        :return: None for all others
         """
         if output_quant is not None or not suits_int8_product(weight_quant, input_quant):
             return None
         bits = weight_quant.num_bits, input_quant.num_bits
-        if format != "pack-quantized" and (format != "int-quantized" or bits == (8, 8)):
+        if format not in ("pack-quantized", "int-quantized"):
+            return None
+        if format == "int-quantized" and bits == (8, 8) and is_w8a8_left_out:
             return None
         return cls(*bits, input_quant.symmetric, format == "pack-quantized")
+
+    @property
+    def weight_name(self) -> str:
+        """Name of the weight's tensor"""
+        return "weight_packed" if self.is_packed else "weight"
+
+    @property
+    def pack_factor(self) -> int:
+        """Number of weights that a number of the weight's tensor holds"""
+        return 32 // self.weight_bits if self.is_packed else 1
+
+    def unpack(self, weight: Tensor, rows: int, columns: int) -> Tensor:
+        """
+        :param weight: tensor of the checkpoint, shape (rows, columns / pack_factor)
+        :return: shape (rows, columns), int8
+        """
+        if not self.is_packed:
+            return weight
+        return unpack_from_int32(weight, self.weight_bits, (rows, columns))
+
+    def check_columns(self, columns: int):
+        """
+        :param columns: input channels on a rank
+        :raises ValueError: if a rank would get a part of a packed integer
+        """
+        if columns % self.pack_factor:
+            raise ValueError(
+                f"{columns} input channels on a rank are no multiple of the "
+                f"{self.pack_factor} weights that the checkpoint packs into an integer: use "
+                "a smaller `--tensor-parallel-size`"
+            )
+
+    def check_clipping(self, scheme: CATScheme):
+        """
+        :raises ValueError: if the transform clips activations that cannot be clipped
+        """
+        if scheme.clip_ratio < 1 and self.input_symmetric:
+            raise ValueError(
+                "The transform_config of this checkpoint clips activations that are "
+                "symmetric: the checkpoint is damaged"
+            )
+
+    def log(self, kernel: str, weight_bits_in_memory: int, layers: str = ""):
+        """
+        :param kernel: name of the product that computes a layer
+        :param layers: layers other than Linears
+        """
+        logger.info_once(
+            "Using %s for W%dA%d integers%s (activations: %d bits, per token, %s); weights "
+            "take %d bits each in memory",
+            kernel,
+            self.weight_bits,
+            self.input_bits,
+            layers,
+            self.input_bits,
+            "symmetric" if self.input_symmetric else "asymmetric",
+            weight_bits_in_memory,
+        )
+
+
+def keeps_packed(integers: Integers) -> bool:
+    """
+    Whether weights stay packed in memory, as vLLM's option
+    `--additional-config '{"cat_weights": "int4"}'` asks for.
+    """
+    config = get_current_vllm_config_or_none()
+    options = config.additional_config if config is not None else {}
+    choice = options.get(_OPTION, "int8") if isinstance(options, dict) else "int8"
+    if choice not in ("int4", "int8"):
+        raise ValueError(
+            f"`{_OPTION}` of `--additional-config` must be int4, which takes less memory, or "
+            f"int8, which is faster, not {choice!r}"
+        )
+    return choice == "int4" and integers.weight_bits == 4
 
 
 @register_weight_loader_v2_supported_method
@@ -110,17 +176,13 @@ class Int8LinearMethod(LinearMethodBase):
         source: TransformedInput | None = None,
         is_first: bool = False,
     ):
-        if source is not None and source.scheme.clip_ratio < 1 and integers.input_symmetric:
-            raise ValueError(
-                "The transform_config of this checkpoint clips activations that are "
-                "symmetric: the checkpoint is damaged"
-            )
+        if source is not None:
+            integers.check_clipping(source.scheme)
         self.integers = integers
         self.registry = registry
         self.source = source
         self.is_first = is_first
-        self._weight_name = "weight_packed" if integers.is_packed else "weight"
-        self._keeps_packed = _is_asked_to_keep_packed() and integers.weight_bits == 4
+        self._keeps_packed = keeps_packed(integers)
 
     def create_weights(
         self,
@@ -137,16 +199,11 @@ class Int8LinearMethod(LinearMethodBase):
         self.shape = (rows, input_size_per_partition)
         self.dtype = params_dtype
         self.kernel: Int8Kernel = choose_kernel(self._keeps_packed)(
-            self._weight_name, self.integers.input_symmetric, params_dtype
+            self.integers.weight_name, self.integers.input_symmetric, params_dtype
         )
+        self.integers.check_columns(input_size_per_partition)
         if self.integers.is_packed:
-            pack_factor = 32 // self.integers.weight_bits
-            if input_size_per_partition % pack_factor:
-                raise ValueError(
-                    f"{input_size_per_partition} input channels on a rank are no multiple of "
-                    f"the {pack_factor} weights that the checkpoint packs into an integer: "
-                    "use a smaller `--tensor-parallel-size`"
-                )
+            pack_factor = self.integers.pack_factor
             weight = PackedvLLMParameter(
                 data=torch.empty(
                     rows, input_size_per_partition // pack_factor, dtype=torch.int32
@@ -168,7 +225,7 @@ class Int8LinearMethod(LinearMethodBase):
                 output_dim=0,
                 weight_loader=weight_loader,
             )
-        layer.register_parameter(self._weight_name, weight)
+        layer.register_parameter(self.integers.weight_name, weight)
         scale = ChannelQuantScaleParameter(
             data=torch.empty(rows, 1, dtype=torch.float32),
             output_dim=0,
@@ -191,23 +248,12 @@ class Int8LinearMethod(LinearMethodBase):
             transform = self.source.module
             if self.is_first:
                 transform.check_loaded()
-        weight = getattr(layer, self._weight_name).data
-        if integers.is_packed:
-            # `weight_shape` stays: a weight reload brings it once more for each merged part
-            weight = unpack_from_int32(weight, integers.weight_bits, self.shape)
-        self.kernel.process_weights(layer, weight)
+        weight = getattr(layer, integers.weight_name).data
+        # `weight_shape` stays: a weight reload brings it once more for each merged part
+        self.kernel.process_weights(layer, integers.unpack(weight, *self.shape))
         inputs = layer.weight_scale.new_empty((0, self.shape[1]), dtype=self.dtype)
         warm_up(inputs, integers.input_bits, integers.input_symmetric, transform)
-        logger.info_once(
-            "Using %s for W%dA%d integers (activations: %d bits, per token, %s); weights "
-            "take %d bits each in memory",
-            type(self.kernel).__name__,
-            integers.weight_bits,
-            integers.input_bits,
-            integers.input_bits,
-            "symmetric" if integers.input_symmetric else "asymmetric",
-            4 if self._keeps_packed else 8,
-        )
+        integers.log(type(self.kernel).__name__, 4 if self._keeps_packed else 8)
 
     def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         quantizer = quantize if self.source is None else self.source.module.quantize

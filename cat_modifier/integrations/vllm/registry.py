@@ -53,15 +53,23 @@ class TransformedInput:
         :param shard_size: size of the input on this rank
         :param dtype: dtype of the input
         """
-        self.module = InputTransform(
-            self._tensor,
-            self.scheme,
-            input_size,
-            shard_size,
-            layer.tp_rank if shard_size != input_size else 0,
-            dtype,
+        rank = layer.tp_rank if shard_size != input_size else 0
+        layer.register_module(
+            TRANSFORM_NAME, self.make_module(input_size, shard_size, rank, dtype)
         )
-        layer.register_module(TRANSFORM_NAME, self.module)
+
+    def make_module(
+        self, input_size: int, shard_size: int, shard_rank: int, dtype: torch.dtype
+    ) -> InputTransform:
+        """
+        Make the module. All layers that read the input use it from then on.
+
+        :param shard_rank: index of this rank
+        """
+        self.module = InputTransform(
+            self._tensor, self.scheme, input_size, shard_size, shard_rank, dtype
+        )
+        return self.module
 
 
 class TransformRegistry:

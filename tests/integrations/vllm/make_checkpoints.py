@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[3]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "examples")]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "examples"), str(Path(__file__).parent)]
 
 from embedded_model import write_embedded_model  # noqa: E402
 from llmcompressor import oneshot  # noqa: E402
 from llmcompressor.modifiers.quantization import QuantizationModifier  # noqa: E402
+from make_mixtures import make_mixtures  # noqa: E402
 from tiny_models import int_scheme, make_loader, make_model, make_tokens  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: E402
 
@@ -159,6 +160,7 @@ def main(folder: Path):
     )
     for name in TINY_CASES:
         make_tiny(folder, name)
+    make_mixtures(folder)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from cat_modifier.integrations.vllm import compat
 from cat_modifier.integrations.vllm.config import CATCompressedTensorsConfig
 from cat_modifier.integrations.vllm.int8_linear import Int8LinearMethod
 from cat_modifier.integrations.vllm.linear import TransformLinearMethod
+from cat_modifier.integrations.vllm.moe import Int8ExpertsMethod
 
 INSTALLED = Path(importlib.util.find_spec("vllm").origin).parents[1]
 SOURCES = [
@@ -32,24 +33,31 @@ SOURCES = [
 PACKAGE = Path(cat_modifier.__file__).parent
 
 CALLS = """
+ApplyMoEActivationConfig.from_configs(cls, 0, 0)
 BasevLLMParameter(data=0, weight_loader=0)
 ChannelQuantScaleParameter(data=0, output_dim=0, weight_loader=0)
+CompressedTensorsConfig._add_fused_moe_to_target_scheme_map(self)
 CompressedTensorsConfig._check_scheme_supported(0)
 CompressedTensorsConfig.apply_vllm_mapper(self, 0)
 CompressedTensorsConfig.from_config(cls, 0)
 CompressedTensorsConfig.get_quant_method(self, 0, 0)
 CompressedTensorsConfig.get_scheme_dict(self, 0, 0)
 CompressedTensorsConfig._get_scheme_from_parts(self, 0, 0, 0, 0, 0)
+FusedMoEMethodBase(0)
+FusedMoEQuantConfig.make()
 LinearMethodBase.apply(self, 0, 0, 0)
 LinearMethodBase.create_weights(self, 0, 0, 0, 0, 0, 0, weight_loader=0)
 ModelWeightParameter(data=0, input_dim=0, output_dim=0, weight_loader=0)
 PackedvLLMParameter(data=0, input_dim=0, output_dim=0, packed_dim=0, packed_factor=0)
 QuantizeMethodBase.process_weights_after_loading(self, 0)
+RoutedExperts.load_weights(self, 0)
 WeightsMapper.map_name(self, 0)
+apply_moe_activation(0, 0, 0, activation_config=0)
 current_platform.has_device_capability(cls, 0)
 current_platform.is_cpu(self)
 current_platform.is_cuda(self)
 get_current_vllm_config_or_none()
+get_forward_context()
 get_layer_partition_names(0, 0)
 get_pp_group()
 init_logger(0)
@@ -60,11 +68,13 @@ ops.onednn_scaled_mm(0, 0, 0, 0, 0, 0, 0)
 register_quantization_config(0)
 register_weight_loader_v2_supported_method(0)
 replace_parameter(0, 0, 0)
+set_weight_attrs(0, 0)
 """
 """Calls as in this package, on names of compat.py"""
 
 OVERRIDES = {
     CATCompressedTensorsConfig: "CompressedTensorsConfig",
+    Int8ExpertsMethod: "FusedMoEMethodBase",
     Int8LinearMethod: "LinearMethodBase",
     TransformLinearMethod: "LinearMethodBase",
 }
