@@ -37,6 +37,27 @@ FAMILIES = {
     },
 }
 
+SERVED_FAMILIES = {
+    # Linears that the checkpoint holds merged
+    "glm4": {"model_type": "glm4", "partial_rotary_factor": 0.5},
+    # merged by vLLM, which does not say so
+    "stablelm": {"model_type": "stablelm"},
+    "gptj": {"model_type": "gptj", "rotary_dim": 16},
+    # multi-head latent attention, of the sizes that vLLM has on CPUs; no experts
+    "deepseek_v3": {
+        "model_type": "deepseek_v3",
+        "first_k_dense_replace": 2,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "q_lora_rank": 64,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 64,
+    },
+}
+"""Families in which vLLM differs from Transformers"""
+
 
 def make_model(
     folder: Path,
@@ -62,7 +83,9 @@ def make_model(
         "eos_token_id": 1,
         "pad_token_id": 1,
     }
-    config = AutoConfig.for_model(**(settings | FAMILIES[family] | overrides))
+    config = AutoConfig.for_model(
+        **(settings | overrides | (FAMILIES | SERVED_FAMILIES)[family])
+    )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -78,7 +78,7 @@ class CATCompressedTensorsConfig(CompressedTensorsConfig):
             _check_load_format()
             method = find_experts_method(self, self.registry, layer, prefix)
             return method or super().get_quant_method(layer, prefix)
-        parts = self._parts(prefix)
+        parts = self._parts(layer, prefix)
         source = self.registry.find(parts)
         if source is not None and not isinstance(layer, LinearBase):
             raise NotImplementedError(
@@ -86,6 +86,7 @@ class CATCompressedTensorsConfig(CompressedTensorsConfig):
                 f"{type(layer).__name__}: add it to `ignore` of CATModifier"
             )
         _check_load_format()
+        self._check_mla(layer, prefix)
         integers = self._find_integers(layer, prefix)
         method = None if integers else super().get_quant_method(layer, prefix)
         is_first = False
@@ -99,12 +100,37 @@ class CATCompressedTensorsConfig(CompressedTensorsConfig):
             return TransformLinearMethod(method, source, is_first, self.registry)
         return method
 
-    def _parts(self, prefix: str) -> list[str]:
+    def _parts(self, layer: torch.nn.Module, prefix: str) -> list[str]:
         """List the Linears of the checkpoint that vLLM merges into a layer"""
         # some checkpoints hold a merged Linear themselves, as GLM-4's gate_up_proj
         if self.registry.find([prefix]) is not None:
             return [prefix]
-        return get_layer_partition_names(prefix, self.packed_modules_mapping)
+        parts = get_layer_partition_names(prefix, self.packed_modules_mapping)
+        count = len(getattr(layer, "output_sizes", ()))
+        if parts == [prefix] and count > 1:
+            # not all models of vLLM say what they merge
+            parent, _, name = prefix.rpartition(".")
+            parts = self.registry.find_siblings(parent, count) or parts
+            if parts != [prefix]:
+                parts_of = {name: [part.rpartition(".")[2] for part in parts]}
+                self.packed_modules_mapping = self.packed_modules_mapping | parts_of
+        return parts
+
+    def _check_mla(self, layer: torch.nn.Module, prefix: str):
+        """
+        :raises NotImplementedError: if vLLM's multi-head latent attention would read a weight
+            by quantizing the identity matrix: its keys and values would be noise
+        """
+        config = get_current_vllm_config_or_none()
+        is_mla = config is not None and config.model_config and config.model_config.use_mla
+        if not is_mla or not prefix.endswith(".kv_b_proj"):
+            return
+        if (self.get_scheme_dict(layer, prefix) or {}).get("input_activations") is not None:
+            raise NotImplementedError(
+                f"{prefix}: multi-head latent attention of vLLM reads this weight, and cannot "
+                "where its input is quantized: add 're:.*kv_b_proj' to `ignore` of "
+                "CATModifier and of the quantization modifier"
+            )
 
     def _find_integers(self, layer: torch.nn.Module, prefix: str) -> Integers | None:
         """Find the integers of a layer that this package's own linear method serves"""

@@ -113,6 +113,22 @@ class TransformRegistry:
             )
         return found[0]
 
+    def find_siblings(self, parent: str, count: int) -> list[str]:
+        """
+        List the Linears of one module that a merged layer of it consists of.
+
+        :param parent: name of the module
+        :param count: number of Linears that are merged
+        :return: those of the module that share a transform, if they are as many, and no
+            others are; else nothing
+        """
+        siblings = [
+            [name for name in one.names if name.rpartition(".")[0] == parent]
+            for one in self._inputs
+        ]
+        found = [names for names in siblings if len(names) == count]
+        return found[0] if len(found) == 1 else []
+
     def has_below(self, prefix: str) -> bool:
         """Whether a Linear inside a module has a transformed input"""
         return any(name.startswith(f"{prefix}.") for one in self._inputs for name in one.names)

@@ -71,6 +71,15 @@ TINY_CASES = {
     "qwen3-mixed": ({"family": "qwen3"}, MIXED, {}),
     # vLLM's kernel for CPUs takes bfloat16 alone
     "llama-w4a16": ({"dtype": torch.bfloat16}, int_scheme(4, None), {}),
+    "glm4-w4a4": ({"family": "glm4"}, W4A4, {}),
+    "stablelm-w4a8": ({"family": "stablelm"}, int_scheme(4, 8), {}),
+    "gptj-w4a4": ({"family": "gptj"}, W4A4, {}),
+    "deepseek-w4a4": (
+        {"family": "deepseek_v3"},
+        W4A4 | {"ignore": ["lm_head", "re:.*kv_b_proj"]},
+        {"ignore": ["lm_head", "re:.*kv_b_proj"]},
+    ),
+    "deepseek-w4a4-kv_b_proj": ({"family": "deepseek_v3"}, W4A4, {"ignore": ["lm_head"]}),
     "stock-w4a4": ({}, W4A4, None),
     "stock-w8a8": ({}, int_scheme(8, 8, format="int-quantized"), None),
 }

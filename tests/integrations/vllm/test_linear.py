@@ -143,7 +143,7 @@ def make_config(*inputs: list[str]) -> CATCompressedTensorsConfig:
 
 
 def find(config, prefix: str) -> str | None:
-    source = config.registry.find(config._parts(prefix))
+    source = config.registry.find(config._parts(torch.nn.Module(), prefix))
     return source and source.first
 
 

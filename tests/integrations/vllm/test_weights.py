@@ -79,13 +79,24 @@ class Attention(Module):
         return torch.cat([self.qkv_proj(x)[0], self.gate(x)[0]], -1)
 
 
-def make_model(keeps_packed: bool, is_quantized: bool, gate=f"{LAYER}.gate") -> Attention:
+def make_model(
+    keeps_packed: bool, is_quantized: bool, gate=f"{LAYER}.gate", is_declared=True, others=()
+) -> Attention:
+    """
+    :param is_declared: whether the model says which Linears its merged layer consists of
+    :param others: names of more Linears that have a transform
+    """
     config = make_config(quantized=("Linear",) if is_quantized else ("re:.*nothing",))
+    if not is_declared:
+        config.packed_modules_mapping = {}
     names = [f"{LAYER}.{name}_proj" for name in PARTS] + [gate]
     transforms = CATTransformConfig.empty()
     transforms.config_groups["cat"] = CATScheme(
         type="cat",
-        apply=[TransformArgs(targets=names, location="input")],
+        apply=[
+            TransformArgs(targets=targets, location="input")
+            for targets in (names, *([list(others)] if others else []))
+        ],
         block_size=16,
         online_hadamard_size=4,
         interleave=16,
@@ -154,6 +165,27 @@ def test_the_config_chooses_between_two_methods():
         model = make_model(False, is_quantized)
         assert type(model.qkv_proj.quant_method) is type(model.gate.quant_method) is method
         assert hasattr(model.qkv_proj, "cat_input") and not hasattr(model.gate, "cat_input")
+
+
+@KINDS
+def test_a_merged_layer_that_a_model_does_not_declare(keeps_packed, is_quantized):
+    """As those of StableLM and GPT-J, in vLLM"""
+    found = []
+    for is_declared, seed in ((True, 0), (False, 0), (True, 1)):
+        gate = "model.layers.0.mlp.gate"
+        model = make_model(keeps_packed, is_quantized, gate, is_declared)
+        load(model, seed)
+        process(model)
+        found.append(model(X))
+    assert torch.equal(found[0], found[1])
+    assert not torch.allclose(found[0], found[2])
+
+
+def test_a_merged_layer_whose_parts_cannot_be_told_is_refused():
+    others = [f"{LAYER}.{name}" for name in "abc"]
+    model = make_model(False, True, is_declared=False, others=others)
+    with pytest.raises(NotImplementedError, match="has an input transform, but vLLM"):
+        process(model)
 
 
 @KINDS
