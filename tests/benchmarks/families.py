@@ -125,9 +125,13 @@ def whose_limit(entry: dict) -> str:
     """Name whose limits a family meets: upstream's if it fails without us, too"""
     served = entry.get("vllm", {})
     of_serving = ""
-    if "error" in served or "served" in served and not is_served(served):
-        is_ours = is_served(served["original"]) and is_served(served["stock"])
-        of_serving = "ours (vLLM)" if is_ours else "vLLM"
+    if "original" in served:
+        others = [served["original"], served.get("stock", {})]
+        if "error" in served:
+            is_ours = all("served" in one for one in others)
+        else:
+            is_ours = all(is_served(one) for one in others)
+        of_serving = "ours (in vLLM)" if is_ours else "vLLM"
     limits = [_whose_limit_before_vllm(entry), of_serving]
     return ", ".join(limit for limit in limits if limit)
 

@@ -127,6 +127,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "n_shared_experts": 1,
         "first_k_dense_replace": 1,
     },
+    "falcon": {"ffn_hidden_size": 4 * WIDTH},
     "falcon_h1": {"mamba_d_head": 32},
     "gemma3": {"mm_tokens_per_image": 4},
     "gemma4_text": {
