@@ -18,7 +18,7 @@ from cat_modifier.calibration.shared_inputs import SharedInput
 from cat_modifier.functional.alignment import DEFAULT_DAMPENING_FRAC as DAMPENING
 from cat_modifier.functional.alignment import diagonal_blocks, inner_blocks
 from cat_modifier.functional.layout import Rotation, choose_layout
-from cat_modifier.functional.transform import FusedTransform, compute_transform
+from cat_modifier.functional.transform import FusedTransform, StoredTransform, compute_transform
 
 __all__ = ["TRANSFORMS", "WHOLE", "AnalysisStatistics", "AnalyzedInput"]
 
@@ -98,7 +98,8 @@ def _cat(
         stored = torch.empty(
             in_features // size, size, size, dtype=_PRECISION, device=sx.device
         )
-        return compute_transform(sx, sw, layout, rotation, strength, DAMPENING, stored)
+        transform = compute_transform(sx, sw, layout, rotation, strength, DAMPENING, stored)
+        return transform.invert()
 
     return compute
 
@@ -115,7 +116,7 @@ def _smooth_scaling(data: AnalyzedInput) -> FusedTransform:
     alive = (inputs > floor) & (weights > floor)
     scales = torch.where(alive, (inputs / weights.clamp_min(floor)).sqrt(), 1.0)
     layout = choose_layout(data.shared.first, data.shared.in_features, 1, 1, Rotation.NONE)
-    return FusedTransform.from_blocks((1 / scales)[:, None, None].to(_PRECISION), layout)
+    return StoredTransform((1 / scales)[:, None, None].to(_PRECISION), layout).invert()
 
 
 TRANSFORMS = {
