@@ -40,13 +40,9 @@ __all__ = [
     "CATTransformConfig",
     "TENSOR_SUFFIX",
     "TRANSFORM_NAME",
-    "TRANSFORM_TYPE",
     "mark_quantization_config",
     "read_quantization_config",
 ]
-
-TRANSFORM_TYPE = "cat"
-"""Name of the transform in compressed-tensors' registry"""
 
 TRANSFORM_NAME = "cat_input"
 """Name of the submodule of a Linear that holds the transform of its input"""
@@ -56,6 +52,7 @@ TENSOR_SUFFIX = f".{TRANSFORM_NAME}.weight"
 
 _FORMAT_PREFIX = "cat-modifier/"
 _PACKAGE = "cat-modifier"
+_TYPE = "cat"
 _VERSION = 1
 _REQUIRES = "cat-modifier>=0.1.0"
 """Oldest release that reads version 1"""
@@ -234,10 +231,10 @@ class CATTransformConfig(TransformConfig):
         block_size = layout.stored_size if has_blocks else None
         sizes = (block_size or 0, layout.online_hadamard_size, layout.interleave)
         dtype = str(precision).removeprefix("torch.")
-        key = "_".join(map(str, (TRANSFORM_TYPE, *sizes, clip_ratio, dtype)))
+        key = "_".join(map(str, (_TYPE, *sizes, clip_ratio, dtype)))
         if key not in self.config_groups:
             self.config_groups[key] = CATScheme(
-                type=TRANSFORM_TYPE,
+                type=_TYPE,
                 apply=[],
                 block_size=block_size,
                 online_hadamard_size=layout.online_hadamard_size,
