@@ -111,10 +111,10 @@ def _read_by_nothing_else(
             last["input"] = inputs[0]
 
         with torch.no_grad(), _hooks() as handles:
-            for name, heads in found.items():
-                value = linears[heads.linear]
-                matrices = _matrices(value, heads.head_dim)
-                back = torch.linalg.inv(matrices).repeat_interleave(heads.repeats, 0)
+            for name, projection in found.items():
+                value = linears[projection.linear]
+                matrices = _matrices(value, projection.head_dim)
+                back = torch.linalg.inv(matrices).repeat_interleave(projection.repeats, 0)
                 handles.append(value.register_forward_hook(_multiply_output(matrices)))
                 handles.append(linears[name].register_forward_pre_hook(_multiply_input(back)))
             for linear in linears.values():

@@ -25,7 +25,7 @@ def _laplace_tail(size: int) -> float:
 
 @cache
 def expected_concentration(
-    distribution: str, features: int, symmetric: bool, group_size: int | None = None
+    distribution: str, in_features: int, symmetric: bool, group_size: int | None = None
 ) -> float:
     """
     ``E||x||^2 / E[r(x)^2]`` of vectors of independent values of mean 0, by quadrature of
@@ -36,7 +36,7 @@ def expected_concentration(
     those of ``max(M, 0)^2`` and ``min(m, 0)^2``.
 
     :param distribution: "normal" or "laplace"
-    :param features: d, number of values of a vector
+    :param in_features: d, number of values of a vector
     :param symmetric: whether the range is symmetric, as in
         :func:`cat_modifier.functional.sqnr.quantization_range`
     :param group_size: number of values that share a range; None if all do. The square of the
@@ -49,7 +49,7 @@ def expected_concentration(
     if distribution not in known:
         raise ValueError(f"`distribution` must be one of {', '.join(known)}: {distribution}")
     data = known[distribution]
-    size = group_size or features
+    size = group_size or in_features
     # to float64, in which all is computed, by its arguments
     t = torch.linspace(0, _laplace_tail(size), _GRID, dtype=torch.float64)
     above = data.cdf(-t)  # P(x > t) = P(x < -t)
@@ -57,14 +57,14 @@ def expected_concentration(
     if symmetric:
         # E[max|x|^2] = integral of 2 t P(max|x| > t)
         outside = 1 - _power(2 * above, size)
-        return (features * data.variance / (4 * _integral(2 * t * outside, t))).item()
+        return (in_features * data.variance / (4 * _integral(2 * t * outside, t))).item()
     one_side = _integral(2 * t * (1 - _power(above, size)), t)
     # P(min <= -s, max > t) over s, t > 0
     all_above = _power(above, size)[:, None]
     all_below = _power(above, size)[None, :]
     between = _power(above[:, None] + above[None, :], size)
     both = _integral(_integral(1 - all_above - all_below + between, t), t)
-    return (features * data.variance / (2 * one_side + 2 * both)).item()
+    return (in_features * data.variance / (2 * one_side + 2 * both)).item()
 
 
 def _power(probability: Tensor, size: int) -> Tensor:

@@ -215,9 +215,7 @@ def alignment(output_energy: float, weight_energy: float, input_energy: float) -
     return output_energy / product if product else math.nan
 
 
-def achievable_alignment(
-    output_energy: float, input_root: Tensor, weight_moments: Tensor
-) -> float:
+def achievable_alignment(output_energy: float, sx_root: Tensor, sw: Tensor) -> float:
     """
     Best alignment over all invertible transforms with the blocks of the second moments: all,
     if these are whole (k = d), else all block-diagonal ones with blocks of size k.
@@ -228,12 +226,12 @@ def achievable_alignment(
     :mod:`cat_modifier.functional.alignment`).
 
     :param output_energy: ``E||W x||^2``, summed over the Linears which share the transform
-    :param input_root: square roots of the diagonal blocks of Sx, which may serve several
+    :param sx_root: square roots of the diagonal blocks of Sx, which may serve several
         Linears: ``matrix_power(blocks, 0.5)``, shape (d/k, k, k), float64
-    :param weight_moments: diagonal blocks of Sw, shape (d/k, k, k), float64
+    :param sw: diagonal blocks of Sw, shape (d/k, k, k), float64
     :return: nan if the weight or the input is zero
     """
-    values = torch.linalg.eigvalsh(input_root @ weight_moments @ input_root)
+    values = torch.linalg.eigvalsh(sx_root @ sw @ sx_root)
     nuclear_norm = values.clamp_min(0).sqrt().sum().item()
     return output_energy / nuclear_norm**2 if nuclear_norm else math.nan
 

@@ -84,10 +84,10 @@ def _write_weight(linear: Linear, own: FusedTransform | None, value: PlannedTran
     new = {"weight": weight}
     if value is not None:
         assert value.source.value_projection is not None
-        heads = value.transform.blocks[:: value.source.value_projection.repeats]
-        new["weight"] = multiply_heads(weight, heads)
+        blocks = value.transform.blocks[:: value.source.value_projection.repeats]
+        new["weight"] = multiply_heads(weight, blocks)
         if linear.bias is not None:
-            new["bias"] = multiply_heads(_read(linear, "bias"), heads)
+            new["bias"] = multiply_heads(_read(linear, "bias"), blocks)
     if own is not None:
         new["weight"] = own.transform_weight(new["weight"])
     # ranks can share offloaded weights: all ranks read before any writes

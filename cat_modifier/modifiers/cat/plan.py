@@ -210,15 +210,20 @@ class _PlannedWeights(Mapping[str, Tensor]):
 
     def __init__(self, weights: Mapping[str, Tensor]):
         self._weights = weights
-        self._heads: dict[str, Tensor] = {}
+        self._blocks: dict[str, Tensor] = {}
 
     def fuse(self, projection: ValueProjection, blocks: Tensor):
-        self._heads[projection.linear] = blocks[:: projection.repeats]
+        """
+        Note blocks to be fused.
+
+        :param blocks: one block per head of the attention output
+        """
+        self._blocks[projection.linear] = blocks[:: projection.repeats]
 
     def __getitem__(self, name: str) -> Tensor:
         weight = self._weights[name].to(torch.float64)
-        heads = self._heads.get(name)
-        return weight if heads is None else multiply_heads(weight, heads)
+        blocks = self._blocks.get(name)
+        return weight if blocks is None else multiply_heads(weight, blocks)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)

@@ -54,21 +54,21 @@ class AnalyzedInput:
     maxima: Tensor
     block_size: int
     weights: Mapping[str, Tensor]
-    _weight_moments: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    _sw: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
-    def input_moments(self, block_size: int) -> Tensor:
+    def sx(self, block_size: int) -> Tensor:
         """Diagonal blocks of Sx, shape (d/k, k, k), float64; k divides the known size"""
         blocks = inner_blocks(self.second_moments, block_size)
         return blocks.to(self.weights[self.shared.first].device, torch.float64)
 
-    def weight_moments(self, block_size: int) -> dict[str, Tensor]:
+    def sw(self, block_size: int) -> dict[str, Tensor]:
         """Diagonal blocks of ``W^T W`` of each Linear, shape (d/k, k, k), float64"""
-        if block_size not in self._weight_moments:
-            self._weight_moments[block_size] = {
+        if block_size not in self._sw:
+            self._sw[block_size] = {
                 name: diagonal_blocks(weight, block_size).double()
                 for name, weight in self.weights.items()
             }
-        return self._weight_moments[block_size]
+        return self._sw[block_size]
 
 
 class Transform(NamedTuple):
@@ -92,8 +92,8 @@ def _cat(
         known, bound = data.second_moments.shape[-1], block_size or data.block_size
         bound = choose_layout(name, known, 1, bound, rotation).block_size
         layout = choose_layout(name, in_features, 1, bound, rotation)
-        sx = data.input_moments(layout.block_size)
-        sw = sum(data.weight_moments(layout.block_size).values(), torch.zeros_like(sx))
+        sx = data.sx(layout.block_size)
+        sw = sum(data.sw(layout.block_size).values(), torch.zeros_like(sx))
         size = layout.stored_size
         stored = torch.empty(
             in_features // size, size, size, dtype=_PRECISION, device=sx.device
