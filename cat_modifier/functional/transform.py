@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The transform T of one input: how it is computed, applied, inverted, and fused into weights.
+The transform T of one input: compute it, apply it, invert it, and fuse it into weights.
 
 CAT multiplies an input by blocks, then by a Hadamard matrix (arXiv 2603.04359). Blocks are
 ``T_i = H_q M_i``: the alignment transform of a block and the fused part of the Hadamard
-matrix. The online part of order p multiplies channels that are q apart; both together are
-one Hadamard product over p * q channels.
+matrix. The online part of order p multiplies channels that are q apart. Together the two
+parts are one Hadamard product over p * q channels.
 """
 
 from dataclasses import dataclass
@@ -100,8 +100,8 @@ def rotate_blocks(
     Multiply the alignment transform by the part of the rotation that is fused into blocks.
 
     :param transform: M, shape (d/k, k, k), float64
-    :param sx: diagonal blocks of Sx, shape (d/k, k, k), float64; read by `eigen-hadamard`
-        alone
+    :param sx: diagonal blocks of Sx, shape (d/k, k, k), float64. Only `eigen-hadamard`
+        reads it
     :param rotation: see :class:`Rotation`
     :param fused_hadamard_size: q, a divisor or multiple of k
     :param dampening_frac: see :func:`cat_modifier.functional.alignment.dampen`
@@ -119,7 +119,7 @@ def rotate_blocks(
 
 
 def _merge_blocks(blocks: Tensor, size: int) -> Tensor:
-    """Write the same block-diagonal matrix with blocks of ``size``, a multiple of k"""
+    """Represent a block-diagonal matrix with larger blocks; ``size`` is a multiple of k"""
     count = size // blocks.shape[-1]
     identity = torch.eye(count, dtype=blocks.dtype, device=blocks.device)
     neighbours = blocks.unflatten(0, (-1, count))
@@ -206,11 +206,11 @@ class StoredTransform:
 @dataclass(frozen=True)
 class FusedTransform(StoredTransform):
     """
-    A transform with its inverse, to be fused into the weights of the Linears that read the
-    input.
+    A transform with its inverse. The inverse is fused into the weights of the Linears that
+    read the input.
 
-    The inverse is taken of T *as stored*, so that rounding T leaves the function of the
-    model exact.
+    It is the inverse of T *as stored*, so that rounding T does not change the function of the
+    model.
 
     :param inverse: inverse of ``blocks``, shape (d/s, s, s), float64
     """
@@ -244,7 +244,7 @@ def compute_transform(
     :param sx: diagonal blocks of Sx, shape (d/k, k, k); None if the input was never seen.
         The transform is then the rotation alone
     :param sw: diagonal blocks of Sw, shape (d/k, k, k), float64
-    :param layout: its ``block_size`` is k
+    :param layout: sizes of the transform; ``block_size`` is k
     :param stored: receives the blocks, shape (d/s, s, s), dtype of the checkpoint
     :param repeats: number of neighbouring blocks that must be equal: attention heads that
         share one value head
