@@ -32,7 +32,7 @@ def online_hadamard(scheme: CATScheme, device: torch.device) -> Tensor | None:
     """
     Make the Hadamard matrix that follows the blocks.
 
-    :param scheme: has its order
+    :param scheme: scheme with the order of the matrix
     :param device: device of the matrix
     :return: shape (p, p), float32; None if the scheme has none
     """
@@ -43,12 +43,12 @@ def online_hadamard(scheme: CATScheme, device: torch.device) -> Tensor | None:
 
 def validate_transform(name: str, blocks: Tensor, shape: tuple[int, ...]):
     """
-    Check a transform tensor as loaded.
+    Check a loaded transform tensor.
 
     :param name: name of the tensor, for the error
     :param blocks: T as loaded
     :param shape: shape that the model needs
-    :raises ValueError: if the shape differs, or if an element is not finite
+    :raises ValueError: if the shape differs, or an element is not finite
     """
     if tuple(blocks.shape) != tuple(shape):
         raise ValueError(
@@ -64,9 +64,9 @@ def validate_transform(name: str, blocks: Tensor, shape: tuple[int, ...]):
 
 class CATTransform(TransformBase):
     """
-    Transforms the input that one or several Linears share.
+    Transforms the input of one Linear, or of several Linears that share it.
 
-    The module is a submodule of the first Linear; the others call it through their hooks.
+    The module is a submodule of the first Linear. Hooks of all Linears call it.
 
     :param weight: T, shape (d/k, k, k), dtype ``scheme.precision``; None for no blocks
     :param scheme: sizes and clipping
@@ -85,13 +85,13 @@ class CATTransform(TransformBase):
         Transform and clip tokens.
 
         :param value: shape (..., d)
-        :param is_clipped: whether tokens are clipped; they are if they are quantized next
+        :param is_clipped: whether to clip tokens; only tokens quantized next need it
         :return: shape and dtype of value
         """
         if self._hadamard is None or self._hadamard.device != value.device:
             self._hadamard = online_hadamard(self.scheme, value.device)
         blocks = None if self.weight is None else self.weight.to(value.device)
-        # float32 whatever the dtype of the model: 16 bits would round twice
+        # float32 for any dtype of the model: 16 bits would round after each step
         transformed = apply_transform(
             value.float(),
             blocks,
@@ -103,7 +103,7 @@ class CATTransform(TransformBase):
 
     def input_hook(self, module: Module, args: tuple) -> tuple:
         """Transform the input of a Linear, as its forward pre-hook"""
-        # the condition under which compressed-tensors quantizes the input
+        # same condition as in compressed-tensors
         is_quantized = getattr(module, "quantization_enabled", True) and all(
             getattr(module, f"quantization_{what}", None) is not None
             for what in ("scheme", "status")
@@ -114,11 +114,11 @@ class CATTransform(TransformBase):
         """
         Make the transform a submodule of the first Linear, and a hook of each Linear.
 
-        :param linears: Linears that read the input, the one that holds the tensor first
+        :param linears: Linears that read the input; the first holds the tensor
         """
         register_offload_module(linears[0], TRANSFORM_NAME, self)
         for linear in linears:
-            # other hooks must see the input that is quantized
+            # first: other hooks must see the transformed input
             linear.register_forward_pre_hook(self.input_hook, prepend=True)
 
 
@@ -126,7 +126,7 @@ def attach_transforms(model: Module, config: CATTransformConfig):
     """
     Attach all transforms of a checkpoint to a model whose weights are not loaded yet.
 
-    :param model: with the quantization schemes of its Linears
+    :param model: model whose Linears have their quantization schemes
     :raises ValueError: if a targeted Linear does not exist, or does not suit its transform
     """
     modules = dict(model.named_modules())
