@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What limits the accuracy of each Linear when it is quantized, and what would help"""
 
+from cat_modifier.analysis.compared_transforms import TRANSFORMS
 from cat_modifier.analysis.comparison import compare
 from cat_modifier.analysis.layers import analyze
 from cat_modifier.analysis.schemes import Scheme
-from cat_modifier.analysis.transforms import TRANSFORMS
 
 __all__ = ["TRANSFORMS", "Scheme", "analyze", "compare"]

@@ -18,9 +18,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from cat_modifier.analysis.compared_transforms import TRANSFORMS
 from cat_modifier.analysis.schemes import Scheme
 from cat_modifier.analysis.summary import joint_db
-from cat_modifier.analysis.transforms import TRANSFORMS
 from cat_modifier.functional.distributions import expected_concentration
 from cat_modifier.functional.sqnr import to_db
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import Linear, Module
 from tqdm import tqdm
 
+from cat_modifier.analysis.compared_transforms import TRANSFORMS, WHOLE, AnalysisStatistics
 from cat_modifier.analysis.measure import measure_input
 from cat_modifier.analysis.schemes import Scheme
-from cat_modifier.analysis.transforms import TRANSFORMS, WHOLE, AnalysisStatistics
 from cat_modifier.calibration.collector import InputCollector
 from cat_modifier.calibration.experts import find_fused_experts
 from cat_modifier.calibration.shared_inputs import DEFAULT_IGNORE, SharedInput

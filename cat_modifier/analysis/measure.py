@@ -10,8 +10,12 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.utils import align_module_device, get_execution_device
 from torch import Tensor
 
+from cat_modifier.analysis.compared_transforms import (
+    TRANSFORMS,
+    AnalysisStatistics,
+    AnalyzedInput,
+)
 from cat_modifier.analysis.schemes import Scheme
-from cat_modifier.analysis.transforms import TRANSFORMS, AnalysisStatistics, AnalyzedInput
 from cat_modifier.calibration.shared_inputs import SharedInput
 from cat_modifier.functional import sqnr
 from cat_modifier.functional.alignment import matrix_power, transformed_energy
@@ -59,16 +63,19 @@ def measure_input(
     for name, linear in shared.linears.items():
         with align_module_device(linear):
             weights[name] = linear.weight.detach().to(device, torch.float32)
-    sx, maxima, sample = statistics.second_moments.mean, statistics.maxima, statistics.sample
-    assert sx is not None and maxima is not None and sample.tokens is not None, "no tokens"
+    second_moments, maxima = statistics.second_moments.mean, statistics.maxima
+    sample = statistics.sample
+    assert second_moments is not None and maxima is not None and sample.tokens is not None, (
+        "no tokens"
+    )
     x = sample.tokens.to(device)
     token_weights = sample.weights.to(device)
     for name, tensor in {f"The input of {shared.first}": x, **weights}.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name} has values that are not finite")
-    data = AnalyzedInput(shared, sx, maxima, block_size, weights)
+    data = AnalyzedInput(shared, second_moments, maxima, block_size, weights)
     largest = torch.linalg.vector_norm(x, dim=-1).max().item() ** 2
-    mean = data.input_moments(1).sum().item()
+    mean = data.sx(1).sum().item()
     # the sample knows the ratio of the energies of output and input much better than either
     scale = mean / (sqnr.energy(x, token_weights) or math.nan)
     outputs = {n: sqnr.energy(x @ w.T, token_weights) * scale for n, w in weights.items()}
@@ -79,8 +86,8 @@ def measure_input(
     dtype = torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float32
     for transform in transforms:
         fused = TRANSFORMS[transform].compute(data)
-        moments = data.input_moments(fused.layout.block_size)
-        input_energy = transformed_energy(fused.blocks, moments)
+        sx = data.sx(fused.layout.block_size)
+        input_energy = transformed_energy(fused.blocks, sx)
         tokens = fused.transform_tokens(x)
         token_channels = token_weights.float() @ tokens.square() / token_weights.sum().float()
         for name, original in weights.items():
@@ -139,6 +146,5 @@ def _achievable(
     """Best alignment of each Linear with these blocks; nan if their Sx is not known"""
     if block_size > data.second_moments.shape[-1]:
         return dict.fromkeys(outputs, math.nan)
-    root = matrix_power(data.input_moments(block_size), 0.5)
-    moments = data.weight_moments(block_size)
-    return {n: sqnr.achievable_alignment(e, root, moments[n]) for n, e in outputs.items()}
+    sx_root, sw = matrix_power(data.sx(block_size), 0.5), data.sw(block_size)
+    return {n: sqnr.achievable_alignment(e, sx_root, sw[n]) for n, e in outputs.items()}

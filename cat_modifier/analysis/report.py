@@ -24,9 +24,9 @@ from itables.javascript import generate_init_offline_itables_html
 from jinja2 import Environment, PackageLoader
 
 from cat_modifier.analysis import figures, summary
+from cat_modifier.analysis.compared_transforms import TRANSFORMS
 from cat_modifier.analysis.comparison import Comparison
 from cat_modifier.analysis.schemes import Scheme
-from cat_modifier.analysis.transforms import TRANSFORMS
 
 __all__ = ["Report", "comparison_report", "layer_report", "new_report"]
 

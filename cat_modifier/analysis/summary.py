@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from cat_modifier.analysis.compared_transforms import TRANSFORMS
 from cat_modifier.analysis.comparison import Comparison
 from cat_modifier.analysis.schemes import Scheme
-from cat_modifier.analysis.transforms import TRANSFORMS
 from cat_modifier.functional.distributions import expected_concentration
 from cat_modifier.functional.sqnr import to_db
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is learned from calibration data: groups of Linears and their second moments."""
+"""Statistics of calibration data: Linears that share an input, and its second moments."""

@@ -2,12 +2,13 @@
 """
 Value projections of attention, found by observing the forward pass.
 
-Attention gives to each token a mean of the values of others, head by head. A matrix that
-multiplies the values of a head therefore multiplies its outputs, whatever the scores are: a
-transform before o_proj can be fused into the rows of v_proj (and its bias), and costs
-nothing online. Not all attention is so: gates on the output, or norms on the values, do not
-commute with a matrix. So nothing is concluded from names. The output of each Linear is
-multiplied by a matrix per head, and the inputs of the others are compared.
+Attention averages the values of tokens, head by head. A matrix that multiplies the values of
+a head therefore multiplies its outputs, whatever the scores are. So a transform before o_proj
+can be fused into the rows of v_proj (and its bias), and costs nothing online.
+
+Some attention differs: gates on the output and norms on the values do not commute with a
+matrix. So names prove nothing. Instead, the output of each Linear is multiplied by a matrix
+per head, and the inputs of the other Linears are compared.
 """
 
 from collections import Counter
@@ -29,25 +30,25 @@ from cat_modifier.functional.transform import apply_blocks
 __all__ = ["ValueProjection", "find_value_projections"]
 
 _TOLERANCE = 0.02
-"""Bound of the relative error, mean over tokens: above the rounding of 16 bits"""
+"""Bound of the relative error, mean over tokens. Rounding to 16 bits stays below"""
 
 _TOLERANCE_OF_ALL = 0.2
-"""The same for the last input of the model"""
+"""Bound of the relative error of the model's last input, mean over tokens"""
 
 _TOKENS = 1024
 """Number of tokens to compare"""
 
 _MAX_RUNS = 16
-"""Number of runs to find layers that share values; those that are not tested then count as
-sharing"""
+"""Number of runs to find layers that share values. Layers not tested by then count as
+sharing values"""
 
 
 @dataclass(frozen=True)
 class ValueProjection:
     """
-    The Linear that makes the values before an output projection.
+    The Linear that computes the values of an attention module.
 
-    :param linear: its full name
+    :param linear: full name of the Linear
     :param head_dim: channels of a head
     :param repeats: number of neighbouring heads of the attention output that share one
         value head
@@ -65,9 +66,9 @@ def find_value_projections(
     Find the value projection of each output projection.
 
     :param linears: Linears that may be changed, by full name
-    :param run: passes some data through the model. Modules with a `head_dim`, as
-        Transformers' attention has it, run again on the same inputs
-    :return: value projections by the name of the output projection, where one was found
+    :param run: passes some data through the model. Modules with a `head_dim`, such as
+        Transformers' attention, run again on the same inputs
+    :return: value projections by the name of the output projection
     """
     siblings: dict[str, dict[str, Linear]] = {}
     for name, linear in linears.items():
@@ -89,9 +90,9 @@ def find_value_projections(
     kept = _read_by_nothing_else(linears, alone, run) if alone else {}
     if shared := [name for name in found if name not in kept]:
         logger.warning(
-            "The values of attention are read by more than its output projection, as where "
-            "layers share them: the transforms before these are not fused into v_proj: "
-            f"{', '.join(shared)}"
+            "The values of attention are read by more than its output projection (layers may "
+            "share them). Transforms before these output projections run online instead of "
+            f"being fused into v_proj: {', '.join(shared)}"
         )
     return kept
 
@@ -100,8 +101,11 @@ def _read_by_nothing_else(
     linears: Mapping[str, Linear], found: Mapping[str, ValueProjection], run: Callable[[], None]
 ) -> dict[str, ValueProjection]:
     """
-    Keep those for which scaling v_proj and undoing it before o_proj leaves the model unchanged.
-    Halves that change it are halved again, so that few layers that share values cost few runs.
+    Keep projections with no other reader: multiplying v_proj's output, and undoing it before
+    o_proj, leaves the model unchanged.
+
+    All are tested together. A set that changes the model is halved and tested again, so that
+    a few layers that share values cost few runs.
     """
 
     def last_input(found: Mapping[str, ValueProjection]) -> Tensor:
@@ -111,10 +115,10 @@ def _read_by_nothing_else(
             last["input"] = inputs[0]
 
         with torch.no_grad(), _hooks() as handles:
-            for name, heads in found.items():
-                value = linears[heads.linear]
-                matrices = _matrices(value, heads.head_dim)
-                back = torch.linalg.inv(matrices).repeat_interleave(heads.repeats, 0)
+            for name, projection in found.items():
+                value = linears[projection.linear]
+                matrices = _matrices(value, projection.head_dim)
+                back = torch.linalg.inv(matrices).repeat_interleave(projection.repeats, 0)
                 handles.append(value.register_forward_hook(_multiply_output(matrices)))
                 handles.append(linears[name].register_forward_pre_hook(_multiply_input(back)))
             for linear in linears.values():
@@ -141,7 +145,7 @@ def _matrices(linear: Linear, head_dim: int) -> Tensor:
     """
     Make one matrix per head of a Linear's output, shape (heads, head_dim, head_dim).
 
-    They are no rotations: norms without weights would commute with those.
+    Not rotations: norms without weights commute with rotations.
     """
     shape = (linear.out_features // head_dim, head_dim, head_dim)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -169,8 +173,10 @@ def _error(x: Tensor, expected: Tensor) -> float:
 
 class _Probe:
     """
-    Forward hook of an attention module. It multiplies each Linear's output by a matrix per
-    head, and looks for another Linear whose input is multiplied the same way.
+    Forward hook of an attention module.
+
+    Multiplies each Linear's output by a matrix per head, and looks for another Linear whose
+    input changes by the same matrices.
 
     :param linears: Linears of the module, by full name
     :param head_dim: channels of a head
@@ -189,8 +195,8 @@ class _Probe:
             self._probe(module, args, kwargs)
         except (RuntimeError, TypeError, ValueError, AttributeError, KeyError) as error:
             logger.warning(
-                f"No transform is fused into the values of {type(module).__name__}, which "
-                f"cannot be called a second time: {error}"
+                f"{type(module).__name__} cannot be called a second time, so that no transform "
+                f"is fused into its v_proj: {error}"
             )
 
     def _probe(self, module: Module, args: tuple, kwargs: dict[str, Any]):
@@ -218,7 +224,10 @@ class _Probe:
         matrices: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """
-        :param value: Linear whose output is multiplied by the matrices; None for none
+        Run the module, and read the inputs of its Linears.
+
+        :param value: Linear to multiply the output of; None to change nothing
+        :param matrices: one matrix per head of that output
         :return: some tokens of each Linear's input, float32, by full name
         """
         seen: dict[str, Tensor] = {}
@@ -238,7 +247,7 @@ class _Probe:
 
 @contextmanager
 def _hooks() -> Iterator[list]:
-    """Collect handles of hooks, and remove the hooks at the end"""
+    """Yield a list for handles of hooks, and remove these hooks at the end"""
     handles: list = []
     try:
         yield handles

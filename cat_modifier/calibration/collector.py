@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Statistics of each shared input, collected while data pass through a model."""
+"""Statistics of each shared input, collected during a forward pass."""
 
 from collections.abc import Callable, Mapping
 from typing import Generic, Protocol, TypeVar
@@ -63,7 +63,7 @@ class InputStatistics:
 
 class InputCollector(Generic[StatisticsType]):
     """
-    Watches calls of Linears and updates the statistics of their inputs.
+    Watches calls of Linears, and updates the statistics of their inputs.
 
     An input counts once, however many Linears read it. Padding does not count.
 
@@ -80,21 +80,20 @@ class InputCollector(Generic[StatisticsType]):
         self._new_statistics = new_statistics
         self._masks: dict[int, Tensor] = {}
         self._certain: set[int] = set()
-        # by the first Linear that was called, which may not stay the first of its input
+        # by the Linear that was called first, which need not be the first in the model
         self._statistics: dict[str, StatisticsType] = {}
 
     def set_attention_mask(self, batch: int, attention_mask: object):
         """
         Note which tokens of a batch are padding.
 
-        :param batch: index of the batch, which may pass through the model in several parts
-        :param attention_mask: mask in any form that a model passes on; a form that cannot
-            be read changes nothing
+        :param batch: index of the batch
+        :param attention_mask: any form of mask; an unknown form is ignored
         """
         mask = padding_mask(attention_mask)
         if mask is None:
             return
-        # that of the data is certain, those that models make of it have to be read
+        # trust the mask of the data (2 dimensions) over those that models derive from it
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             self._certain.add(batch)
         elif batch in self._certain:
@@ -113,7 +112,7 @@ class InputCollector(Generic[StatisticsType]):
         if not is_new:
             return
         tokens = x.reshape(-1, x.shape[-1])
-        # inputs of another layout (tokens routed to an expert) cannot be matched to a mask
+        # the mask does not fit other layouts, such as tokens routed to an expert
         mask = self._masks.get(batch)
         if mask is not None and mask.numel() == tokens.shape[0]:
             tokens = tokens[mask.flatten().to(tokens.device)]
@@ -124,11 +123,11 @@ class InputCollector(Generic[StatisticsType]):
         self._statistics[key].update(tokens)
 
     def pending(self) -> list[SharedInput]:
-        """List the inputs whose statistics were not taken yet, in the order of the model"""
+        """List the inputs with statistics not taken yet, in the order of the model"""
         return [one for one in self.observer.inputs if self._key(one) is not None]
 
     def take(self, shared: SharedInput) -> StatisticsType:
-        """Hand over the statistics of a pending input, which no further Linear may join"""
+        """Return and drop the statistics of a pending input; no other Linear may join it"""
         key = self._key(shared)
         if key is None:
             raise KeyError(shared.first)

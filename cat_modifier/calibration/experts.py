@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Experts of a mixture that hold their weights in one parameter, as Transformers makes them.
+Fused experts: all experts of a mixture hold their weights in one parameter, as Transformers
+makes them.
 
-They are no Linears: whatever looks for Linears would leave them out without a word.
+They are not Linears, so that code that looks for Linears would skip them silently.
 """
 
 from collections.abc import Iterable
@@ -16,11 +17,12 @@ __all__ = ["find_fused_experts", "make_experts_linears"]
 
 def find_fused_experts(model: Module, ignore: Iterable[str] = ()) -> list[str]:
     """
-    Find experts that hold their weights in one parameter.
+    Find fused experts: modules with a parameter of three dimensions.
+
+    Modules of torch itself (convolutions) do not count.
 
     :param ignore: names, classes or `re:` patterns of modules to leave out
-    :return: names of modules with a stack of matrices as a parameter, without those of torch
-        itself (convolutions)
+    :return: full names
     """
     return [
         name
@@ -43,7 +45,7 @@ def make_experts_linears(model: PreTrainedModel):
         from llmcompressor.modeling.moe.linearize import linearize_moe
     except ModuleNotFoundError as error:
         raise ValueError(
-            "The model has experts that hold their weights in one parameter. To make Linears "
-            "of them install llm-compressor: pip install 'cat-modifier[compress]'"
+            "The model has experts that hold their weights in one parameter. Install "
+            "llm-compressor to replace them by Linears: pip install 'cat-modifier[compress]'"
         ) from error
     linearize_moe(model)

@@ -14,8 +14,8 @@ class SecondMoments:
     """
     Running mean of the k x k diagonal blocks of ``x x^T``.
 
-    The mean, not the sum, is accumulated: its float32 rounding error stays near that of one
-    batch over any number of tokens, where a sum would lose small batches.
+    The mean is accumulated, not the sum. A float32 sum over many tokens would lose small
+    batches to rounding.
 
     :param in_features: d, size of a token's activation
     :param block_size: k, a divisor of d
@@ -48,10 +48,9 @@ class SecondMoments:
 
     def reduce(self, device: torch.device):
         """
-        Average over all ranks, if there are several, weighted by their tokens. A collective
-        call.
+        Average over all ranks, weighted by their tokens. A collective call.
 
-        :param device: device to compute on, where this rank has no mean
+        :param device: device to compute on if this rank has seen no tokens
         """
         if not (dist.is_available() and dist.is_initialized()):
             return

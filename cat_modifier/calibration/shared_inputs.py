@@ -2,8 +2,8 @@
 """
 Linears that read the same input, found by observing the forward pass.
 
-A transform belongs to an input, not to a Linear: q, k and v read one tensor, so do gate and
-up, or the gates of all experts of a mixture. They share a transform.
+A transform belongs to an input, not to a Linear. q, k and v read one tensor and share its
+transform. So do gate and up, or the gates of all experts of a mixture.
 """
 
 import weakref
@@ -25,8 +25,8 @@ DEFAULT_IGNORE = (
     "re:.*(vision|visual|audio).*",
     "re:.*projector.*",
 )
-"""Linears that are left alone by default: the lm_head, heads of classifiers, routers of
-experts, towers for images and sound, and what connects them"""
+"""Linears that are not transformed by default: the lm_head, heads of classifiers, routers of
+experts, towers for images and sound, and projectors that connect them"""
 
 
 @dataclass
@@ -35,7 +35,7 @@ class SharedInput:
     An input and the Linears that read it.
 
     :param linears: Linears by full name, in the order of the model
-    :param is_closed: whether no further Linear may join, whatever its input
+    :param is_closed: whether further Linears are kept out, even if they read the same tensor
     """
 
     linears: dict[str, Linear] = field(default_factory=dict)
@@ -56,8 +56,8 @@ class SharedInputObserver:
     """
     Finds shared inputs as Linears are called.
 
-    Two Linears share an input if they are called with one and the same tensor: the same
-    memory, seen in the same way, not written to in between, and still alive.
+    Two Linears share an input if they are called with the same tensor: the same memory, shape
+    and strides, not written to in between, and still alive.
 
     :param linears: Linears by full name, in the order of the model
     :ivar called: full names of the Linears that were called
@@ -72,7 +72,7 @@ class SharedInputObserver:
 
     @property
     def inputs(self) -> list[SharedInput]:
-        """All inputs, in the order of the model"""
+        """List all inputs, in the order of the model"""
         unique = {id(one): one for one in self._input_of.values()}
         return sorted(unique.values(), key=lambda one: self._position[one.first])
 
@@ -81,9 +81,9 @@ class SharedInputObserver:
         Record the call of a Linear.
 
         :param name: full name of the Linear
-        :param x: its input
+        :param x: input of the call
         :return: the shared input, and whether ``x`` is new to it: True for the first Linear
-            that is called with ``x``, False for the others
+            called with ``x``, False for the others
         """
         self.called.add(name)
         key = (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version)
@@ -95,8 +95,8 @@ class SharedInputObserver:
         if name not in self._input_of:
             is_open = (one for one in read_by if not one.is_closed)
             self._add(next(is_open, None) or SharedInput(), name)
-        # Linears may be called with one tensor by chance after the first batch: count it
-        # for each of their inputs
+        # Linears of different inputs may later be called with one tensor by chance: count it
+        # for each input
         shared = self._input_of[name]
         is_new = all(one is not shared for one in read_by)
         if is_new:
@@ -105,9 +105,9 @@ class SharedInputObserver:
 
     def set_inputs(self, inputs: Iterable[Iterable[str]]):
         """
-        Declare shared inputs in advance; no further Linear joins them.
+        Declare shared inputs in advance. No further Linear joins them.
 
-        :param inputs: names of the Linears of each
+        :param inputs: names of the Linears of each input
         """
         for names in inputs:
             shared = SharedInput()
@@ -127,13 +127,19 @@ class SharedInputObserver:
 
 def padding_mask(attention_mask: object) -> Tensor | None:
     """
-    Find the real tokens in any attention mask that a model passes on.
+    Find the real tokens in an attention mask.
 
-    :param attention_mask: mask of shape (batch, tokens), true or 1 for real tokens; or of
-        shape (batch, heads, queries, keys), where a real token can attend to itself: true,
-        false in a causal mask that is true for what is hidden, or 0 added to its score
-    :return: shape (batch, tokens), bool, true for real tokens; None if the mask is of
-        another kind
+    Known forms:
+
+    - shape (batch, tokens): true or 1 for real tokens
+    - shape (batch, heads, queries, keys), bool: true where a query sees a key; or, if all
+      of the future is true, true where a key is hidden
+    - shape (batch, heads, queries, keys), numbers: 0 is added to scores of visible keys
+
+    With queries and keys, a token is real if it sees itself.
+
+    :param attention_mask: the mask
+    :return: shape (batch, tokens), bool, true for real tokens; None if the form is not known
     """
     if not isinstance(attention_mask, Tensor):
         return None

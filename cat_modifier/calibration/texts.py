@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text to calibrate and to evaluate on, as windows of tokens."""
+"""Texts to calibrate and to evaluate on, as windows of tokens."""
 
 import pydoc_data.topics
 from pathlib import Path
@@ -22,12 +22,12 @@ def load_texts(dataset: str, split: str, column: str = "text") -> list[str]:
     """
     Read texts to calibrate or evaluate on.
 
-    :param dataset: ``pydoc-topics``; a file of text (.txt, .md), or with a column of texts
-        (.json, .jsonl, .csv, .parquet); or a dataset of the Hugging Face Hub as ``id`` or
+    :param dataset: ``pydoc-topics``; a text file (.txt, .md); a file with a column of texts
+        (.json, .jsonl, .csv, .parquet); or a dataset of the Hugging Face Hub, ``id`` or
         ``id:configuration``
-    :param split: split of a dataset of the Hub, as in ``datasets.load_dataset``. The
-        ``train`` split of pydoc-topics is one half of the topics, any other the other half.
-        Files have none
+    :param split: split of a dataset of the Hub, see ``datasets.load_dataset``. The
+        ``train`` split of pydoc-topics is one half of the topics, any other split the other
+        half. Files have no splits
     :param column: column with the texts
     :raises ValueError: if the dataset cannot be read
     """
@@ -59,8 +59,8 @@ def load_texts(dataset: str, split: str, column: str = "text") -> list[str]:
     texts = list(rows[column])
     if wrong := {type(text).__name__ for text in texts if not isinstance(text, str)}:
         raise ValueError(
-            f"Column {column!r} of the dataset {dataset!r} holds {', '.join(sorted(wrong))} "
-            "beside or instead of text: choose another one with --column"
+            f"Column {column!r} of the dataset {dataset!r} holds values of type "
+            f"{', '.join(sorted(wrong))}, not only text: choose another column with --column"
         )
     return texts
 
@@ -71,7 +71,7 @@ def windows(
     """
     Cut texts into windows of tokens, without padding.
 
-    :param texts: texts, put one after the other
+    :param texts: texts, to be joined
     :param length: tokens per window
     :param count: upper bound of the number of windows
     :return: token ids, shape (windows, length), int64
@@ -84,7 +84,10 @@ def windows(
             break
     found = min(len(ids) // length, count)
     if found == 0:
-        raise ValueError(f"The texts have {len(ids)} tokens, too few for {length} of them")
+        raise ValueError(
+            f"The texts have {len(ids)} tokens, too few for one window of {length}: use more "
+            "text or shorter windows"
+        )
     if found < count:
         logger.info(f"The texts fill {found} windows of {length} tokens, not {count}")
     return torch.tensor(ids[: found * length]).view(found, length)

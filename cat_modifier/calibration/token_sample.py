@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A few tokens of an input that stand for all."""
+"""A small sample of the tokens of an input."""
 
 import torch
 import torch.distributed as dist
@@ -10,15 +10,16 @@ __all__ = ["TokenSample"]
 
 class TokenSample:
     """
-    Random sample without replacement that prefers tokens of high energy, with a weight for
-    each.
+    Random sample without replacement, with a weight per token. Prefers tokens of high energy.
 
-    Quantization noise and signal grow with a token's energy ``||x||^2``, and a few tokens
-    (the first of a text above all) can hold most of it. A uniform sample would miss them or
-    count them far too often. This is priority sampling with the energy as the priority
-    (Duffield, Lund, Thorup, "Priority sampling for estimation of arbitrary subset sums",
-    2007): for any ``f``, the weighted sum of ``f`` over the sample is an unbiased estimate
-    of its mean over all tokens of positive energy.
+    Quantization noise and signal grow with a token's energy ``||x||^2``. A few tokens, such
+    as the first of a text, can hold most of the energy. A uniform sample would miss them, or
+    count them far too often.
+
+    The method is priority sampling with the energy as the priority (Duffield, Lund, Thorup,
+    "Priority sampling for estimation of arbitrary subset sums", 2007). For any ``f``, the
+    weighted sum of ``f`` over the sample is an unbiased estimate of the mean of ``f`` over
+    all tokens of positive energy.
 
     :param size: number of tokens to keep
     :param seed: seed of the sample; ranks need different ones
@@ -33,7 +34,7 @@ class TokenSample:
         self.size = size
         self.count = 0
         self._generator = torch.Generator().manual_seed(seed)
-        # one more than asked for: the largest priority left out sets the weights
+        # keeps one more: the largest priority left out of the sample sets the weights
         self._priorities = torch.empty(0, dtype=torch.float64)
         self._candidates: Tensor | None = None
 
@@ -62,8 +63,8 @@ class TokenSample:
         norm = torch.linalg.vector_norm(tokens, dim=-1, dtype=torch.float32).double().cpu()
         priorities = norm.square() / (1 - uniform)
         if len(self._priorities) > self.size:
-            # few can get in after the first batches; values that are not finite always do,
-            # since somebody has to see them
+            # after the first batches few tokens get in. Tokens that are not finite always do:
+            # checks must see them
             index = (~(priorities <= self._priorities.min())).nonzero().squeeze(1)
             if not len(index):
                 return
@@ -72,8 +73,8 @@ class TokenSample:
 
     def reduce(self):
         """
-        Merge the samples of all ranks, if there are several: the sample is then one of all
-        tokens, and the same on each rank. A collective call.
+        Merge the samples of all ranks. Each rank then has the same sample of all tokens. A
+        collective call.
         """
         if not (dist.is_available() and dist.is_initialized()):
             return
@@ -89,7 +90,7 @@ class TokenSample:
 
     def _keep(self, priorities: Tensor, tokens: Tensor):
         """
-        Add candidates and keep those of the largest priorities.
+        Add candidates, and keep those with the largest priorities.
 
         :param priorities: shape (n,), float64, on the CPU
         :param tokens: shape (n, d), float32

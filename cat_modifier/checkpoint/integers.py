@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Integer schemes: which are served with few-bit activations, and which can be clipped."""
+"""Rules for integer schemes: int8 matrix products, and clipping of activations."""
 
 from compressed_tensors.quantization import (
     QuantizationArgs,
@@ -28,9 +28,9 @@ def suits_int8_product(
     weights: QuantizationArgs | None, inputs: QuantizationArgs | None
 ) -> bool:
     """
-    Whether a Linear can be computed by one int8 matrix product.
+    Whether one int8 matrix product can compute a Linear.
 
-    The scales of weights and of activations are then factors of the result.
+    The result is then scaled once, per token and per output channel.
     """
     if weights is None or inputs is None:
         return False

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The part of ``config.json`` that describes the online transforms of a checkpoint, version 1.
+The online transforms of a checkpoint in ``config.json``, version 1 of the format.
 
-A CAT checkpoint is a compressed-tensors checkpoint whose ``quantization_config`` differs in
-two places. Its ``transform_config`` is a :class:`CATTransformConfig`; a stock reader of
-transforms refuses its unknown fields. The ``format`` of every config group carries a
-prefix; a reader that ignores ``transform_config`` refuses it as an unknown format. Both
-errors name this package: weights that expect transformed inputs must never run without the
-transform. The README beside the package's modules specifies the format.
+A CAT checkpoint is a compressed-tensors checkpoint. Its ``quantization_config`` differs in
+two places:
+
+- ``transform_config`` is a :class:`CATTransformConfig`. A stock reader of transforms refuses
+  its unknown fields.
+- ``format`` of every config group has a prefix. A reader that ignores ``transform_config``
+  refuses the unknown format.
+
+Both errors name this package: weights that expect transformed inputs must never run without
+the transform. ``cat_modifier/README.md`` specifies the format.
 """
 
 from copy import deepcopy
@@ -41,13 +45,9 @@ __all__ = [
     "CATTransformConfig",
     "TENSOR_SUFFIX",
     "TRANSFORM_NAME",
-    "TRANSFORM_TYPE",
     "mark_quantization_config",
     "read_quantization_config",
 ]
-
-TRANSFORM_TYPE = "cat"
-"""Name of the transform in compressed-tensors' registry"""
 
 TRANSFORM_NAME = "cat_input"
 """Name of the submodule of a Linear that holds the transform of its input"""
@@ -56,6 +56,7 @@ TENSOR_SUFFIX = f".{TRANSFORM_NAME}.weight"
 """End of the name of every transform tensor of a checkpoint"""
 
 _FORMAT_PREFIX = "cat-modifier/"
+_TYPE = "cat"
 _VERSION = 1
 _REQUIRES = "cat-modifier>=0.1.0"
 """Oldest release that reads version 1"""
@@ -66,24 +67,23 @@ _PRECISIONS = {
     "float32": torch.float32,
 }
 
-# JSON's `true` and "16" are no sizes
+# strict: JSON's `true` and "16" are not sizes
 _Size = Annotated[int, Strict(), Field(gt=0)]
 
 
 class CATScheme(TransformScheme):
     """
-    All inputs whose transforms have the same sizes and clipping.
+    The inputs whose transforms have the same sizes and clipping.
 
     :param type: always ``cat``
-    :param apply: one entry for each input. Its targets are the full names of the Linears
-        that read the input; the first holds the tensor ``<name>.cat_input.weight``
-    :param block_size: k; the tensor has shape (d/k, k, k). None if the transform has no
-        blocks, and no tensor, but the Hadamard matrix alone
+    :param apply: one entry per input. Its targets are the full names of the Linears that
+        read the input. The first target holds the tensor ``<name>.cat_input.weight``
+    :param block_size: k; the tensor has shape (d/k, k, k). None for no blocks and no tensor
     :param online_hadamard_size: p, order of the Hadamard matrix after the blocks; 1 for none
     :param interleave: q, distance of the channels that the Hadamard matrix multiplies, in
         each span of p * q channels; 1 if p is 1
-    :param clip_ratio: range to which each token is clipped after the transform, relative to
-        the range of its values and zero; 1 does not clip
+    :param clip_ratio: clipped range of each transformed token, relative to the range of its
+        values and zero; 1 does not clip
     :param precision: dtype of the stored tensors: bfloat16, float16 or float32
     """
 
@@ -136,7 +136,7 @@ class CATScheme(TransformScheme):
 
     @model_serializer
     def _write(self) -> dict[str, Any]:
-        # the fields of version 1 alone, whatever compressed-tensors adds to its own
+        # only the fields of version 1: compressed-tensors may add fields to its schemes
         return {
             "type": self.type,
             "apply": [
@@ -153,14 +153,15 @@ class CATScheme(TransformScheme):
 
 class CATTransformConfig(TransformConfig):
     """
-    Online transforms of a model.
+    The online transforms of a model.
 
     :param config_groups: schemes by an arbitrary name
-    :param fused: Linears whose blocks are fused into the rows of another Linear: their
-        names, and the name of the other. For readers of single Linears; not needed to run
-    :param requires: requirement, as for pip, of the oldest release that can read the
-        checkpoint. Stock readers show it in their error
-    :param version: version of this layout
+    :param fused: transforms fused into rows: the name of the Linear with the transformed
+        input, and the name of the Linear with the rows. Only tools that look at single
+        Linears need it
+    :param requires: requirement of the oldest release that can read the checkpoint, in
+        pip's syntax. Stock readers show it in their error
+    :param version: version of the format
     """
 
     config_groups: dict[str, CATScheme]
@@ -170,7 +171,7 @@ class CATTransformConfig(TransformConfig):
 
     @classmethod
     def empty(cls) -> "CATTransformConfig":
-        """Make a config of this release without transforms"""
+        """Make a config without transforms"""
         return cls(config_groups={}, fused={}, requires=_REQUIRES, version=_VERSION)
 
     @field_validator("requires")
@@ -179,7 +180,9 @@ class CATTransformConfig(TransformConfig):
         try:
             requirement = Requirement(value)
         except InvalidRequirement as error:
-            raise ValueError(f"`requires` is no requirement: {value!r}") from error
+            raise ValueError(
+                f"`requires` is not a requirement in pip's syntax: {value!r}"
+            ) from error
         if requirement.name != METHOD_NAME or requirement.url is not None:
             raise ValueError(f"`requires` must name a release of {METHOD_NAME}, not {value!r}")
         if not requirement.specifier.contains(__version__, prereleases=True):
@@ -208,7 +211,7 @@ class CATTransformConfig(TransformConfig):
         return self
 
     def inputs(self) -> list[tuple[CATScheme, TransformArgs]]:
-        """List all transformed inputs: the scheme of each, and its entry in the scheme"""
+        """List all transformed inputs, each as its scheme and its entry in the scheme"""
         return [
             (scheme, args) for scheme in self.config_groups.values() for args in scheme.apply
         ]
@@ -224,20 +227,20 @@ class CATTransformConfig(TransformConfig):
         """
         Add the transform of an input.
 
-        :param names: Linears that read the input, the one that holds the tensor first
+        :param names: Linears that read the input; the first holds the tensor
         :param layout: sizes of the transform
         :param has_blocks: whether blocks are applied online
         :param clip_ratio: see :class:`CATScheme`
         :param precision: dtype of the stored blocks
-        :return: scheme of the input, and its entry in the scheme
+        :return: scheme of the input, and entry of the input in the scheme
         """
         block_size = layout.stored_size if has_blocks else None
         sizes = (block_size or 0, layout.online_hadamard_size, layout.interleave)
         dtype = str(precision).removeprefix("torch.")
-        key = "_".join(map(str, (TRANSFORM_TYPE, *sizes, clip_ratio, dtype)))
+        key = "_".join(map(str, (_TYPE, *sizes, clip_ratio, dtype)))
         if key not in self.config_groups:
             self.config_groups[key] = CATScheme(
-                type=TRANSFORM_TYPE,
+                type=_TYPE,
                 apply=[],
                 block_size=block_size,
                 online_hadamard_size=layout.online_hadamard_size,
@@ -253,10 +256,10 @@ class CATTransformConfig(TransformConfig):
 
 def mark_quantization_config(quantization_config: dict[str, Any]) -> dict[str, Any]:
     """
-    Mark a quantization config that holds a :class:`CATTransformConfig`, so that readers
-    that do not know this package refuse it.
+    Mark a quantization config that holds CAT transforms. Readers that do not know this
+    package then refuse it.
 
-    :param quantization_config: object of this name in ``config.json``
+    :param quantization_config: ``quantization_config`` of ``config.json``
     :return: a marked copy; the config itself if it holds no CAT transforms
     """
     if not has_transform(quantization_config):
@@ -273,15 +276,15 @@ def read_quantization_config(
     quantization_config: dict[str, Any] | None,
 ) -> tuple[dict[str, Any], CATTransformConfig] | None:
     """
-    Split the CAT part off a quantization config.
+    Split a quantization config into the stock part and the CAT part.
 
-    :param quantization_config: object of this name in ``config.json``
+    :param quantization_config: ``quantization_config`` of ``config.json``
     :return: a stock compressed-tensors config, and the transforms; None if the checkpoint
-        is no CAT checkpoint
+        is not a CAT checkpoint
     :raises ValueError: if the config is damaged, or needs a later release
     """
     config = quantization_config or {}
-    # configs of other methods can have entries of these names and of any type
+    # configs of other methods can have entries of the same names, but of any type
     config_groups = config.get("config_groups")
     groups = config_groups.values() if isinstance(config_groups, dict) else []
     is_marked = [

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The online transform of an input, as a module and as a compressed-tensors type."""
+"""The module that applies the online transform of an input."""
+
+from typing import Any
 
 import torch
 from compressed_tensors.offload import register_offload_module
-from compressed_tensors.transform import TransformArgs, TransformFactory
+from compressed_tensors.transform import TransformArgs
 from compressed_tensors.transform.factory.base import TransformBase
 from compressed_tensors.utils import get_offloaded_device
 from torch import Tensor
@@ -12,7 +14,6 @@ from torch.nn import Linear, Module, Parameter
 from cat_modifier.checkpoint.integers import suits_clipping
 from cat_modifier.checkpoint.schema import (
     TRANSFORM_NAME,
-    TRANSFORM_TYPE,
     CATScheme,
     CATTransformConfig,
 )
@@ -20,7 +21,6 @@ from cat_modifier.functional.hadamard import hadamard_matrix
 from cat_modifier.functional.transform import apply_transform
 
 __all__ = [
-    "CATFactory",
     "CATTransform",
     "attach_transforms",
     "online_hadamard",
@@ -32,7 +32,7 @@ def online_hadamard(scheme: CATScheme, device: torch.device) -> Tensor | None:
     """
     Make the Hadamard matrix that follows the blocks.
 
-    :param scheme: has its order
+    :param scheme: scheme with the order of the matrix
     :param device: device of the matrix
     :return: shape (p, p), float32; None if the scheme has none
     """
@@ -43,12 +43,12 @@ def online_hadamard(scheme: CATScheme, device: torch.device) -> Tensor | None:
 
 def validate_transform(name: str, blocks: Tensor, shape: tuple[int, ...]):
     """
-    Check a transform tensor as loaded.
+    Check a loaded transform tensor.
 
     :param name: name of the tensor, for the error
     :param blocks: T as loaded
     :param shape: shape that the model needs
-    :raises ValueError: if the shape differs, or if an element is not finite
+    :raises ValueError: if the shape differs, or an element is not finite
     """
     if tuple(blocks.shape) != tuple(shape):
         raise ValueError(
@@ -64,9 +64,9 @@ def validate_transform(name: str, blocks: Tensor, shape: tuple[int, ...]):
 
 class CATTransform(TransformBase):
     """
-    Transforms the input that one or several Linears share.
+    Transforms the input of one Linear, or of several Linears that share it.
 
-    The module is a submodule of the first Linear; the others call it through their hooks.
+    The module is a submodule of the first Linear. Hooks of all Linears call it.
 
     :param weight: T, shape (d/k, k, k), dtype ``scheme.precision``; None for no blocks
     :param scheme: sizes and clipping
@@ -85,13 +85,13 @@ class CATTransform(TransformBase):
         Transform and clip tokens.
 
         :param value: shape (..., d)
-        :param is_clipped: whether tokens are clipped; they are if they are quantized next
+        :param is_clipped: whether to clip tokens; only tokens quantized next need it
         :return: shape and dtype of value
         """
         if self._hadamard is None or self._hadamard.device != value.device:
             self._hadamard = online_hadamard(self.scheme, value.device)
         blocks = None if self.weight is None else self.weight.to(value.device)
-        # float32 whatever the dtype of the model: 16 bits would round twice
+        # float32 for any dtype of the model: 16 bits would round after each step
         transformed = apply_transform(
             value.float(),
             blocks,
@@ -103,7 +103,7 @@ class CATTransform(TransformBase):
 
     def input_hook(self, module: Module, args: tuple) -> tuple:
         """Transform the input of a Linear, as its forward pre-hook"""
-        # the condition under which compressed-tensors quantizes the input
+        # same condition as in compressed-tensors
         is_quantized = getattr(module, "quantization_enabled", True) and all(
             getattr(module, f"quantization_{what}", None) is not None
             for what in ("scheme", "status")
@@ -112,84 +112,66 @@ class CATTransform(TransformBase):
 
     def attach(self, linears: list[Linear]):
         """
-        Make the transform a submodule of the first Linear, and hook all.
+        Make the transform a submodule of the first Linear, and a hook of each Linear.
 
-        :param linears: Linears that read the input, the one that holds the tensor first
+        :param linears: Linears that read the input; the first holds the tensor
         """
         register_offload_module(linears[0], TRANSFORM_NAME, self)
         for linear in linears:
-            # other hooks must see the input that is quantized
+            # first: other hooks must see the transformed input
             linear.register_forward_pre_hook(self.input_hook, prepend=True)
-
-
-@TransformFactory.register(TRANSFORM_TYPE)
-class CATFactory(TransformFactory):
-    """Attaches the transforms of one scheme to a model whose weights are not loaded yet."""
-
-    scheme: CATScheme
-
-    def create_transform(self, module: Linear, args: TransformArgs) -> CATTransform:
-        """
-        Make the transform of an input, with a tensor to be loaded.
-
-        :param module: Linear that holds the tensor
-        :param args: entry of the input in the scheme
-        :raises ValueError: if the transform does not fit the Linear
-        """
-        size = self.scheme.block_size
-        for what, span in (
-            ("blocks", size or 1),
-            ("Hadamard spans", self.scheme.hadamard_size),
-        ):
-            if module.in_features % span:
-                raise ValueError(
-                    f"{args.targets[0]} has {module.in_features} inputs, which cannot be "
-                    f"divided into {what} of {span}"
-                )
-        if size is None:
-            return CATTransform(None, self.scheme, args)
-        data = torch.empty(
-            (module.in_features // size, size, size),
-            dtype=self.scheme.precision,
-            device=get_offloaded_device(module),
-        )
-        weight = Parameter(data, requires_grad=self.scheme.requires_grad)
-        return CATTransform(weight, self.scheme, args)
-
-    def apply_to_model(self, model: Module, use_tqdm: bool = True):
-        """
-        Attach the transforms of all inputs of the scheme.
-
-        :raises ValueError: if a targeted Linear does not exist, or does not suit the scheme
-        """
-        modules = dict(model.named_modules())
-        for args in self.scheme.apply:
-            for name in args.targets:
-                if not hasattr(modules.get(name), "in_features"):
-                    raise ValueError(
-                        f"The checkpoint has a transform for {name}, but the model has no "
-                        "Linear of this name"
-                    )
-                self._check_clipping(name, modules[name])
-            linears = [modules[name] for name in args.targets]
-            self.create_transform(linears[0], args).attach(linears)
-
-    def _check_clipping(self, name: str, linear: Module):
-        quantization = getattr(linear, "quantization_scheme", None)
-        inputs = None if quantization is None else quantization.input_activations
-        if self.scheme.clip_ratio < 1 and not suits_clipping(inputs):
-            raise ValueError(
-                f"The checkpoint clips the input of {name}, but does not quantize it to "
-                "asymmetric integers per token: the checkpoint is damaged"
-            )
 
 
 def attach_transforms(model: Module, config: CATTransformConfig):
     """
     Attach all transforms of a checkpoint to a model whose weights are not loaded yet.
 
-    :param model: with the quantization schemes of its Linears
-    :raises ValueError: if the transforms do not fit the model
+    :param model: model whose Linears have their quantization schemes
+    :raises ValueError: if a targeted Linear does not exist, or does not suit its transform
     """
-    for name, scheme in config.config_groups.items():
-        TransformFactory.from_scheme(scheme, name=name).apply_to_model(model)
+    modules = dict(model.named_modules())
+    for scheme, args in config.inputs():
+        for name in args.targets:
+            if not hasattr(modules.get(name), "in_features"):
+                raise ValueError(
+                    f"The checkpoint has a transform for {name}, but the model has no "
+                    "Linear of this name"
+                )
+            _check_clipping(name, modules[name], scheme)
+        linears: list[Any] = [modules[name] for name in args.targets]
+        _make_transform(linears[0], scheme, args).attach(linears)
+
+
+def _make_transform(linear: Linear, scheme: CATScheme, args: TransformArgs) -> CATTransform:
+    """
+    Make the transform of an input, with a tensor to be loaded.
+
+    :param linear: Linear that holds the tensor
+    :param args: entry of the input in the scheme
+    :raises ValueError: if the transform does not fit the Linear
+    """
+    size = scheme.block_size
+    for what, span in (("blocks", size or 1), ("Hadamard spans", scheme.hadamard_size)):
+        if linear.in_features % span:
+            raise ValueError(
+                f"{args.targets[0]} has {linear.in_features} inputs, which cannot be "
+                f"divided into {what} of {span}: the checkpoint is damaged"
+            )
+    if size is None:
+        return CATTransform(None, scheme, args)
+    data = torch.empty(
+        (linear.in_features // size, size, size),
+        dtype=scheme.precision,
+        device=get_offloaded_device(linear),
+    )
+    return CATTransform(Parameter(data, requires_grad=False), scheme, args)
+
+
+def _check_clipping(name: str, linear: Module, scheme: CATScheme):
+    quantization = getattr(linear, "quantization_scheme", None)
+    inputs = None if quantization is None else quantization.input_activations
+    if scheme.clip_ratio < 1 and not suits_clipping(inputs):
+        raise ValueError(
+            f"The checkpoint clips the input of {name}, but does not quantize it to "
+            "asymmetric integers per token: the checkpoint is damaged"
+        )

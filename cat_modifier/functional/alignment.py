@@ -85,7 +85,7 @@ def dampen(second_moments: Tensor, dampening_frac: float) -> Tensor:
     """
     mean = second_moments.diagonal(dim1=-2, dim2=-1).mean(-1)
     overall = mean.mean()
-    # far below the other blocks is as good as dead: a ratio of 1e-12 in energy
+    # a block far below the others counts as dead: a ratio of 1e-12 in energy
     dead = mean <= overall * 1e-12
     level = torch.where(dead, overall if overall > 0 else torch.ones_like(mean), mean)
     # a dead block has nothing to align: make it white rather than nearly singular
@@ -139,8 +139,8 @@ def transformed_energy(blocks: Tensor, sx: Tensor) -> float:
     """
     Compute ``E||T x||^2 = tr(T Sx T^T)`` of a block-diagonal ``T``.
 
-    :param blocks: T, shape (d/s, s, s). s may be a multiple of k where only a rotation
-        mixes the blocks of k, so that ``T^T T`` still has blocks of k
+    :param blocks: T, shape (d/s, s, s). s may be a multiple of k if only a rotation mixes
+        several blocks of k: ``T^T T`` then still has blocks of k
     :param sx: diagonal blocks of Sx, shape (d/k, k, k), float64
     """
     blocks = blocks.to(sx.dtype)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Clipping of activations: a token's range becomes a little smaller than its values.
+Clipping of activations to a part of each token's range.
 
-The largest of d values grows with d, while most stay where they are. A smaller range rounds
-all values finer, and cuts a few of them off. A dynamic quantizer finds the clipped range by
-itself.
+The largest of d values grows with d, while most values do not. A smaller range rounds most
+values more finely, and clips only a few. The quantizer needs no change: it computes the range
+of each token from the clipped values.
 """
 
 import torch
@@ -35,7 +35,7 @@ def best_clip_ratio(
     x: Tensor, args: QuantizationArgs, token_weights: Tensor | None = None
 ) -> float:
     """
-    Search the ratio of least quantization error, summed over all tokens.
+    Find the ratio of least quantization error, summed over all tokens.
 
     :param x: sample of tokens, shape (tokens, d), floating point
     :param args: quantization to asymmetric integers with a scale for each token

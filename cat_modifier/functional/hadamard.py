@@ -28,7 +28,7 @@ __all__ = [
 
 
 _MAX_PALEY_ORDER = 256
-"""Bound of Paley factors. Part of the format: it decides which factors an order has"""
+"""Largest Paley factor. Part of the format: it decides which factors an order has"""
 
 
 def _is_prime(n: int) -> bool:
@@ -36,7 +36,7 @@ def _is_prime(n: int) -> bool:
 
 
 def _is_paley_order(n: int) -> bool:
-    """Whether n is an order of Paley's first or second construction over a prime field"""
+    """Whether Paley's first or second construction over a prime field has order n"""
     if n < 4 or n % 4:
         return False
     first = _is_prime(n - 1) and (n - 1) % 4 == 3
@@ -46,7 +46,7 @@ def _is_paley_order(n: int) -> bool:
 
 @cache
 def _kronecker_orders(n: int) -> tuple[int, ...] | None:
-    """Factors of n, each 2 or a Paley order, the innermost first; None if there are none"""
+    """Factor n into 2 and Paley orders, the innermost first; None if n has no such factors"""
     if n == 1:
         return ()
     if n % 2:
@@ -67,7 +67,7 @@ def is_hadamard_order(n: int) -> bool:
 
 
 def largest_hadamard_order(n: int) -> int:
-    """Find the largest divisor of ``n`` that is a Hadamard order; 1 at worst"""
+    """Find the largest divisor of ``n`` that is a Hadamard order, possibly 1"""
     return next(m for m in range(n, 0, -1) if n % m == 0 and is_hadamard_order(m))
 
 
@@ -123,12 +123,12 @@ def split_hadamard(n: int, block_size: int) -> tuple[int, int]:
     """
     Split a Hadamard order n into an online part p and a fused part q.
 
-    The part of order q is fused into the blocks. The part of order p multiplies channels
-    that are q apart. Together they are one Hadamard product over ``n = p * q`` channels.
+    The fused part is part of the blocks. The online part multiplies channels that are q
+    apart. Together they are one Hadamard product over ``n = p * q`` channels.
 
     :param n: a Hadamard order
     :param block_size: k, size of the blocks; q divides k, or k divides q
-    :return: p and q of the fewest multiply-adds, ``n * (max(k, q) + p)``
+    :return: the p and q with the fewest multiply-adds, ``n * (max(k, q) + p)``
     :raises ValueError: if n is no known Hadamard order
     """
     pairs = [

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy choice of options that lower noise most for a limited cost."""
+"""Greedy choice of options: the least noise for a limited cost."""
 
 from collections.abc import Sequence
 
@@ -8,14 +8,15 @@ __all__ = ["spend"]
 
 def spend(options: Sequence[Sequence[tuple[float, float]]], budget: float) -> list[int] | None:
     """
-    Choose an option for each of several units, so that their noise adds up to little.
+    Choose an option for each unit, so that the sum of noise is small.
 
-    Start from the cheapest options. Go on to the option that lowers noise most for the cost
-    it adds, until nothing more can be paid.
+    Start from the cheapest options. Then switch, again and again, to the option with the
+    largest reduction of noise per added cost, until no switch fits the budget.
 
-    :param options: pairs of cost and noise, a list for each unit
-    :param budget: limit for the sum of costs
-    :return: index of the option of each unit; None if even the cheapest cost more
+    :param options: list of options for each unit; an option is a pair of cost and noise
+    :param budget: limit of the sum of costs
+    :return: index of the chosen option of each unit; None if even the cheapest options cost
+        more than the budget
     """
     chosen = [min(range(len(one)), key=lambda i: one[i]) for one in options]
     left = budget - sum(one[index][0] for one, index in zip(options, chosen, strict=True))

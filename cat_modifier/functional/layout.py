@@ -20,12 +20,12 @@ __all__ = [
 ]
 
 _SMALLEST = 16
-"""Channels of a block below which GPUs gain nothing"""
+"""Smallest block, in channels. GPUs compute smaller blocks no faster"""
 
 
 class Rotation(StrEnum):
     """
-    Rotation after the alignment transform ``M`` of a block of size k
+    Rotation after the alignment transform ``M`` of a block of size k.
 
     | Name             | Stored block | Online, after the blocks                  |
     | ---------------- | ------------ | ----------------------------------------- |
@@ -35,8 +35,8 @@ class Rotation(StrEnum):
     | `eigen-hadamard` | H V^T M      | nothing                                   |
     | `none`           | M            | nothing                                   |
 
-    ``V`` are the eigenvectors of ``M Sx M^T``. With it, all channels of a block have the
-    same second moment, for activations and for weights at once (arXiv 2512.00956).
+    ``V`` are the eigenvectors of ``M Sx M^T``. All channels of a block then have the same
+    second moment, in activations and in weights (arXiv 2512.00956).
     """
 
     HADAMARD = "hadamard"
@@ -62,7 +62,7 @@ class TransformLayout:
     :param block_size: k, channels that the alignment transform mixes
     :param fused_hadamard_size: q; 1 for none
     :param online_hadamard_size: p; 1 for none
-    :param remark: reason why they are not larger, for the log
+    :param remark: reason for sizes below the requested ones, for the log
     """
 
     block_size: int
@@ -143,11 +143,11 @@ def cheaper_layouts(
     name: str, in_features: int, shards: int, largest: TransformLayout, rotation: Rotation
 ) -> list[TransformLayout]:
     """
-    List layouts with smaller blocks, to choose from under a limit of cost.
+    List layouts with smaller blocks. A limit of cost chooses among them.
 
-    The size of the Hadamard product stays: predicted noise does not tell its worth. Smaller
-    blocks leave more of it online, so that some layouts cost as much as larger ones; those
-    are left out.
+    All have the same Hadamard size, because predicted noise does not show what Hadamard
+    products gain. With smaller blocks, more of the Hadamard product runs online. Layouts
+    that cost as much as a larger one are left out.
 
     :param name: name of the Linear, for messages
     :param in_features: d, size of the input
@@ -169,15 +169,15 @@ def choose_attention_layout(
     name: str, in_features: int, shards: int, head_dim: int, rotation: Rotation
 ) -> TransformLayout:
     """
-    Choose the layout of an attention output, whose blocks are heads.
+    Choose the layout of an attention output, with one block per head.
 
-    Blocks fused into v_proj cost nothing, so that only the online Hadamard matrix is kept
-    small.
+    Blocks are fused into v_proj and cost nothing. So this makes the online Hadamard matrix
+    small, and nothing else.
 
     :param name: name of the output projection, for messages
     :param in_features: d, size of the input
     :param shards: tensor parallel shards of the input
-    :param head_dim: channels of a head, which is a block
+    :param head_dim: channels of a head, the size of a block
     :raises ValueError: if the shards do not divide the heads
     """
     if in_features % (shards * head_dim):

@@ -3,10 +3,9 @@
 Signal-to-quantization-noise ratio (SQNR) of a quantized Linear, and its factors: bit
 width, concentration and alignment (arXiv 2603.04359, lemmas 2.1-2.3 and theorem 2.4).
 
-A Linear is ``y = W x`` with ``W`` of shape (out, d). Where expectations over tokens are
-taken, tokens are rows of a tensor, and ``token_weights`` say how much each counts (all the
-same by default). All results are ratios of energies, without a unit; :func:`to_db` gives
-``10 log10`` of a ratio.
+A Linear is ``y = W x`` with ``W`` of shape (out, d). Expectations are taken over tokens, the
+rows of a tensor. ``token_weights`` weight the tokens; all tokens count the same by default.
+All results are ratios of energies, without a unit. :func:`to_db` converts a ratio to dB.
 """
 
 import math
@@ -45,7 +44,7 @@ class SQNR(NamedTuple):
 
     :param weights: only weights are quantized, ``Wq x``
     :param activations: only activations are quantized, ``W xq``
-    :param joint: both are, ``Wq xq``
+    :param joint: both are quantized, ``Wq xq``
     """
 
     weights: float
@@ -54,7 +53,7 @@ class SQNR(NamedTuple):
 
 
 def to_db(ratio: float) -> float:
-    """``10 log10(ratio)``; -inf for a ratio of 0, nan for nan"""
+    """Compute ``10 log10(ratio)``: -inf for a ratio of 0, nan for nan"""
     if math.isnan(ratio):
         return math.nan
     return 10 * math.log10(ratio) if ratio > 0 else -math.inf
@@ -62,12 +61,12 @@ def to_db(ratio: float) -> float:
 
 def energy(x: Tensor, token_weights: Tensor | None = None) -> float:
     """
-    ``E||x||^2``
+    Compute ``E||x||^2``.
 
     :param x: shape (tokens, d)
-    :param token_weights: shape (tokens,); they need not sum to 1
+    :param token_weights: shape (tokens,), of any sum; None for equal weights
     """
-    # at least float32: the squares of what overflows or vanishes in 16 bits
+    # at least float32: squares overflow or vanish in 16 bits
     dtype = torch.promote_types(x.dtype, torch.float32)
     energies = torch.linalg.vector_norm(x, dim=-1, dtype=dtype).double().square()
     if token_weights is None:
@@ -77,16 +76,25 @@ def energy(x: Tensor, token_weights: Tensor | None = None) -> float:
 
 def range_ends(x: Tensor, args: QuantizationArgs) -> tuple[Tensor, Tensor]:
     """
-    Ends of the range which a quantizer spans: ``-max|x_i|`` and ``max|x_i|`` if symmetric,
-    else ``min(x, 0)`` and ``max(x, 0)``, over all values which share a scale.
+    Find the range of all values that share a scale.
 
-    :param x: shape (rows, d); tokens, or rows of a weight
-    :param args: `strategy` says what shares a scale: `token` and `channel` a row, `group`
-        and `tensor_group` each `group_size` channels of a row, `block` a rectangle of a
-        weight, `tensor` all; the last groups and blocks may be incomplete
-    :return: each of shape (rows, d/g): one range for each g channels of each row; g is d if
-        they share one
-    :raises ValueError: if the strategy is of another kind
+    A symmetric range is ``-max|x_i|`` to ``max|x_i|``. An asymmetric range is ``min(x, 0)``
+    to ``max(x, 0)``.
+
+    `args.strategy` says which values share a scale:
+
+    - `token`, `channel`: one row
+    - `group`, `tensor_group`: `group_size` channels of one row
+    - `block`: a rectangle of a weight
+    - `tensor`: all values
+
+    The last group of a row, and the last blocks of a weight, may be incomplete.
+
+    :param x: tokens or rows of a weight, shape (rows, d)
+    :param args: strategy and symmetry; the bits are not read
+    :return: lower and upper ends, each of shape (rows, d/g): one range per g channels of a
+        row. g is d where a row has one range
+    :raises ValueError: if a Linear cannot be quantized with the strategy
     """
     height, width = _tile(x.shape, args)
     tiles = _padded(x, height, width).unflatten(0, (-1, height)).unflatten(-1, (-1, width))
@@ -101,7 +109,7 @@ def range_ends(x: Tensor, args: QuantizationArgs) -> tuple[Tensor, Tensor]:
 
 def quantization_range(x: Tensor, args: QuantizationArgs) -> Tensor:
     """
-    Width of the range of values that a quantizer covers, zero included.
+    Compute the width of each range of values, zero included.
 
     :param x: shape (rows, d)
     :param args: see :func:`range_ends`
@@ -112,7 +120,7 @@ def quantization_range(x: Tensor, args: QuantizationArgs) -> Tensor:
 
 
 def _tile(shape: torch.Size, args: QuantizationArgs) -> tuple[int, int]:
-    """Rows and channels which share a scale"""
+    """Find the number of rows and of channels that share a scale"""
     strategy = QuantizationStrategy(args.strategy)
     rows, channels = shape
     if strategy in (QuantizationStrategy.TOKEN, QuantizationStrategy.CHANNEL):
@@ -123,37 +131,41 @@ def _tile(shape: torch.Size, args: QuantizationArgs) -> tuple[int, int]:
         return tuple(args.block_structure)
     if strategy in (QuantizationStrategy.GROUP, QuantizationStrategy.TENSOR_GROUP):
         return 1, args.group_size
-    raise ValueError(f"Ranges of strategy {strategy.value} are not those of a Linear")
+    raise ValueError(
+        f"Quantization with strategy `{strategy.value}` cannot be simulated for a Linear: use "
+        "`tensor`, `channel`, `token`, `group`, `tensor_group` or `block`"
+    )
 
 
 def _padded(x: Tensor, height: int, width: int) -> Tensor:
-    """With zeros, as compressed-tensors completes tiles: no range changes, 0 is in all"""
+    """Fill incomplete tiles with zeros. Ranges stay the same, since each contains zero"""
     rows, channels = x.shape
     return torch.nn.functional.pad(x, (0, -channels % width, 0, -rows % height))
 
 
 def quantize_by_range(x: Tensor, args: QuantizationArgs, ratio: float | Tensor = 1.0) -> Tensor:
     """
-    Round as compressed-tensors does, with the least and greatest value of each range as its
-    ends, and scale back. This is how dynamic activations and weights of observer `minmax` are
-    quantized; others have a part of these ranges, or more.
+    Quantize like compressed-tensors, and dequantize.
+
+    With ratio 1, each range ends at its least and greatest value. That is right for dynamic
+    activations, and for weights of observer `minmax`. Other observers choose other ranges.
 
     :param x: shape (rows, d)
-    :param args: quantization to integers, or floats of 4 or 8 bits; see :func:`range_ends`. A
-        global scale, as `tensor_group` may have one, is taken of x
-    :param ratio: range over the range of the values; broadcasts to (rows, d/g)
+    :param args: quantization to integers, or floats of 4 or 8 bits; see :func:`range_ends`.
+        The global scale of `tensor_group` is computed from x
+    :param ratio: width of each range over the width of its values; broadcasts to (rows, d/g)
     :return: shape (rows, d), dtype of x
     """
     if x.numel() == 0:
         return x
     low, high = (end * ratio for end in range_ends(x, args))
     global_scale = None
-    # compressed-tensors has none for scales which are found at run time alone
+    # compressed-tensors has no global scale where all scales are computed at run time
     if args.strategy == QuantizationStrategy.TENSOR_GROUP and args.dynamic is not True:
         global_scale = generate_gparam(low.min(), high.max())
     scale, zero_point = calculate_qparams(low, high, args, global_scale)
-    # every range is a row of its own here: one scale a row is all that is asked of
-    # compressed-tensors, whose strategies want scales of different shapes
+    # reshape each range to one row: strategies of compressed-tensors differ in the shape of
+    # scales, one scale per row suits all
     row = QuantizationArgs(
         num_bits=args.num_bits, type=args.type, symmetric=args.symmetric, strategy="channel"
     )
@@ -161,7 +173,7 @@ def quantize_by_range(x: Tensor, args: QuantizationArgs, ratio: float | Tensor =
     padded = _padded(x, 1, width)
     scale, zero_point = scale.reshape(-1, 1), zero_point.reshape(-1, 1)
     rows = padded.reshape(-1, width)
-    # of 16-bit values and a global scale in float32, it would be float32
+    # a global scale in float32 turns 16-bit values into float32
     quantized = fake_quantize(rows, scale, zero_point, row, global_scale).to(x.dtype)
     return quantized.view(padded.shape)[:, : x.shape[-1]]
 
@@ -173,20 +185,21 @@ def concentration(
     noise_shares: Tensor | None = None,
 ) -> float:
     """
-    How well values fill their range: ``C(x) = E||x||^2 / E[r(x)^2]`` of activations, and
-    ``C(W) = sum_j ||w_j||^2 / sum_j r(w_j)^2`` of the rows of a weight [lemmas 2.2, 2.3].
+    Compute how well values fill their range r: ``C(x) = E||x||^2 / E[r(x)^2]`` for
+    activations, ``C(W) = sum_j ||w_j||^2 / sum_j r(w_j)^2`` for the rows of a weight
+    [lemmas 2.2, 2.3].
 
-    If a row has several ranges, noise of each meets only those channels of the other
-    factor of the product. Their squares are then averaged with ``noise_shares``, so that
-    :func:`predicted_sqnr` holds as it does for one range a row.
+    A row may have several ranges, one per group of channels. The noise in a group is
+    multiplied by the same channels of the other factor of the product. ``noise_shares``
+    therefore weight the squared ranges, so that :func:`predicted_sqnr` stays valid.
 
     :param x: tokens or rows of a weight, shape (rows, d), floating point
     :param args: see :func:`range_ends`
-    :param row_weights: shape (rows,), for activations; None counts all rows the same
-    :param noise_shares: share of the other factor's energy which each range of channels
-        holds, shape (d/g,): of ``||W_g||^2`` for activations, of ``E||x_g||^2`` for
-        weights; None if they are all the same
-    :return: nan for zeros
+    :param row_weights: weights of the tokens, shape (rows,); None for equal weights
+    :param noise_shares: energy of the other factor in each group of channels, shape (d/g,),
+        of any sum. ``||W_g||^2`` for activations, ``E||x_g||^2`` for weights; None for
+        equal shares
+    :return: nan if x is zero
     """
     squared = quantization_range(x, args).to(torch.float64).square()
     if noise_shares is None:
@@ -204,10 +217,10 @@ def concentration(
 
 def alignment(output_energy: float, weight_energy: float, input_energy: float) -> float:
     """
-    ``A(x, W) = E||W x||^2 / (||W||_F^2 E||x||^2)``, between 0 and 1.
+    Compute ``A(x, W) = E||W x||^2 / (||W||_F^2 E||x||^2)``, between 0 and 1.
 
-    :param output_energy: ``E||W x||^2``, summed over the Linears of a group
-    :param weight_energy: ``||W||_F^2``, summed over the Linears of a group
+    :param output_energy: ``E||W x||^2``, summed over the Linears that read the input
+    :param weight_energy: ``||W||_F^2``, summed over the Linears that read the input
     :param input_energy: ``E||x||^2``
     :return: nan if the weight or the input is zero
     """
@@ -215,25 +228,22 @@ def alignment(output_energy: float, weight_energy: float, input_energy: float) -
     return output_energy / product if product else math.nan
 
 
-def achievable_alignment(
-    output_energy: float, input_root: Tensor, weight_moments: Tensor
-) -> float:
+def achievable_alignment(output_energy: float, sx_root: Tensor, sw: Tensor) -> float:
     """
-    Best alignment over all invertible transforms with the blocks of the second moments: all,
-    if these are whole (k = d), else all block-diagonal ones with blocks of size k.
+    Compute the best alignment over all invertible block-diagonal transforms with blocks of
+    k. With k = d, these are all invertible transforms.
 
-    ``A* = E||W x||^2 / (sum_i ||W_i Sx_ii^(1/2)||_*)^2`` with the nuclear norm ``||.||_*``
-    and ``W_i`` the columns of block i: ``tr(Sw G^-1) tr(G Sx)`` sees only diagonal blocks of
-    the moments, and is least at the solution of the Riccati equation (see
-    :mod:`cat_modifier.functional.alignment`).
+    ``A* = E||W x||^2 / (sum_i ||W_i Sx_ii^(1/2)||_*)^2``, where ``||.||_*`` is the nuclear
+    norm and ``W_i`` are the columns of block i. It is the alignment of the transform that
+    :mod:`cat_modifier.functional.alignment` derives.
 
-    :param output_energy: ``E||W x||^2``, summed over the Linears which share the transform
-    :param input_root: square roots of the diagonal blocks of Sx, which may serve several
-        Linears: ``matrix_power(blocks, 0.5)``, shape (d/k, k, k), float64
-    :param weight_moments: diagonal blocks of Sw, shape (d/k, k, k), float64
+    :param output_energy: ``E||W x||^2``, summed over the Linears that share the transform
+    :param sx_root: square roots of the diagonal blocks of Sx, ``matrix_power(blocks, 0.5)``,
+        shape (d/k, k, k), float64
+    :param sw: diagonal blocks of Sw, shape (d/k, k, k), float64
     :return: nan if the weight or the input is zero
     """
-    values = torch.linalg.eigvalsh(input_root @ weight_moments @ input_root)
+    values = torch.linalg.eigvalsh(sx_root @ sw @ sx_root)
     nuclear_norm = values.clamp_min(0).sqrt().sum().item()
     return output_energy / nuclear_norm**2 if nuclear_norm else math.nan
 
@@ -246,12 +256,17 @@ def predicted_sqnr(
     alignment: float,
 ) -> SQNR:
     """
-    Theorem 2.4 for any two bit widths. Uniform rounding noise of energy ``r^2 / (12 N^2)``
-    on each value, with ``N(b) = 2^b - 1`` intervals, gives ``12 N(b)^2 C A`` for weights and
-    for activations [lemmas 2.2, 2.3]; both together, their parallel sum [lemma 2.1].
+    Predict SQNR by theorem 2.4, for any two bit widths.
+
+    A range r of b bits has ``N(b) = 2^b - 1`` intervals. Uniform rounding noise then has
+    energy ``r^2 / (12 N(b)^2)`` per value. SQNR is ``12 N(b)^2 C A``, for weights and for
+    activations [lemmas 2.2, 2.3]. The joint SQNR is the parallel sum of the two [lemma 2.1].
 
     :param weight_bits: bits of a weight; None if weights are not quantized
-    :param activation_bits: the same of activations
+    :param activation_bits: bits of an activation; None if activations are not quantized
+    :param weight_concentration: C(W), see :func:`concentration`
+    :param activation_concentration: C(x)
+    :param alignment: A(x, W), see :func:`alignment`
     :return: inf where nothing is quantized; nan for zero weights or inputs
     """
 
@@ -264,7 +279,7 @@ def predicted_sqnr(
 
 
 def parallel_sum(a: float, b: float) -> float:
-    """``a || b = 1 / (1/a + 1/b)``: the SQNR of two independent sources of noise"""
+    """Compute ``1 / (1/a + 1/b)``, the SQNR with two independent errors of SQNR a and b"""
     if 0 in (a, b):
         return 0.0
     noise = 1 / a + 1 / b
@@ -279,22 +294,23 @@ def measured_sqnr(
     product_dtype: torch.dtype = torch.float32,
 ) -> list[SQNR]:
     """
-    Quantize for real, multiply, and compare with the exact product.
+    Quantize, multiply, and compare with the exact product.
 
-    Errors are taken before the products, ``Wq xq - W x = W (xq - x) + (Wq - W) x +
-    (Wq - W)(xq - x)``, so that products in bfloat16 are accurate enough for any number of
-    bits: their rounding is relative to the error.
+    The error of a product is computed from errors of the factors: ``Wq xq - W x =
+    W (xq - x) + (Wq - W) x + (Wq - W)(xq - x)``. Rounding is then relative to the error, so
+    that products in bfloat16 are accurate enough for any number of bits.
 
     :param x: tokens, shape (tokens, d), float32
     :param weight: shape (out, d), float32
-    :param schemes: quantization of weights and of activations; None leaves them as they are
-    :param token_weights: shape (tokens,)
+    :param schemes: pairs of the quantization of weights and of activations; None for no
+        quantization
+    :param token_weights: shape (tokens,); None for equal weights
     :param product_dtype: dtype of the matrix products, float32 or bfloat16
-    :return: one for each scheme; inf where nothing is quantized, nan without a signal
+    :return: SQNR with each scheme; inf where nothing is quantized, nan without a signal
     """
     keys = [(_key(weights), _key(inputs)) for weights, inputs in schemes]
     by_key = {_key(args): args for args in chain.from_iterable(schemes)}
-    # under None, what is not quantized: x itself
+    # tokens themselves under None, errors of quantized tokens under the scheme's key
     factors: dict[str | None, Tensor] = {None: x}
     factors |= {key: quantize_by_range(x, by_key[key]) - x for _, key in keys if key}
 
@@ -305,7 +321,7 @@ def measured_sqnr(
     }
     for weight_key in {key for key, _ in keys if key}:
         error = quantize_by_range(weight, by_key[weight_key]) - weight
-        # of the errors of the activations, those which this error occurs together with
+        # only errors of activations that share a scheme with this error of the weight
         partners = {key for other, key in keys if other == weight_key} | {None}
         chosen = {key: factor for key, factor in factors.items() if key in partners}
         products = _products(chosen, error, product_dtype)
@@ -330,7 +346,7 @@ def _key(args: QuantizationArgs | None) -> str | None:
 def _products(
     factors: Mapping[str | None, Tensor], weight: Tensor, dtype: torch.dtype
 ) -> dict[str | None, Tensor]:
-    """Products of tokens with a weight, all at once, by the keys of the tokens"""
+    """Multiply tokens by a weight in one product; the result has the keys of the tokens"""
     tokens = torch.cat(list(factors.values())).to(dtype)
     products = tokens @ weight.to(dtype).T
     return dict(zip(factors, products.chunk(len(factors)), strict=True))

@@ -26,7 +26,7 @@ class InputToShard:
     :param in_features: d, size of the input
     :param head_dim: channels of a head, where the transform is fused into v_proj; None
         elsewhere
-    :param unit: channels that must stay on one rank, as those of a quantization group
+    :param unit: channels that must stay on one rank, such as a quantization group
     """
 
     in_features: int
@@ -37,6 +37,8 @@ class InputToShard:
         self, shards: int, block_size: int | Literal["full"], rotation: Rotation
     ) -> TransformLayout:
         """
+        Choose the layout of the input.
+
         :raises ValueError: if the shards do not divide the input
         """
         if self.head_dim is not None:
@@ -54,14 +56,17 @@ def largest_tensor_parallel_size(
     rotation: Rotation,
 ) -> int:
     """
-    Find the largest power of two, up to 8, that divides a model and costs its transforms
-    little.
+    Find the largest tensor parallel size, a power of two up to 8, that makes transforms
+    little smaller.
 
-    It divides the query heads. It divides the KV heads, or they divide it: ranks then share
-    KV heads, whose v_proj each of them has whole, with the transform that is fused into it.
-    It divides each input into whole units. And each layout stays large: blocks, and the
-    Hadamard product where it is the smaller one, keep half of their size on one rank or
-    more. Blocks of `full` keep all of it, so that the answer is 1.
+    - It divides the query heads.
+    - It divides the KV heads, or the KV heads divide it. In the latter case several ranks
+      hold the same KV head, with its whole v_proj and the transform fused into it.
+    - It divides each input into whole units.
+    - It leaves at least half of each block size, and at least half of the Hadamard size
+      where that is smaller than the block.
+
+    Blocks of `full` must not become smaller at all: the result is 1.
 
     :param heads: number of query heads; 0 for a model without attention
     :param kv_heads: number of KV heads; 0 for a model without attention

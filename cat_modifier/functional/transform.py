@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The transform T of one input: how it is computed, applied, inverted, and fused into weights.
+The transform T of one input: compute it, apply it, invert it, and fuse it into weights.
 
 CAT multiplies an input by blocks, then by a Hadamard matrix (arXiv 2603.04359). Blocks are
 ``T_i = H_q M_i``: the alignment transform of a block and the fused part of the Hadamard
-matrix. The online part of order p multiplies channels that are q apart; both together are
-one Hadamard product over p * q channels.
+matrix. The online part of order p multiplies channels that are q apart. Together the two
+parts are one Hadamard product over p * q channels.
 """
 
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from cat_modifier.functional.layout import Rotation, TransformLayout
 
 __all__ = [
     "FusedTransform",
+    "StoredTransform",
     "apply_blocks",
     "apply_transform",
     "compute_blocks",
@@ -99,8 +100,8 @@ def rotate_blocks(
     Multiply the alignment transform by the part of the rotation that is fused into blocks.
 
     :param transform: M, shape (d/k, k, k), float64
-    :param sx: diagonal blocks of Sx, shape (d/k, k, k), float64; read by `eigen-hadamard`
-        alone
+    :param sx: diagonal blocks of Sx, shape (d/k, k, k), float64. Only `eigen-hadamard`
+        reads it
     :param rotation: see :class:`Rotation`
     :param fused_hadamard_size: q, a divisor or multiple of k
     :param dampening_frac: see :func:`cat_modifier.functional.alignment.dampen`
@@ -118,7 +119,7 @@ def rotate_blocks(
 
 
 def _merge_blocks(blocks: Tensor, size: int) -> Tensor:
-    """Write the same block-diagonal matrix with blocks of ``size``, a multiple of k"""
+    """Represent a block-diagonal matrix with larger blocks; ``size`` is a multiple of k"""
     count = size // blocks.shape[-1]
     identity = torch.eye(count, dtype=blocks.dtype, device=blocks.device)
     neighbours = blocks.unflatten(0, (-1, count))
@@ -168,30 +169,25 @@ def invert_blocks(blocks: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class FusedTransform:
+class StoredTransform:
     """
-    A transform whose inverse is fused into the weights of the Linears that read the input.
-
-    The inverse is taken of T *as stored*, so that rounding T leaves the function of the
-    model exact.
+    A transform as a checkpoint stores it.
 
     :param blocks: T as stored, shape (d/s, s, s), dtype of the checkpoint; float64 where
         T itself is fused into the rows of another Linear
-    :param inverse: inverse of ``blocks``, shape (d/s, s, s), float64
     :param layout: sizes of the blocks and of the Hadamard product
     """
 
     blocks: Tensor
-    inverse: Tensor
     layout: TransformLayout
 
-    @classmethod
-    def from_blocks(cls, blocks: Tensor, layout: TransformLayout) -> "FusedTransform":
+    def invert(self) -> "FusedTransform":
         """
-        :param blocks: T as stored, shape (d/s, s, s)
+        Compute the inverse, which is several times as large as the stored blocks.
+
         :raises ValueError: if T is singular
         """
-        return cls(blocks, invert_blocks(blocks), layout)
+        return FusedTransform(self.blocks, self.layout, invert_blocks(self.blocks))
 
     def transform_tokens(self, tokens: Tensor) -> Tensor:
         """
@@ -200,6 +196,26 @@ class FusedTransform:
         :param tokens: shape (tokens, d), the dtype to compute in
         """
         return apply_transform(tokens, self.blocks, self._hadamard(), self.layout.interleave)
+
+    def _hadamard(self) -> Tensor | None:
+        if self.layout.online_hadamard_size == 1:
+            return None
+        return hadamard_matrix(self.layout.online_hadamard_size).to(self.blocks.device)
+
+
+@dataclass(frozen=True)
+class FusedTransform(StoredTransform):
+    """
+    A transform with its inverse. The inverse is fused into the weights of the Linears that
+    read the input.
+
+    It is the inverse of T *as stored*, so that rounding T does not change the function of the
+    model.
+
+    :param inverse: inverse of ``blocks``, shape (d/s, s, s), float64
+    """
+
+    inverse: Tensor
 
     def transform_weight(self, weight: Tensor) -> Tensor:
         """
@@ -211,11 +227,6 @@ class FusedTransform:
             weight, self.inverse.mT, self._hadamard(), self.layout.interleave
         )
 
-    def _hadamard(self) -> Tensor | None:
-        if self.layout.online_hadamard_size == 1:
-            return None
-        return hadamard_matrix(self.layout.online_hadamard_size).to(self.blocks.device)
-
 
 def compute_transform(
     sx: Tensor | None,
@@ -226,24 +237,24 @@ def compute_transform(
     dampening_frac: float,
     stored: Tensor,
     repeats: int = 1,
-) -> FusedTransform:
+) -> StoredTransform:
     """
-    Compute the transform of an input, round it to its stored dtype, and invert it.
+    Compute the transform of an input, and round it to its stored dtype.
 
     :param sx: diagonal blocks of Sx, shape (d/k, k, k); None if the input was never seen.
         The transform is then the rotation alone
     :param sw: diagonal blocks of Sw, shape (d/k, k, k), float64
-    :param layout: its ``block_size`` is k
+    :param layout: sizes of the transform; ``block_size`` is k
     :param stored: receives the blocks, shape (d/s, s, s), dtype of the checkpoint
-    :param repeats: number of neighbouring blocks that must be equal, as attention heads
-        that share one value head
-    :raises ValueError: if the second moments are not finite, or the stored transform is
-        singular
+    :param repeats: number of neighbouring blocks that must be equal: attention heads that
+        share one value head
+    :raises ValueError: if the second moments are not finite, or no Hadamard matrix of the
+        layout's order is known
     """
     if sx is None:
         identity = torch.eye(layout.block_size, dtype=torch.float64, device=sw.device)
         sx, alignment_strength = identity.expand_as(sw), 0.0
-    # the best transform for several blocks at once depends on the sums of their moments
+    # the best transform for several blocks depends on the sums of their second moments
     sx, sw = (
         one.unflatten(0, (-1, repeats)).sum(1) for one in (sx.to(sw.device, torch.float64), sw)
     )
@@ -251,4 +262,4 @@ def compute_transform(
         sx, sw, rotation, layout.fused_hadamard_size, alignment_strength, dampening_frac
     )
     stored.copy_(blocks.repeat_interleave(repeats, 0))
-    return FusedTransform.from_blocks(stored, layout)
+    return StoredTransform(stored, layout)

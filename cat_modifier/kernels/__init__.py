@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The online transform, fused with quantization, on CPUs and GPUs."""
+"""Kernels for CPUs and GPUs: the online transform, fused with quantization."""

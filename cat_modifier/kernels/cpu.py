@@ -2,7 +2,7 @@
 """
 Kernels for CPUs: oneDNN multiplies matrices, PyTorch's compiler fuses the rest.
 
-A single token is bound by latency: one compiled kernel on one thread computes everything.
+Latency dominates for a single token, so that one compiled kernel computes everything.
 """
 
 from collections.abc import Callable
@@ -17,13 +17,13 @@ from cat_modifier.kernels import reference
 __all__ = ["quantize", "transform", "transform_quantize"]
 
 _WORK_OF_ONE_THREAD = 2**22
-"""Multiply-adds, some 50 microseconds, below which waking other threads costs more"""
+"""Multiply-adds, about 50 microseconds. Less work does not pay for waking other threads"""
 
 _OPERATIONS = 32
-"""Operations to quantize one number"""
+"""Operations to quantize one value"""
 
 _CHUNK = 2**21
-"""Numbers of a chunk of tokens, whose intermediate results stay in the cache"""
+"""Values in a chunk of tokens. Intermediate results of this size stay in the cache"""
 
 
 def transform(
@@ -63,7 +63,7 @@ def transform_quantize(
         kind = (shapes, interleave, num_bits, symmetric, clip_ratio is None)
         function = _compiled(_transform_quantize_one, is_parallel, kind)
         return function(x, blocks, hadamard, interleave, num_bits, symmetric, clip_ratio)
-    # chunks of nearly equal size: a last one with a single token would compile again
+    # chunks of nearly equal size: a last chunk of a single token would compile again
     chunks = [
         quantize(
             _transform(chunk, blocks, hadamard, interleave), num_bits, symmetric, clip_ratio
@@ -83,7 +83,7 @@ def quantize(
     Quantize with one dynamic scale per token.
 
     :param x: shape (tokens, d), or (tokens, ...) in any layout
-    :return: see :func:`cat_modifier.kernels.reference.quantize_per_token`; q has shape
+    :return: see :func:`cat_modifier.kernels.reference.quantize_per_token`, with q of shape
         (tokens, d)
     """
     function = _compiled(_quantize, _OPERATIONS * x.numel() > _WORK_OF_ONE_THREAD)
@@ -101,7 +101,9 @@ def _transform(
     x: Tensor, blocks: Tensor | None, hadamard: Tensor | None, interleave: int
 ) -> Tensor:
     """
-    :return: shape (tokens, d/q, q), in the memory layout that the products leave behind
+    Transform without copying the result to another memory layout.
+
+    :return: shape (tokens, d/q, q), not contiguous
     """
     tokens, in_features = x.shape
     size = interleave if blocks is None else blocks.shape[-1]
@@ -128,7 +130,7 @@ def _transform_quantize_one(
     symmetric: bool,
     clip_ratio: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Transform and quantize one token. The compiler turns these sums into loops"""
+    """Transform and quantize one token. The compiler turns the sums into loops"""
     z = x.float()
     if blocks is not None:
         z = (blocks.float() * z.view(blocks.shape[0], 1, -1)).sum(-1)
@@ -141,6 +143,9 @@ def _transform_quantize_one(
 @cache
 def _compiled(function: Callable, is_parallel: bool, kind: tuple | None = None) -> Callable:
     """
+    Compile a function.
+
+    :param is_parallel: whether several threads share the work
     :param kind: all sizes of the inputs, for faster loops; None to compile for any size
     """
     options = {"cpp.dynamic_threads": True} if is_parallel else {"cpp.threads": 1}
@@ -149,7 +154,7 @@ def _compiled(function: Callable, is_parallel: bool, kind: tuple | None = None) 
         fullgraph=True,
         dynamic=kind is None,
         options=options,
-        # one process may serve layers of many kinds
+        # one process may run layers of many kinds
         recompile_limit=64,
         isolate_recompiles=True,
     )

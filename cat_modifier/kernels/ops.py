@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The kernels as PyTorch operators, which its compiler and CUDA graphs can hold:
+The kernels as PyTorch operators, for torch.compile and CUDA graphs:
 ``torch.ops.cat_modifier.transform``, ``.transform_quantize`` and ``.quantize``.
 """
 
@@ -21,21 +21,21 @@ class OnlineTransform(Module):
     """
     The transform of one input: blocks, then the Hadamard matrix, then clipping.
 
-    All its tensors are parameters or buffers, for vLLM to offload, reload and put to sleep.
+    All tensors are parameters or buffers, so that vLLM can offload and reload them.
 
     :param blocks: T as stored, shape (d/k, k, k); None for none
     :param hadamard: orthogonal matrix, shape (p, p); None for none
     :param interleave: q, distance of the channels that ``hadamard`` multiplies
     :param dtype: dtype of the input
-    :param clip_ratio: range to which tokens are clipped, relative to the range of their
-        values and zero; 1 does not clip
+    :param clip_ratio: clipped range of each token, relative to the range of its values and
+        zero; 1 does not clip
 
     Attributes:
         weight: parameter, T, shape (d/k, k, k), dtype :attr:`dtype`; None for none
-        hadamard: buffer, ``hadamard / norm_scale``, shape (p, p), dtype :attr:`dtype`; its
-            entries are +-2^-e, which every dtype holds exactly; None for none
+        hadamard: buffer, ``hadamard / norm_scale``, shape (p, p), dtype :attr:`dtype`.
+            Entries are +-2^-e, exact in every dtype; None for none
         clip_ratio: buffer, shape (), float32; None for 1
-        norm_scale: factor between 1/sqrt(2) and sqrt(2) that the buffer leaves out
+        norm_scale: factor left out of the buffer, between 1/sqrt(2) and sqrt(2)
         dtype: dtype to compute in, see :func:`_compute_dtype`
     """
 
@@ -64,12 +64,14 @@ class OnlineTransform(Module):
             hadamard = (hadamard / self.norm_scale).to(self.dtype)
         if clip_ratio < 1:
             clip = torch.tensor(clip_ratio, dtype=torch.float32)
-        # not persistent: no checkpoint holds them, and vLLM's weight reload keeps them
+        # not persistent: no checkpoint holds them, and vLLM's reload of weights keeps them
         self.register_buffer("hadamard", hadamard, persistent=False)
         self.register_buffer("clip_ratio", clip, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """
+        Transform and clip tokens.
+
         :param x: shape (..., d), floating point
         :return: shape and dtype of x
         """
@@ -109,7 +111,8 @@ class OnlineTransform(Module):
 
 def _compute_dtype(stored: torch.dtype, inputs: torch.dtype) -> torch.dtype:
     """Choose the dtype of the inputs if it holds the stored blocks, else float32"""
-    # all but bfloat16's extremes: smaller numbers than 2^-24 vanish beside others in a row
+    # float16 holds all of bfloat16 but its extremes. Values below 2^-24 do not matter beside
+    # the other values of a row
     if (stored, inputs) == (torch.bfloat16, torch.float16):
         return inputs
     return torch.promote_types(stored, inputs)
@@ -130,18 +133,18 @@ def quantize(x: Tensor, num_bits: int, symmetric: bool) -> tuple[Tensor, Tensor,
 
 
 _WARM_UP_TOKENS = {"cpu": (1, 2, 256), "cuda": (1, 32, 2048)}
-"""One number of tokens for each way to launch the kernels"""
+"""Numbers of tokens, one for each way to launch the kernels"""
 
 _warm: set[tuple] = set()
-"""Inputs and transforms for which this process has compiled the kernels"""
+"""Kinds of inputs and transforms for which this process has compiled the kernels"""
 
 
 def warm_up(x: Tensor, num_bits: int, symmetric: bool, transform: OnlineTransform | None):
     """
-    Compile the kernels before requests wait for them, once for all layers of one kind.
+    Compile the kernels before the first request, once for all layers of one kind.
 
-    :param x: like the inputs, shape (any, d)
-    :param transform: transform of the input; None to quantize it as it is
+    :param x: tensor of the inputs' dtype and device, shape (any, d)
+    :param transform: transform of the input; None to quantize without a transform
     """
     kind: tuple = (x.shape[1], x.dtype, x.device, num_bits, symmetric)
     quantizer = quantize
@@ -164,7 +167,7 @@ def warm_up(x: Tensor, num_bits: int, symmetric: bool, transform: OnlineTransfor
         torch.set_default_dtype(default_dtype)
 
 
-# operators return tensors only, never None
+# operators cannot return None
 def _with_zero_points(
     q: Tensor, scales: Tensor, zero_points: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -223,7 +226,7 @@ for _name, _schema, _function, _fake in (
         _fake_quantize,
     ),
 ):
-    # not `torch.library.custom_op`: it would keep the compiler out of the kernels for CPUs
+    # not `torch.library.custom_op`: with it, torch.compile inside the CPU kernels is off
     _name = f"cat_modifier::{_name}"
     torch.library.define(_name, _schema)
     torch.library.register_fake(_name, _fake)

@@ -17,14 +17,14 @@ def quantize_per_token(
     """
     Quantize dynamically, one scale per token, exactly as compressed-tensors does.
 
-    Half the number of intervals (7.5 for 4 bits) divides a symmetric range. Zero is always
-    representable.
+    A symmetric scale is the largest magnitude over half the number of intervals (7.5 for 4
+    bits). Zero is always representable.
 
     :param x: shape (tokens, ...), floating point
     :param num_bits: bits of an integer, at most 8
     :param symmetric: whether there are no zero points
-    :param clip_ratio: range to keep, relative to the range of the values and zero, shape (),
-        float32; None keeps all. Asymmetric integers only
+    :param clip_ratio: clipped range, relative to the range of the values and zero, shape (),
+        float32; None does not clip. Asymmetric integers only
     :return: q, shape of x, int8; scales, shape (tokens, 1), float32; zero points, shape
         (tokens, 1), int32, or None if symmetric
     """
@@ -33,7 +33,8 @@ def quantize_per_token(
     x = x.float()
     tiny = torch.finfo(torch.float32).tiny
     if symmetric:
-        # this very expression: an ulp decides whether the largest value, at 7.5, rounds up
+        # same expression as compressed-tensors: the largest value is at 7.5, so that the last
+        # bit decides where it rounds to
         largest = x.abs().amax(channels, keepdim=True)
         scale = (largest / ((q_max - q_min) / 2)).clamp_min(tiny)
         q = (x / scale).round().clamp(q_min, q_max)

@@ -3,13 +3,13 @@
 Kernels for GPUs, in Triton: the transform fused with quantization.
 
 Blocks alone need one kernel. Each program computes the blocks of some tokens twice, first
-for their range, then to quantize them: cheaper than a round trip through memory.
+for the range, then to quantize. This is cheaper than a round trip through memory.
 
-A Hadamard matrix after the blocks, or too few tokens to fill the GPU, needs two kernels. The
-first computes the blocks of all tokens in parallel. The second multiplies by the Hadamard
-matrix and quantizes, one program per token: 16 rows of 14336 channels do not fit in a
-multiprocessor, one row does, as a (p, q) matrix for the tensor cores. The result in between
-stays in the L2 cache.
+A Hadamard matrix after the blocks needs two kernels, and so do too few tokens to fill the
+GPU. The first kernel computes the blocks of all tokens in parallel. The second multiplies by
+the Hadamard matrix and quantizes, one program per token: a multiprocessor holds one row of
+14336 channels, as a (p, q) matrix for the tensor cores, but not 16 rows. The result of the
+first kernel stays in the L2 cache.
 """
 
 import torch
@@ -24,13 +24,13 @@ __all__ = ["quantize", "transform", "transform_quantize"]
 _IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 _STEP = tl.constexpr(64)
-"""Channels summed at once; bounds the shared memory of a program"""
+"""Channels summed at once. Bounds the shared memory of a program"""
 
 _LARGEST_BLOCK = 256
-"""Channels of a block above which cuBLAS is as fast"""
+"""Channels of the largest block of our kernels. cuBLAS is as fast for larger ones"""
 
 _FUSED_FROM = 2048
-"""Tokens that fill a GPU with programs of 16 tokens"""
+"""Number of tokens that fills a GPU with programs of 16 tokens"""
 
 
 def transform(
@@ -190,7 +190,7 @@ def row_shape(size: int, interleave: int) -> tuple[int, int, int]:
     Choose the shape of a span in registers.
 
     :param size: p, order of the Hadamard matrix; 1 for none
-    :return: rows, columns, and number of warps that hold them
+    :return: rows, columns, number of warps
     """
     rows = 1 if size == 1 else _padded(size)
     columns = max(64, triton.next_power_of_2(interleave)) if size == 1 else _padded(interleave)
@@ -247,7 +247,7 @@ def _block_product(
     PRECISION: tl.constexpr,
 ):
     outputs = tl.arange(0, PADDED)
-    # 64 bits: 131,072 tokens of 16,384 channels overflow 32
+    # 64 bits: offsets of 131,072 tokens of 16,384 channels overflow 32 bits
     start = rows.to(tl.int64)[:, None] * in_features + block * SIZE
     is_token = (rows < tokens)[:, None]
     step: tl.constexpr = min(PADDED, _STEP)
@@ -267,7 +267,7 @@ def _block_product(
 @triton.jit
 def _cast(x, dtype: tl.constexpr):
     if _IS_INTERPRETED and dtype == tl.bfloat16:
-        # the interpreter would truncate; GPUs round to nearest
+        # round to nearest as GPUs do; the interpreter would truncate
         bits = x.to(tl.int32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
         return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
@@ -301,7 +301,7 @@ def _blocks_quantize_kernel(
 ):
     """Compute all blocks of TILE tokens twice: for the range, then to quantize"""
     rows = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    # zero is in every range, so that padding with zeros is harmless
+    # padding with zeros is harmless: every range contains zero
     low = tl.zeros((TILE,), tl.float32)
     high = tl.zeros((TILE,), tl.float32)
     for block in range(COUNT):
@@ -346,7 +346,7 @@ def _rows_kernel(
     start = token.to(tl.int64) * in_features
     low = tl.zeros((), tl.float32)
     high = tl.zeros((), tl.float32)
-    if SPANS == 1:  # stays in registers
+    if SPANS == 1:  # the only span stays in registers
         y, offsets, mask = _mixed(
             z_ptr, hadamard_ptr, start, 0, SIZE, INTERLEAVE, ROWS, COLUMNS, PRECISION
         )
@@ -420,7 +420,7 @@ def _mixed(
 
 @triton.jit
 def _quantizer(low, high, clip_ptr, BITS: tl.constexpr, SYMMETRIC: tl.constexpr):
-    """Compute scale and zero point of a range, as reference.py"""
+    """Compute scale and zero point of a range, like reference.py"""
     levels: tl.constexpr = 2**BITS - 1
     least: tl.constexpr = -(2 ** (BITS - 1))
     tiny: tl.constexpr = 1.1754943508222875e-38

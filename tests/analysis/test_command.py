@@ -168,7 +168,7 @@ def test_misuse_is_exit_code_2_and_names_the_help(command, capsys, arguments, me
         ("broken.json", "The dataset 'broken.json' .* cannot be read"),
         ("table.csv", "The dataset 'table.csv' has no column 'text' but .*title.*body"),
         ("lists.json", "Column 'text' of the dataset 'lists.json' holds list"),
-        ("short.txt", "The texts have . tokens, too few for 64"),
+        ("short.txt", "The texts have . tokens, too few for one window of 64"),
     ],
 )
 def test_datasets_that_cannot_be_used_are_one_line(folder, monkeypatch, dataset, message):

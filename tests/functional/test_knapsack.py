@@ -74,7 +74,9 @@ def test_cheaper_transforms_are_exact(features):
         sx, sw = (diagonal_blocks(one, layout.block_size) for one in (x, weight))
         size = layout.stored_size
         stored = torch.empty(features // size, size, size, dtype=torch.bfloat16)
-        transform = compute_transform(sx, sw, layout, Rotation.HADAMARD, 1.0, 0.01, stored)
+        transform = compute_transform(
+            sx, sw, layout, Rotation.HADAMARD, 1.0, 0.01, stored
+        ).invert()
         product = transform.transform_tokens(x) @ transform.transform_weight(weight).T
         assert torch.allclose(product, x @ weight.T)
 

@@ -28,7 +28,7 @@ from cat_modifier.functional.sqnr import (
     quantize_by_range,
     to_db,
 )
-from cat_modifier.functional.transform import FusedTransform, compute_blocks
+from cat_modifier.functional.transform import StoredTransform, compute_blocks
 
 CHANNEL = QuantizationArgs(num_bits=4, strategy="channel")
 TOKEN = QuantizationArgs(num_bits=4, strategy="token", symmetric=False, dynamic=True)
@@ -272,7 +272,7 @@ def test_the_transform_reaches_the_predicted_best_alignment(layer):
         assume((values[:, 0] > 1e-4 * values[:, -1]).all())
     blocks = compute_blocks(sx, sw, Rotation.NONE, 1, dampening_frac=1e-9)
     reached = alignment_of(
-        w, x, FusedTransform.from_blocks(blocks, TransformLayout(size, 1, 1, ""))
+        w, x, StoredTransform(blocks, TransformLayout(size, 1, 1, "")).invert()
     )
     assert reached == pytest.approx(best_alignment(w, x, size), rel=1e-3)
 
@@ -285,11 +285,11 @@ def test_rotations_leave_alignment_unchanged(layer):
     before = alignment_of(w, x)
     rotation = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64))[0][None]
     assert alignment_of(
-        w, x, FusedTransform.from_blocks(rotation, TransformLayout(d, 1, 1, ""))
+        w, x, StoredTransform(rotation, TransformLayout(d, 1, 1, "")).invert()
     ) == pytest.approx(before)
     ones = torch.ones(d, 1, 1, dtype=torch.float64)
     for hadamard_size in (n for n in (2, 4, 8, 12) if d % n == 0):
-        hadamard = FusedTransform.from_blocks(ones, TransformLayout(1, 1, hadamard_size, ""))
+        hadamard = StoredTransform(ones, TransformLayout(1, 1, hadamard_size, "")).invert()
         assert alignment_of(w, x, hadamard) == pytest.approx(before)
 
 
@@ -303,6 +303,6 @@ def test_blocks_of_one_channel_are_the_closed_form_scaling(layer):
     ratio = scaling / (sw / sx) ** 0.25
     assert torch.allclose(ratio, ratio[:1].expand_as(ratio), rtol=1e-9)
     reached = alignment_of(
-        w, x, FusedTransform.from_blocks(scaling, TransformLayout(1, 1, 1, ""))
+        w, x, StoredTransform(scaling, TransformLayout(1, 1, 1, "")).invert()
     )
     assert reached == pytest.approx(best_alignment(w, x, 1), rel=1e-6)

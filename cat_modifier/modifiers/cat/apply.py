@@ -14,7 +14,7 @@ from torch.nn import Linear, Parameter
 
 from cat_modifier.checkpoint.schema import CATTransformConfig
 from cat_modifier.checkpoint.transform_module import CATTransform
-from cat_modifier.functional.transform import multiply_heads
+from cat_modifier.functional.transform import FusedTransform, multiply_heads
 from cat_modifier.modifiers.cat.distributed import barrier
 from cat_modifier.modifiers.cat.plan import PlannedTransform
 
@@ -51,43 +51,46 @@ def apply_transforms(
     """
     Write the weights of one Linear after the other, then attach the transforms.
 
+    The peak of memory is one Linear in float64, and the inverse of one transform.
+
     :param transforms: transforms that were planned together
     :param linears: Linears by full name, value projections included
     :param config: receives the transforms
     :param precision: dtype of stored blocks
     """
-    readers = {name: one for one in transforms for name in one.source.names}
     values = {}
     for one in transforms:
         if one.source.value_projection is not None:
             values[one.source.value_projection.linear] = one
-    for name in linears:
-        if name in readers or name in values:
-            _write_weight(linears[name], readers.get(name), values.get(name))
+    for one in transforms:
+        fused = one.transform.invert()
+        for name in one.source.names:
+            _write_weight(linears[name], fused, values.pop(name, None))
+    # value projections whose own input has no transform
+    for name, value in values.items():
+        _write_weight(linears[name], None, value)
     for one in transforms:
         _attach(one, [linears[name] for name in one.source.names], config, precision)
 
 
-def _write_weight(
-    linear: Linear, reader: PlannedTransform | None, value: PlannedTransform | None
-):
+def _write_weight(linear: Linear, own: FusedTransform | None, value: PlannedTransform | None):
     """
     Write the weight of a Linear, and its bias if the rows change.
 
-    :param reader: transform of the Linear's input
-    :param value: transform to be fused into the Linear's rows
+    :param own: transform of the Linear's input; None for none
+    :param value: transform to be fused into the Linear's rows; None for none
     """
     weight = _read(linear, "weight")
     new = {"weight": weight}
     if value is not None:
         assert value.source.value_projection is not None
-        heads = value.transform.blocks[:: value.source.value_projection.repeats]
-        new["weight"] = multiply_heads(weight, heads)
+        blocks = value.transform.blocks[:: value.source.value_projection.repeats]
+        new["weight"] = multiply_heads(weight, blocks)
         if linear.bias is not None:
-            new["bias"] = multiply_heads(_read(linear, "bias"), heads)
-    if reader is not None:
-        new["weight"] = reader.transform.transform_weight(new["weight"])
-    # offloaded weights can be shared between ranks: all read before any writes
+            new["bias"] = multiply_heads(_read(linear, "bias"), blocks)
+    if own is not None:
+        new["weight"] = own.transform_weight(new["weight"])
+    # ranks can share offloaded weights: all ranks read before any writes
     barrier()
     for name, tensor in new.items():
         update_offload_parameter(linear, name, tensor.to(getattr(linear, name).dtype))

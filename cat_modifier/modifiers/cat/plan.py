@@ -2,9 +2,10 @@
 """
 Plan transforms from statistics, weights and options: pure functions on tensors.
 
-Nothing here knows llm-compressor, changes a weight, or writes a file. Weights are read one
-at a time, so that one Linear in float64 is the peak of memory, however many Linears read an
-input. Each transform is computed once, also where block sizes are chosen under a limit.
+Nothing here knows llm-compressor, changes a weight, or writes a file. The peak of memory is
+one Linear in float64, however many Linears and inputs there are: weights are read one at a
+time, and inverses are computed where they are needed and dropped. Each transform is computed
+once, also where block sizes are chosen under a limit.
 """
 
 import math
@@ -23,6 +24,7 @@ from cat_modifier.functional.layout import Rotation, TransformLayout, cheaper_la
 from cat_modifier.functional.sqnr import alignment, concentration, energy, predicted_sqnr
 from cat_modifier.functional.transform import (
     FusedTransform,
+    StoredTransform,
     compute_transform,
     multiply_heads,
 )
@@ -121,14 +123,15 @@ class PlannedTransform:
     The transform of one shared input, ready to be applied.
 
     :param source: the input
-    :param transform: T and its inverse
+    :param transform: T as stored. Its inverse is not kept: in float64, those of all experts
+        of a decoding layer would be as large as the layer
     :param clip_ratio: range of a token relative to its values; 1 does not clip
     :param before: prediction without the transform; None if no token was seen
     :param after: prediction with it
     """
 
     source: InputToPlan
-    transform: FusedTransform
+    transform: StoredTransform
     clip_ratio: float
     before: Prediction | None
     after: Prediction | None
@@ -167,18 +170,25 @@ class Plan:
     overhead: Overhead | None
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Candidate:
-    """A transform that an input can have, and its prediction"""
+    """
+    A transform that an input can have.
 
-    transform: FusedTransform
+    :param multiply_adds: multiply-adds at run time for one token
+    :param prediction: prediction with the transform; None if no token was seen
+    """
+
+    transform: StoredTransform
     multiply_adds: int
-    prediction: Prediction | None = None
+    prediction: Prediction | None
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Choice:
     """
+    The transforms that an input can have.
+
     :param source: the input
     :param weight_count: number of weights of its Linears
     :param candidates: transforms to choose from, the largest first
@@ -193,22 +203,27 @@ class _Choice:
 
 class _PlannedWeights(Mapping[str, Tensor]):
     """
-    Weights in float64, with the transforms that are planned to be fused into their rows.
+    Weights in float64, with the blocks that are planned to be fused into their rows.
 
     :param weights: weights by the name of the Linear, shape (out, d), any dtype
     """
 
     def __init__(self, weights: Mapping[str, Tensor]):
         self._weights = weights
-        self._heads: dict[str, Tensor] = {}
+        self._blocks: dict[str, Tensor] = {}
 
     def fuse(self, projection: ValueProjection, blocks: Tensor):
-        self._heads[projection.linear] = blocks[:: projection.repeats]
+        """
+        Note blocks to be fused.
+
+        :param blocks: one block per head of the attention output
+        """
+        self._blocks[projection.linear] = blocks[:: projection.repeats]
 
     def __getitem__(self, name: str) -> Tensor:
         weight = self._weights[name].to(torch.float64)
-        heads = self._heads.get(name)
-        return weight if heads is None else multiply_heads(weight, heads)
+        blocks = self._blocks.get(name)
+        return weight if blocks is None else multiply_heads(weight, blocks)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)
@@ -275,8 +290,8 @@ def _compute_candidates(
     for layout in layouts:
         size = layout.stored_size
         shape = (one.in_features // size, size, size)
-        # first of all: stored blocks outlive all temporaries, and among them would leave gaps
-        # that add up to as much memory as the model takes
+        # allocate what outlives the temporaries first: between them it would leave gaps as
+        # large as the model
         stored.append(torch.empty(shape, dtype=dtype, device=_device(one, weights)))
 
     sw = torch.zeros((), dtype=torch.float64)
@@ -285,7 +300,7 @@ def _compute_candidates(
         weight = weights[name]
         sw = diagonal_blocks(weight, one.layout.block_size) + sw.to(weight.device)
         weight_count += weight.numel()
-    found = []
+    transforms = []
     for layout, blocks in zip(layouts, stored, strict=True):
         size, sx = layout.block_size, one.second_moments
         transform = compute_transform(
@@ -298,9 +313,15 @@ def _compute_candidates(
             blocks,
             1 if one.value_projection is None else one.value_projection.repeats,
         )
-        found.append(_Candidate(transform, layout.multiply_adds(one.in_features, is_fused)))
-    before = _predict(one, weights, found) if one.tokens is not None else None
-    return _Choice(one, weight_count, found, before)
+        transforms.append(transform)
+    # also without tokens: a singular transform must fail before any weight is written
+    fused = [transform.invert() for transform in transforms]
+    before, after = _predict(one, weights, fused)
+    candidates = [
+        _Candidate(transform, layout.multiply_adds(one.in_features, is_fused), prediction)
+        for transform, layout, prediction in zip(transforms, layouts, after, strict=True)
+    ]
+    return _Choice(one, weight_count, candidates, before)
 
 
 def _device(one: InputToPlan, weights: Mapping[str, Tensor]) -> torch.device:
@@ -309,11 +330,11 @@ def _device(one: InputToPlan, weights: Mapping[str, Tensor]) -> torch.device:
     return weights[one.first].device
 
 
-class _Prediction:
+class _PredictionSums:
     """
-    Sums over the Linears of an input, to which Linears are added one at a time.
+    Sums over the Linears of an input. Linears are added one at a time.
 
-    :param tokens: sample of the input, shape (n, d), float64
+    :param tokens: sample of the input, transformed, shape (n, d), float64
     """
 
     def __init__(self, one: InputToPlan, tokens: Tensor):
@@ -322,17 +343,20 @@ class _Prediction:
 
     def add(self, weight: Tensor):
         """
+        Add a Linear.
+
         :param weight: shape (out, d), float64
         """
         weight_energy = weight.square().sum().item()
         self._weight_energy += weight_energy
         self._output_energy += energy(self._tokens @ weight.T, self._one.token_weights)
-        # squared ranges are summed over the Linears, as energies are
+        # the squared ranges of all Linears add up, like their energies
         if weight_energy:
             args = self._one.weight_args or _ROW
             self._squared_ranges += weight_energy / concentration(weight, args)
 
     def result(self) -> Prediction:
+        """Predict SQNR and alignment of all Linears together"""
         one, tokens = self._one, self._tokens
         aligned = alignment(
             self._output_energy, self._weight_energy, energy(tokens, one.token_weights)
@@ -349,24 +373,26 @@ class _Prediction:
 
 
 def _predict(
-    one: InputToPlan, weights: Mapping[str, Tensor], candidates: list[_Candidate]
-) -> Prediction:
-    """Predict SQNR with each candidate, into the candidates, and without a transform"""
-    assert one.tokens is not None
+    one: InputToPlan, weights: Mapping[str, Tensor], transforms: list[FusedTransform]
+) -> tuple[Prediction | None, list[Prediction | None]]:
+    """
+    Predict SQNR and alignment.
+
+    :return: without a transform, and with each transform; None if no token was seen
+    """
+    if one.tokens is None:
+        return None, [None] * len(transforms)
     tokens = one.tokens.to(torch.float64)
-    before = _Prediction(one, tokens)
+    before = _PredictionSums(one, tokens)
     after = [
-        _Prediction(one, candidate.transform.transform_tokens(tokens))
-        for candidate in candidates
+        _PredictionSums(one, transform.transform_tokens(tokens)) for transform in transforms
     ]
     for name in one.names:
         weight = weights[name]
         before.add(weight)
-        for prediction, candidate in zip(after, candidates, strict=True):
-            prediction.add(candidate.transform.transform_weight(weight))
-    for prediction, candidate in zip(after, candidates, strict=True):
-        candidate.prediction = prediction.result()
-    return before.result()
+        for sums, transform in zip(after, transforms, strict=True):
+            sums.add(transform.transform_weight(weight))
+    return before.result(), [sums.result() for sums in after]
 
 
 def _choose(
@@ -383,7 +409,7 @@ def _choose(
     options = []
     for one in choices:
         count = one.source.token_count
-        # an input of few tokens adds as little to the noise of the layer as to its cost
+        # weight noise and cost by tokens: experts that see few of them matter little
         options.append(
             [
                 (count * x.multiply_adds / products, count * _noise(one.source, x) / most)

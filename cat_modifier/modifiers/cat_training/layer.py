@@ -56,8 +56,8 @@ class LayerInput:
         """Shape of R; None if there is no transform to correct"""
         if self.value_projection is not None:
             size = self.value_projection.head_dim
-            features = self.linears[self.first].in_features
-            return (features // size // self.value_projection.repeats, size, size)
+            heads = self.linears[self.first].in_features // size
+            return (heads // self.value_projection.repeats, size, size)
         if self.transform is not None and self.transform.weight is not None:
             count, size, _ = self.transform.weight.shape
             return (count, size, size)

@@ -18,7 +18,7 @@ from cat_modifier.calibration.shared_inputs import SharedInput
 from cat_modifier.functional.alignment import DEFAULT_DAMPENING_FRAC as DAMPENING
 from cat_modifier.functional.alignment import diagonal_blocks, inner_blocks
 from cat_modifier.functional.layout import Rotation, choose_layout
-from cat_modifier.functional.transform import FusedTransform, compute_transform
+from cat_modifier.functional.transform import FusedTransform, StoredTransform, compute_transform
 
 __all__ = ["TRANSFORMS", "WHOLE", "AnalysisStatistics", "AnalyzedInput"]
 
@@ -54,21 +54,21 @@ class AnalyzedInput:
     maxima: Tensor
     block_size: int
     weights: Mapping[str, Tensor]
-    _weight_moments: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    _sw: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
-    def input_moments(self, block_size: int) -> Tensor:
+    def sx(self, block_size: int) -> Tensor:
         """Diagonal blocks of Sx, shape (d/k, k, k), float64; k divides the known size"""
         blocks = inner_blocks(self.second_moments, block_size)
         return blocks.to(self.weights[self.shared.first].device, torch.float64)
 
-    def weight_moments(self, block_size: int) -> dict[str, Tensor]:
+    def sw(self, block_size: int) -> dict[str, Tensor]:
         """Diagonal blocks of ``W^T W`` of each Linear, shape (d/k, k, k), float64"""
-        if block_size not in self._weight_moments:
-            self._weight_moments[block_size] = {
+        if block_size not in self._sw:
+            self._sw[block_size] = {
                 name: diagonal_blocks(weight, block_size).double()
                 for name, weight in self.weights.items()
             }
-        return self._weight_moments[block_size]
+        return self._sw[block_size]
 
 
 class Transform(NamedTuple):
@@ -92,13 +92,14 @@ def _cat(
         known, bound = data.second_moments.shape[-1], block_size or data.block_size
         bound = choose_layout(name, known, 1, bound, rotation).block_size
         layout = choose_layout(name, in_features, 1, bound, rotation)
-        sx = data.input_moments(layout.block_size)
-        sw = sum(data.weight_moments(layout.block_size).values(), torch.zeros_like(sx))
+        sx = data.sx(layout.block_size)
+        sw = sum(data.sw(layout.block_size).values(), torch.zeros_like(sx))
         size = layout.stored_size
         stored = torch.empty(
             in_features // size, size, size, dtype=_PRECISION, device=sx.device
         )
-        return compute_transform(sx, sw, layout, rotation, strength, DAMPENING, stored)
+        transform = compute_transform(sx, sw, layout, rotation, strength, DAMPENING, stored)
+        return transform.invert()
 
     return compute
 
@@ -115,7 +116,7 @@ def _smooth_scaling(data: AnalyzedInput) -> FusedTransform:
     alive = (inputs > floor) & (weights > floor)
     scales = torch.where(alive, (inputs / weights.clamp_min(floor)).sqrt(), 1.0)
     layout = choose_layout(data.shared.first, data.shared.in_features, 1, 1, Rotation.NONE)
-    return FusedTransform.from_blocks((1 / scales)[:, None, None].to(_PRECISION), layout)
+    return StoredTransform((1 / scales)[:, None, None].to(_PRECISION), layout).invert()
 
 
 TRANSFORMS = {
