@@ -104,6 +104,7 @@ def analyze(
         r"re:.*(score|classifier)(\..*)?$",
         "re:.*router.*",
         "re:.*gate$",
+        "re:.*kv_b_proj",
         "re:.*(vision|visual|audio).*",
         "re:.*projector.*",
     ],

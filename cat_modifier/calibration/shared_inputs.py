@@ -22,11 +22,13 @@ DEFAULT_IGNORE = (
     r"re:.*(score|classifier)(\..*)?$",
     "re:.*router.*",
     "re:.*gate$",
+    "re:.*kv_b_proj",
     "re:.*(vision|visual|audio).*",
     "re:.*projector.*",
 )
 """Linears that are not transformed by default: the lm_head, heads of classifiers, routers of
-experts, towers for images and sound, and projectors that connect them"""
+experts, the weight that latent attention (MLA) reads in vLLM, towers for images and sound,
+and projectors that connect them"""
 
 
 @dataclass

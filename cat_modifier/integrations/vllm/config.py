@@ -45,6 +45,7 @@ class CATCompressedTensorsConfig(CompressedTensorsConfig):
     """
 
     registry: TransformRegistry
+    packed_modules_mapping: dict[str, list[str]]
 
     @classmethod
     def override_quantization_method(
@@ -160,8 +161,10 @@ class CATCompressedTensorsConfig(CompressedTensorsConfig):
         format = format or self.quant_format
         # vLLM has no kernel that quantizes these activations: it would raise an obscure error,
         # or silently run with 16-bit activations
-        if is_integer(weight_quant, input_quant) and (
-            input_quant.num_bits < 8 or format == "pack-quantized"
+        if (
+            input_quant is not None
+            and is_integer(weight_quant, input_quant)
+            and (input_quant.num_bits < 8 or format == "pack-quantized")
         ):
             raise NotImplementedError(
                 f"{layer_name}: {INT8_PRODUCT_RULE}. This checkpoint has weights of strategy "

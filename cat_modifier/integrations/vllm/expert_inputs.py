@@ -83,7 +83,7 @@ class ExpertInputs(Module):
             (len(self._transforms), max(one.numel() for one in blocks)), torch.nan
         )
         self.weight = Parameter(rows, requires_grad=False)
-        self.weight.weight_loader = self.load
+        self.weight.weight_loader = self.load  # type: ignore[attr-defined]
         for row, transform in zip(rows, self._transforms, strict=True):
             if transform.weight is not None:
                 transform.weight.data = _blocks_in(row, transform)
@@ -171,7 +171,7 @@ class _DottedParameter:
 
     def weight_loader(self, param: Any, *args, **kwargs) -> bool | None:
         # a weight reload exchanges the parameter
-        weight = self._module.weight
+        weight: Any = self._module.weight
         return weight.weight_loader(weight, *args, **kwargs)
 
 
@@ -181,5 +181,6 @@ def _is_below(prefix: str, name: str) -> bool:
 
 def _blocks_in(row: Tensor, transform: InputTransform) -> Tensor:
     """Find the blocks of a transform in its row of the parameter"""
+    assert transform.weight is not None
     shape = transform.weight.shape
     return row[: shape.numel()].view(shape)

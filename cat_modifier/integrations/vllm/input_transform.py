@@ -3,7 +3,6 @@
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from cat_modifier.checkpoint.schema import CATScheme
 from cat_modifier.checkpoint.transform_module import online_hadamard, validate_transform
@@ -58,9 +57,9 @@ class InputTransform(OnlineTransform):
         self.first_block = shard_rank * count
         self._shard_id: int | str | None = None
         if self.weight is not None:
-            self.weight.weight_loader = self.load
+            self.weight.weight_loader = self.load  # type: ignore[attr-defined]
 
-    def load(self, param: Parameter, loaded: Tensor, shard_id: int | str | None = None):
+    def load(self, param: Tensor, loaded: Tensor, shard_id: int | str | None = None):
         """
         Load the blocks of this rank, as vLLM's weight loader. Each rank reads the whole tensor.
 

@@ -11,6 +11,7 @@ vLLM is asked to keep them packed.
 
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
@@ -74,7 +75,9 @@ class Integers:
             whose own kernels serve it in Linears, but not in experts on every CPU
         :return: None for all others
         """
-        if output_quant is not None or not suits_int8_product(weight_quant, input_quant):
+        if weight_quant is None or input_quant is None or output_quant is not None:
+            return None
+        if not suits_int8_product(weight_quant, input_quant):
             return None
         bits = weight_quant.num_bits, input_quant.num_bits
         if format not in ("pack-quantized", "int-quantized"):
@@ -110,8 +113,9 @@ class Integers:
         if columns % self.pack_factor:
             raise ValueError(
                 f"{columns} input channels on a rank are no multiple of the "
-                f"{self.pack_factor} weights that the checkpoint packs into an integer: use "
-                "a smaller `--tensor-parallel-size`"
+                f"{self.pack_factor} weights of {self.weight_bits} bits that the checkpoint "
+                "packs into an integer: use a smaller `--tensor-parallel-size`, or make the "
+                "checkpoint with `format: int-quantized`"
             )
 
     def check_clipping(self, scheme: CATScheme):
@@ -186,7 +190,7 @@ class Int8LinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -237,7 +241,7 @@ class Int8LinearMethod(LinearMethodBase):
         if self.source is not None and self.is_first:
             self.source.add_to(layer, input_size, input_size_per_partition, params_dtype)
 
-    def process_weights_after_loading(self, layer: Module):
+    def process_weights_after_loading(self, layer: Any):
         """
         :raises ValueError: if the transform was not loaded
         """

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linear method that transforms the input, then lets vLLM's own method compute."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import Module
@@ -39,7 +41,7 @@ class TransformLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,

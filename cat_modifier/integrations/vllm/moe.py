@@ -300,7 +300,9 @@ class Int8ExpertsMethod(FusedMoEMethodBase):
             if shared is None:
                 operands = self.w13_inputs.quantize(expert, x[tokens], *integers)
             else:
-                operands = tuple(None if part is None else part[tokens] for part in shared)
+                q, scales, zero_points = shared
+                zero_points = None if zero_points is None else zero_points[tokens]
+                operands = q[tokens], scales[tokens], zero_points
             gates = self._products["w13"][expert](*operands)
             hidden = gates.new_empty((len(tokens), self.intermediate_size))
             apply_moe_activation(

@@ -2,9 +2,9 @@
 """Which transform belongs to which Linear of the model that vLLM builds."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch.nn import Module
 
 from cat_modifier.checkpoint.schema import (
     TENSOR_SUFFIX,
@@ -25,23 +25,27 @@ class TransformedInput:
     :param scheme: sizes and clipping of the transform
     :param names: Linears that read the input, by the names of vLLM; the checkpoint stores
         the tensor under the first
-
-    Attributes:
-        module: the transform; None until the layer of the first Linear is made
     """
 
     def __init__(self, scheme: CATScheme, names: list[str]):
         self.scheme, self.names = scheme, names
         self._tensor = names[0] + TENSOR_SUFFIX  # as the checkpoint names it
-        self.module: InputTransform | None = None
+        self._module: InputTransform | None = None
 
     @property
     def first(self) -> str:
         return self.names[0]
 
+    @property
+    def module(self) -> InputTransform:
+        """The transform, once the layer of the first Linear is made"""
+        if self._module is None:
+            raise RuntimeError(f"{self.first}, which holds the transform, was not made yet")
+        return self._module
+
     def add_to(
         self,
-        layer: Module,
+        layer: Any,
         input_size: int,
         shard_size: int,
         dtype: torch.dtype,
@@ -66,10 +70,10 @@ class TransformedInput:
 
         :param shard_rank: index of this rank
         """
-        self.module = InputTransform(
+        self._module = InputTransform(
             self._tensor, self.scheme, input_size, shard_size, shard_rank, dtype
         )
-        return self.module
+        return self._module
 
 
 class TransformRegistry:

@@ -128,7 +128,7 @@ class CATModifier(Modifier):
         that is added to its diagonal; positive
     :param targets: Linears to transform, by name, class or `re:` pattern
     :param ignore: exceptions from `targets`. Default: the lm_head, heads of classifiers,
-        routers of experts, towers for images and sound, and what connects them
+        routers of experts, kv_b_proj, towers for images and sound, and what connects them
     :param mappings: Linears that share a transform, as lists of patterns, one list for each
         input, e.g. `[["re:.*q_proj", "re:.*k_proj", "re:.*v_proj"]]`. Default: the Linears
         that are observed to read the same input
