@@ -7,6 +7,7 @@ without CAT transforms to it.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -125,6 +126,9 @@ class CATHfQuantizer(CompressedTensorsHfQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, CATTransform) and module.weight is not None:
                 _check_transform(f"{name}.weight", module.weight, module.scheme.precision)
+        for part in model.modules():
+            if isinstance(part, PreTrainedModel) and part is not model:
+                part.register_forward_pre_hook(partial(_decompress_all, model))
         # where llm-compressor looks for transforms when it writes a config of its own
         setattr(model, TRANSFORM_CONFIG_NAME, self._transforms)
         save_atomically(model)
@@ -146,6 +150,20 @@ class CATHfQuantizer(CompressedTensorsHfQuantizer):
                 self.compressor.quantization_config.quantization_status = status
                 self.compressor.add_decompress_hook(model)
         return super().get_state_dict_and_metadata(model)
+
+
+def _decompress_all(model: PreTrainedModel, part: PreTrainedModel, args: tuple):
+    """
+    Decompress a model before a part of it runs, as its forward pass would.
+
+    `generate` calls an encoder first, which compressed-tensors does not notice.
+
+    :param model: a partial argument rather than a closure: copies of the model need their own
+    :param part: submodule that is called
+    """
+    handle = getattr(model, "ct_decompress_hook", None)
+    if handle is not None:
+        model._forward_pre_hooks[handle.id](model, ())
 
 
 def _check_transform(name: str, blocks: Tensor, precision: torch.dtype):

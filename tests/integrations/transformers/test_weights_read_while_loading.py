@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models that read weights of their Linears to initialize what a checkpoint does not have"""
+"""Models that need the weights of their Linears earlier than in their own forward pass"""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -77,13 +78,13 @@ def outputs(model, samples):
     return result[0].double()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_checkpoint_is_read_back(name, tmp_path):
+def compress(name, folder):
+    """The model, its outputs, and its checkpoint"""
     auto, settings = FAMILIES[name]
     torch.manual_seed(0)
     config = AutoConfig.for_model(name, **settings)
-    auto.from_config(config).save_pretrained(tmp_path / "original")
-    model = auto.from_pretrained(tmp_path / "original").eval()
+    auto.from_config(config).save_pretrained(folder / "original")
+    model = auto.from_pretrained(folder / "original").eval()
     samples = make_samples(name)
     ignore = ["re:.*head.*"]
     oneshot(
@@ -94,18 +95,40 @@ def test_a_checkpoint_is_read_back(name, tmp_path):
         ],
         dataset=DataLoader(samples, batch_size=1),
         processor=AutoTokenizer.from_pretrained(GOLDEN),  # any, which oneshot asks for
-        output_dir=str(tmp_path / "saved"),
+        output_dir=str(folder / "saved"),
     )
-    expected = outputs(model, samples)
+    return model, outputs(model, samples), folder / "saved"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_checkpoint_is_read_back(name, tmp_path):
+    _, expected, folder = compress(name, tmp_path)
 
     def agreement():
-        loaded = auto.from_pretrained(tmp_path / "saved").eval()
-        return decibels(outputs(loaded, samples), expected)
+        loaded = FAMILIES[name][0].from_pretrained(folder).eval()
+        return decibels(outputs(loaded, make_samples(name)), expected)
 
     assert agreement() > 110
-    path = tmp_path / "saved" / "model.safetensors"
+    path = folder / "model.safetensors"
     tensors = load_file(path)
     blocks = [key for key in tensors if key.endswith(".cat_input.weight")]
     tensors[blocks[0]] = tensors[blocks[0]].flip(0).contiguous()
     save_file(tensors, path, metadata={"format": "pt"})
     assert agreement() < 80
+
+
+def test_an_encoder_runs_before_the_model(tmp_path):
+    _, _, folder = compress("t5", tmp_path)
+    samples = make_samples("t5")
+    tokens = samples[0]["input_ids"][None]
+
+    def generate(model):
+        return model.generate(tokens, max_new_tokens=8, min_new_tokens=8)
+
+    model = FAMILIES["t5"][0].from_pretrained(folder).eval()
+    copied = copy.deepcopy(model)
+    generated = generate(model)
+    assert torch.equal(generate(copied), generated)
+    last = FAMILIES["t5"][0].from_pretrained(folder).eval()
+    outputs(last, samples)  # the whole model first
+    assert torch.equal(generate(last), generated)
