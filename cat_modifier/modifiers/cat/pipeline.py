@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The pass over the calibration data that CATModifier asks llm-compressor for.
+The choice of the pipeline that passes calibration data through the model.
 
 Transforms leave the function of a model as it is, so that there is no error to propagate
 from layer to layer: the sequential pipeline would run each layer twice for nothing, and
@@ -96,7 +96,8 @@ def register():
     Let llm-compressor infer the single pass for modifiers with `prefers_single_pass`. Safe
     to call again.
 
-    Without it, if a later release infers otherwise, they run in the sequential pipeline.
+    Does nothing if a later llm-compressor infers pipelines in another way: the modifiers then
+    run in the sequential pipeline.
     """
     infer = getattr(CalibrationPipeline, "_infer_pipeline", None)
     if infer is None or hasattr(infer, "infers_single_pass"):
@@ -114,7 +115,7 @@ def register():
 
 
 def is_resident(model: Module) -> bool:
-    """Whether all of the model is on the device that computes, and nothing is offloaded"""
+    """Whether the whole model is on the device that computes, without offloading"""
     main = get_main_device()
 
     def is_main(device: torch.device | str) -> bool:
