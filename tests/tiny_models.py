@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small models of random weights, with what real ones differ in: biases, tied embeddings"""
 
+import json
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -87,18 +89,28 @@ def make_model(
         **(settings | overrides | (FAMILIES | SERVED_FAMILIES)[family])
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(std=0.5)
-            elif name.endswith("norm.weight"):
-                # channels of different size: something to align
-                parameter.copy_(
-                    torch.logspace(-1, 1, parameter.numel())[torch.randperm(parameter.numel())]
-                )
-            else:
-                parameter.mul_(3)
+    randomize(model)
     model.to(dtype).save_pretrained(folder)
+    save_tokenizer(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+@torch.no_grad()
+def randomize(model: PreTrainedModel):
+    """Biases that are not zero, and channels of different size: something to align"""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.normal_(std=0.5)
+        elif name.endswith("norm.weight"):
+            parameter.copy_(
+                torch.logspace(-1, 1, parameter.numel())[torch.randperm(parameter.numel())]
+            )
+        else:
+            parameter.mul_(3)
+
+
+def save_tokenizer(folder: Path, **special_tokens: str):
+    """Words <0>, <1>, ..."""
     vocabulary = {f"<{i}>": i for i in range(VOCABULARY)}
     words = Tokenizer(WordLevel(vocabulary, unk_token="<2>"))
     words.pre_tokenizer = WhitespaceSplit()
@@ -107,9 +119,73 @@ def make_model(
         bos_token="<0>",
         eos_token="<1>",
         pad_token="<1>",
+        extra_special_tokens=special_tokens,
     )
     tokenizer.save_pretrained(folder)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def make_vision_language_model(folder: Path) -> PreTrainedModel:
+    """Qwen2.5-VL, saved to the folder together with what its processor needs"""
+    torch.manual_seed(0)
+    tokens = {"vision_start": 3, "vision_end": 4, "image": 5, "video": 6}
+    config = AutoConfig.for_model(
+        "qwen2_5_vl",
+        text_config={
+            "model_type": "qwen2_5_vl_text",
+            "vocab_size": VOCABULARY,
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [4, 6, 6],
+            },
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "pad_token_id": 1,
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_heads": 2,
+            "out_hidden_size": 128,
+            "patch_size": 4,
+            "spatial_merge_size": 2,
+            "window_size": 16,
+            "fullatt_block_indexes": [1],
+        },
+        tie_word_embeddings=False,
+        **{f"{name}_token_id": token for name, token in tokens.items()},
+    )
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+    randomize(model)
+    model.save_pretrained(folder)
+    save_tokenizer(folder, **{f"{name}_token": f"<{i}>" for name, i in tokens.items()})
+    # as files: processors of pictures need torchvision, which not all environments have
+    sizes = {
+        "size": {"shortest_edge": 64, "longest_edge": 4096},
+        "patch_size": 4,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        # vLLM and Transformers have other defaults of these
+        "min_pixels": 64,
+        "max_pixels": 4096,
+        "rescale_factor": 1 / 255,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+        "processor_class": "Qwen2_5_VLProcessor",
+    }
+    for file, kind in (
+        ("preprocessor_config.json", {"image_processor_type": "Qwen2VLImageProcessor"}),
+        ("video_preprocessor_config.json", {"video_processor_type": "Qwen2VLVideoProcessor"}),
+    ):
+        (folder / file).write_text(json.dumps(sizes | kind))
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def make_tokens(batches: int = 4, length: int = 48, seed: int = 0) -> torch.Tensor:

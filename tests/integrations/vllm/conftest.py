@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import math
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 CHECKPOINTS = Path(os.environ.get("CAT_TEST_CHECKPOINTS", ""))
 
@@ -36,6 +38,10 @@ def serve(model: Path, ids: list, environment: dict | None = None, **job) -> dic
         )
         result = json.loads(file.read_text()) if process.returncode == 0 else {}
     return result | {"log": process.stdout + process.stderr, "error": not result}
+
+
+def sqnr_db(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return 10 * math.log10(expected.var() / (found - expected).var())
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ ids and their log-probabilities according to Transformers. Runs in the compress 
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -19,7 +20,13 @@ from embedded_model import write_embedded_model  # noqa: E402
 from llmcompressor import oneshot  # noqa: E402
 from llmcompressor.modifiers.quantization import QuantizationModifier  # noqa: E402
 from make_mixtures import make_mixtures  # noqa: E402
-from tiny_models import int_scheme, make_loader, make_model, make_tokens  # noqa: E402
+from tiny_models import (  # noqa: E402
+    int_scheme,
+    make_loader,
+    make_model,
+    make_tokens,
+    make_vision_language_model,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: E402
 
 from cat_modifier import CATModifier, CATTrainingModifier  # noqa: E402
@@ -40,8 +47,18 @@ MIXED = W4A4 | {
 
 TINY_CASES = {
     # name: (model, quantization, CAT)
-    "qwen2-w4a4": ({"family": "qwen2"}, W4A4, {"max_overhead": 0.15}),
-    "qwen2-w4a8-tp2": ({"family": "qwen2"}, int_scheme(4, 8), {"tensor_parallel_size": 2}),
+    "qwen2-w4a4": (
+        {"family": "qwen2"},
+        W4A4,
+        {"max_overhead": 0.15, "tensor_parallel_size": 1},
+    ),
+    "qwen2-w4a8": ({"family": "qwen2"}, int_scheme(4, 8), {}),
+    # two ranks share the KV head
+    "qwen3-w4a8-1-kv-head": (
+        {"family": "qwen3", "num_key_value_heads": 1},
+        int_scheme(4, 8),
+        {},
+    ),
     "llama-w4a4-biases": (
         {"family": "llama-biases", "tied": True},
         W4A4,
@@ -115,6 +132,27 @@ def make_tiny(folder: Path, name: str):
     write_reference(folder / name, make_tokens(4, seed=1))
 
 
+def make_qwen2_5_vl(folder: Path):
+    """A vision-language model, with what its processor needs of files"""
+    original = folder / "originals" / "qwen2_5_vl"
+    model = make_vision_language_model(original)
+    ignore = ["re:.*lm_head", "re:.*visual.*"]
+    tokens = make_tokens()
+    tokens[tokens < 7] = 7  # those stand for pictures
+    oneshot(
+        model=model,
+        tokenizer=AutoTokenizer.from_pretrained(original),
+        recipe=[
+            CATModifier(ignore=ignore),
+            QuantizationModifier(**int_scheme(4, 8) | {"ignore": ignore}),
+        ],
+        dataset=make_loader(tokens),
+        output_dir=str(folder / "qwen2_5_vl-w4a8"),
+    )
+    for file in original.glob("*preprocessor_config.json"):
+        shutil.copy(file, folder / "qwen2_5_vl-w4a8")
+
+
 def pad_heads(source: Path, target: Path):
     """
     SmolLM2's 9 query and 3 key-value heads cannot be divided among 2 ranks. With heads of
@@ -162,11 +200,12 @@ def main(folder: Path):
     pad_heads(folder / "originals" / "smollm2", folder / "originals" / "smollm2-padded")
     make_real(
         folder,
-        "smollm2-padded-w4a4-tp2",
+        "smollm2-padded-w4a4",
         folder / "originals" / "smollm2-padded",
         4,
-        {"tensor_parallel_size": 2},
+        {},
     )
+    make_qwen2_5_vl(folder)
     for name in TINY_CASES:
         make_tiny(folder, name)
     make_mixtures(folder)

@@ -10,6 +10,7 @@ import os
 import sys
 from pathlib import Path
 
+from PIL import Image
 from torch._dynamo.utils import get_compilation_metrics
 from vllm import LLM, SamplingParams
 
@@ -34,6 +35,9 @@ def main(job: dict, file: Path):
         logprobs=0,
     )
     prompts = [{"prompt_token_ids": ids} for ids in job["ids"]]
+    for one in job.get("prompts", ()):
+        picture = Image.open(one["image"])
+        prompts.append({"prompt": one["prompt"], "multi_modal_data": {"image": picture}})
     compiled_in_advance = count_compiled_kernels()
     if "reload" in job:
         llm.generate(prompts, params, use_tqdm=False)
@@ -52,6 +56,7 @@ def main(job: dict, file: Path):
                 for token, entry in zip(
                     output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True
                 )
+                if token != job.get("skip_token")
             ]
             for output in outputs
             if output.prompt_logprobs

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import serve
+from conftest import serve, sqnr_db
 from safetensors.torch import load_file, save_file
 
 TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
@@ -24,10 +24,6 @@ def logprobs(result: dict) -> torch.Tensor:
     return torch.tensor(result["logprobs"])
 
 
-def sqnr_db(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return 10 * math.log10(expected.var() / (found - expected).var())
-
-
 # ---- the real model ----------------------------------------------------------------------
 
 
@@ -36,7 +32,7 @@ def sqnr_db(found: torch.Tensor, expected: torch.Tensor) -> float:
     [
         ("smollm2-w4a4", {}, {}),
         (
-            "smollm2-padded-w4a4-tp2",
+            "smollm2-padded-w4a4",
             {"tensor_parallel_size": 2},
             TWO_RANKS,
         ),
@@ -122,7 +118,7 @@ def test_weights_can_stay_packed_in_memory(checkpoints):
 
 SERVED = {
     "qwen2-w4a4": "W4A4 integers",
-    "qwen2-w4a8-tp2": "W4A8 integers",
+    "qwen2-w4a8": "W4A8 integers",
     "llama-w4a4-biases": "W4A4 integers",
     "llama-w4a4-symmetric": "W4A4 integers",
     "qwen3-w4a4-int-quantized": "W4A4 integers",
@@ -184,14 +180,12 @@ def test_latent_attention_does_not_read_a_weight_through_quantized_inputs(checkp
     assert "add 're:.*kv_b_proj' to `ignore` of CATModifier" in result["log"]
 
 
-def test_two_ranks_with_biases(checkpoints):
-    ids, expected = reference(checkpoints / "qwen2-w4a8-tp2")
-    result = serve(
-        checkpoints / "qwen2-w4a8-tp2",
-        ids,
-        TWO_RANKS,
-        options={"tensor_parallel_size": 2, "dtype": "float32"},
-    )
+@pytest.mark.parametrize("name", ["qwen2-w4a8", "qwen3-w4a8-1-kv-head"])
+def test_two_ranks(checkpoints, name):
+    """With biases; with a KV head that both ranks have"""
+    ids, expected = reference(checkpoints / name)
+    options = {"tensor_parallel_size": 2, "dtype": "float32"}
+    result = serve(checkpoints / name, ids, TWO_RANKS, options=options)
     assert not result["error"], result["log"]
     sqnr = sqnr_db(logprobs(result), expected)
     # each rank has dynamic scales of its own for its part of a row-parallel input
