@@ -380,8 +380,8 @@ def _check_scheme(name: str, linear: Linear):
     if scheme is None or scheme.weights is None:
         raise ValueError(
             f"No modifier quantizes the weight of {name}, so that there is nothing to train "
-            "its transform for: put a QuantizationModifier or GPTQModifier with the same targets "
-            "after CATTrainingModifier"
+            "its transform for: put a QuantizationModifier or GPTQModifier with the same "
+            "targets after CATTrainingModifier"
         )
     weights, inputs = scheme.weights, scheme.input_activations
     groups = (QuantizationStrategy.GROUP, QuantizationStrategy.TENSOR_GROUP)
