@@ -26,6 +26,10 @@ FAMILIES = {
     "qwen3": {"model_type": "qwen3"},  # norms of q and k
     "cohere": {"model_type": "cohere"},  # attention and MLP read the same input
     "qwen3-moe": {"model_type": "qwen3_moe"},  # experts
+}
+
+SERVED_FAMILIES = {
+    # experts
     "qwen2-moe": {  # a shared expert, with a gate of its own
         "model_type": "qwen2_moe",
         "shared_expert_intermediate_size": 96,
@@ -37,9 +41,6 @@ FAMILIES = {
         "first_k_dense_replace": 0,
         "partial_rotary_factor": 0.5,
     },
-}
-
-SERVED_FAMILIES = {
     # Linears that the checkpoint holds merged
     "glm4": {"model_type": "glm4", "partial_rotary_factor": 0.5},
     # merged by vLLM, which does not say so
