@@ -34,6 +34,9 @@ _COMPRESSED_TENSORS = "compressed-tensors"
 _LEAST_CAPABILITY = 80
 """Compute capability of Ampere, the first with bfloat16"""
 
+_DRAFT = "draft_model."
+"""What vLLM puts before the names of a model that drafts for another one"""
+
 _PROCESSED = ("runai_streamer_sharded", "sharded_state", "tensorizer")
 """Load formats whose files hold weights as kernels read them"""
 
@@ -75,6 +78,7 @@ class CATCompressedTensorsConfig(CompressedTensorsConfig):
     def get_quant_method(
         self, layer: torch.nn.Module, prefix: str
     ) -> QuantizeMethodBase | None:
+        prefix = prefix.removeprefix(_DRAFT)
         if isinstance(layer, RoutedExperts):
             _check_load_format()
             method = find_experts_method(self, self.registry, layer, prefix)

@@ -180,6 +180,20 @@ def test_latent_attention_does_not_read_a_weight_through_quantized_inputs(checkp
     assert "add 're:.*kv_b_proj' to `ignore` of CATModifier" in result["log"]
 
 
+@pytest.mark.parametrize("kind", ["offloaded", "drafted"])
+def test_ways_to_serve(checkpoints, kind):
+    draft = {"model": str(checkpoints / "qwen2-w4a4"), "num_speculative_tokens": 2}
+    options = {
+        "offloaded": {"cpu_offload_gb": 0.001},
+        "drafted": {"speculative_config": draft},
+    }[kind]
+    ids, expected = reference(checkpoints / "qwen2-w4a8")
+    result = serve(checkpoints / "qwen2-w4a8", ids, options=options | {"dtype": "float32"})
+    assert not result["error"], result["log"]
+    sqnr = sqnr_db(logprobs(result), expected)
+    assert sqnr > 25, f"{sqnr:.1f} dB"
+
+
 @pytest.mark.parametrize("name", ["qwen2-w4a8", "qwen3-w4a8-1-kv-head"])
 def test_two_ranks(checkpoints, name):
     """With biases; with a KV head that both ranks have"""
