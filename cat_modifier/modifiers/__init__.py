@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""llm-compressor: the modifiers of recipes."""
+"""Modifiers for recipes of llm-compressor."""

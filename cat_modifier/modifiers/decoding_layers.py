@@ -12,8 +12,8 @@ def find_decoding_layers(model: Module) -> dict[str, Module]:
     """
     Find the decoding layers.
 
-    :return: modules by full name, in the order of the model; empty if the model does not say
-        which they are
+    :return: modules by full name, in the order of the model; empty if the model does not name
+        their classes
     """
     if not getattr(model, "_no_split_modules", None):
         return {}

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Registers the modifiers with llm-compressor, to be imported when a recipe names one.
+Registers the modifiers with llm-compressor. They are imported when a recipe names one.
 
-Earlier is too early: modules of this package import llm-compressor, and a modifier that
-is imported at that moment would find them half initialized.
+They cannot be imported here: they import llm-compressor, which is not fully initialized at
+this moment.
 """
 
 from types import ModuleType

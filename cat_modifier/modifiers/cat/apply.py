@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Apply planned transforms: write weights, attach what runs online, extend the config."""
+"""Apply planned transforms: write weights, attach online transforms, extend the config."""
 
 from collections.abc import Iterator, Mapping
 
@@ -23,8 +23,9 @@ __all__ = ["LinearWeights", "apply_transforms"]
 
 class LinearWeights(Mapping[str, Tensor]):
     """
-    Weights of Linears, read one at a time: each access makes a copy on the device that
-    computes, shape (out, d), float64.
+    Weights of Linears, shape (out, d), float64.
+
+    Each access makes a copy on the device that computes.
 
     :param linears: Linears by full name
     """
@@ -104,9 +105,9 @@ def _attach(
     precision: torch.dtype,
 ):
     """
-    Attach the part of a transform that runs online, and note it in the config.
+    Attach the online part of a transform, and add it to the config.
 
-    :param linears: Linears that read the input, the one that holds the transform first
+    :param linears: Linears that read the input; the first holds the transform
     """
     source, layout = one.source, one.layout
     if source.value_projection is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Communication between the ranks of a distributed calibration."""
+"""Communication between ranks during calibration."""
 
 from typing import Any
 

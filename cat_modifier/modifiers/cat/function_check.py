@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Comparison of what modules compute before and after their Linears are transformed.
+Comparison of the outputs of modules before and after their Linears are transformed.
 
-A transform leaves a model as it is only if the model calls its Linears. Code that reads the
-weight of a Linear and multiplies by it itself gets a transformed weight and an input that is
-not. Nothing in a module tells the two apart, so each runs once more on one batch.
+A transform keeps the function of a model only if the model calls its Linears. Some code reads
+the weight of a Linear and multiplies by it directly. It then multiplies the original input by
+the transformed weight. No attribute of a module shows this, so each module runs again on one
+batch.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -24,8 +25,8 @@ from cat_modifier.modifiers.cat.distributed import gather
 __all__ = ["FunctionCheck", "relative_change"]
 
 _TOLERANCE = 0.2
-"""Bound of the relative change. Weights that are not called change outputs by 0.4 and more,
-rounding to 16 bits by less than 0.05"""
+"""Bound of the relative change. Weights used without calling their Linear change outputs by
+0.4 or more, rounding to 16 bits changes them by less than 0.05"""
 
 _TOKENS = 256
 """Number of tokens of each output to compare"""
@@ -63,7 +64,7 @@ class FunctionCheck:
 
     def watch(self, register: Callable):
         """
-        Remember the first call of each module, until it is taken by :meth:`outputs`.
+        Remember the first call of each module, until :meth:`compare` forgets it.
 
         :param register: `register_hook` of a modifier
         """
@@ -77,10 +78,10 @@ class FunctionCheck:
 
     def outputs(self, linears: Iterable[str]) -> dict[str, list[Tensor]]:
         """
-        Run the modules that hold some Linears, on their first calls.
+        Run the modules that hold some Linears, with the arguments of their first calls.
 
         :return: tokens of each floating point output, shape (tokens, ...), by the name of
-            the module, in the order of the Linears; without modules that were never called
+            the module, in the order of the Linears. Modules never called are left out
         """
         names = dict.fromkeys(self._module_of[name] for name in linears)
         return {name: self._run(name) for name in names if name in self._calls}
@@ -89,9 +90,9 @@ class FunctionCheck:
         """
         Run modules again, and forget their calls.
 
-        :param before: what :meth:`outputs` returned before Linears were transformed
-        :param transformed: names of the Linears that were
-        :raises ValueError: if a module computes something else, on any rank
+        :param before: result of :meth:`outputs` before Linears were transformed
+        :param transformed: names of the transformed Linears
+        :raises ValueError: if the output of a module changed, on any rank
         """
         changes = {}
         for name, expected in before.items():
@@ -131,14 +132,16 @@ class FunctionCheck:
 
 def relative_change(before: Tensor, after: Tensor, x: Tensor | None = None) -> float:
     """
-    Compute the change of an output, relative to what the module adds to its input. Median over
-    tokens, because single tokens may be routed to other experts after rounding.
+    Compute the change of an output, relative to the module's contribution: the output, or
+    the output less the input if that is smaller (residual connections).
+
+    Median over tokens, because rounding may route a few tokens to other experts.
 
     :param before: shape (tokens, ...)
     :param after: same shape
     :param x: input of the module; ignored unless it has the same shape
-    :return: 0 for equal outputs and for changes within the rounding of their dtype; infinite
-        if finite values became others
+    :return: relative change; 0 within the rounding of the dtype, infinite if finite outputs
+        are no longer finite
     """
     eps = torch.finfo(before.dtype).eps
     before, after = before.flatten(1).float(), after.flatten(1).float()
@@ -158,7 +161,7 @@ def relative_change(before: Tensor, after: Tensor, x: Tensor | None = None) -> f
 
 
 def _holder(model: Module, name: str) -> str:
-    """Name of the nearest module around a Linear that can be called"""
+    """Find the name of the innermost module around a Linear that can be called"""
     while name:
         name = name.rpartition(".")[0]
         if not isinstance(model.get_submodule(name), ModuleList | ModuleDict):

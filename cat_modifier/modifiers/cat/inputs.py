@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From observed inputs to what :func:`plan_transforms` needs of them."""
+"""From observed inputs to the arguments of :func:`plan_transforms`."""
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -20,12 +20,12 @@ __all__ = ["PlanningUnit", "describe_input", "planning_units"]
 @dataclass(frozen=True)
 class PlanningUnit:
     """
-    Inputs whose transforms depend on each other.
+    Inputs that are planned together, because their transforms depend on each other.
 
-    :param inputs: the inputs, in the order of the model
-    :param layer: full name of the decoding layer that shares a limit of overhead; None
+    :param inputs: inputs in the order of the model
+    :param layer: full name of the decoding layer whose inputs share `max_overhead`; None
         without a limit
-    :param is_seen: whether there are statistics of the inputs
+    :param is_seen: whether calibration has seen tokens of the inputs
     """
 
     inputs: list[SharedInput]
@@ -40,16 +40,16 @@ def planning_units(
     transformed: Collection[str],
 ) -> list[PlanningUnit]:
     """
-    Divide inputs into units that can be planned one after the other.
+    Divide inputs into units that are planned independently.
 
-    An attention output and the input of its value projection belong together, and so do all
-    inputs of a decoding layer under a limit of overhead.
+    An attention output and the input of its value projection are one unit. With a limit of
+    overhead, all inputs of a decoding layer are one unit.
 
     :param value_projections: value projections to fuse blocks into, by the first Linear of
         the attention output
     :param layers: full names of the decoding layers with a limit of overhead
-    :param transformed: names of the Linears whose inputs are transformed already
-    :raises ValueError: if a part of a decoding layer was transformed before
+    :param transformed: names of the Linears with transformed inputs
+    :raises ValueError: if a part of a decoding layer is transformed already
     """
     reader_of = {name: one.first for one in inputs for name in one.linears}
     units: dict[str, list[SharedInput]] = {}
@@ -83,11 +83,11 @@ def describe_input(
     is_anything_quantized: bool,
 ) -> InputToPlan:
     """
-    Collect what planning needs to know of an input.
+    Collect the shape, statistics and quantization of an input.
 
     :param shards: tensor parallel shards of the input
     :param layout: largest layout of the transform
-    :param statistics: statistics of all ranks; None if the input was never seen
+    :param statistics: statistics of all ranks; None if no token was seen
     :param value_projection: Linear to fuse the blocks into; None to apply them online
     :param is_anything_quantized: whether the recipe quantizes any Linear of the model
     """
@@ -98,7 +98,7 @@ def describe_input(
         shards=shards,
         layout=layout,
         value_projection=value_projection,
-        # a recipe of CATModifier alone says nothing: it may be quantized later
+        # a recipe of CATModifier alone: the model may be quantized later
         is_quantized=any(schemes) or not is_anything_quantized,
         is_clippable=_is_clippable(schemes),
     )
@@ -119,6 +119,6 @@ def describe_input(
 
 
 def _is_clippable(schemes: list[Any]) -> bool:
-    """Whether all Linears quantize their input alike, in a way that allows clipping"""
+    """Whether all Linears quantize the input in the same way, and it allows clipping"""
     inputs = [scheme and scheme.input_activations for scheme in schemes]
     return all(args == inputs[0] and suits_clipping(args) for args in inputs)

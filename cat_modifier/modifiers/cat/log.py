@@ -12,7 +12,11 @@ __all__ = ["log_overhead", "log_transform"]
 
 
 def log_transform(one: PlannedTransform):
-    """Log one line, and a warning if there were too few tokens; nothing of an unseen input"""
+    """
+    Log one line about a transform, and a warning if there were too few tokens.
+
+    Does nothing for an input that no token reached.
+    """
     if one.before is None or one.after is None:
         return
     source, layout = one.source, one.layout
@@ -20,7 +24,7 @@ def log_transform(one: PlannedTransform):
     shown = "/".join(members[:4]) + ("/..." if len(members) > 4 else "")
     prefix = source.first.rpartition(".")[0]
     weights, activations = source.weight_args, source.activation_args
-    # theorem 2.4 speaks of integers
+    # theorem 2.4 holds for integers
     is_float = weights is not None and weights.type == QuantizationType.FLOAT
     logger.info(
         f"{prefix}.{shown}: predicted W{_bits(weights)}A{_bits(activations)} SQNR"
@@ -34,9 +38,9 @@ def log_transform(one: PlannedTransform):
     )
     if source.token_count < layout.block_size:
         logger.warning(
-            f"{source.first}: {source.token_count} calibration tokens do not determine "
-            f"blocks of {layout.block_size} channels, which then depend on "
-            "`dampening_frac`: use more or longer samples"
+            f"{source.first}: {source.token_count} calibration tokens are too few for blocks "
+            f"of {layout.block_size} channels, which now depend on `dampening_frac`: use more "
+            "or longer samples"
         )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules that the options of CATModifier name."""
+"""From the patterns in CATModifier's options to modules."""
 
 from collections.abc import Mapping
 
@@ -21,7 +21,7 @@ def match_linears(model: Module, targets: list[str], ignore: list[str]) -> dict[
     :param targets: names, classes or `re:` patterns
     :param ignore: exceptions from `targets`
     :return: Linears by full name
-    :raises ValueError: if there are none, or one of them cannot have a transform
+    :raises ValueError: if no module matches, or a matching module cannot have a transform
     """
     matched = dict(match_named_modules(model, targets, ignore))
     if not matched:
@@ -74,18 +74,21 @@ def match_mappings(
     for mapping in mappings:
         matches = list(match_modules_set(model, mapping, ignore))
         if not matches:
-            raise ValueError(f"No modules match the mapping {mapping} of CATModifier")
+            raise ValueError(
+                f"No modules match the mapping {mapping} of CATModifier: check the names with "
+                "`model.named_modules()`"
+            )
         for match in matches:
             members = [module for modules in match for module in modules]
             if unknown := [module for module in members if module not in names]:
                 raise ValueError(
                     f"The mapping {mapping} of CATModifier matches {unknown[0]}, which is "
-                    "not among its `targets`"
+                    "not among its `targets`: extend `targets`, or change the mapping"
                 )
             if len({linear.in_features for linear in members}) > 1:
                 raise ValueError(
-                    f"The mapping {mapping} of CATModifier matches Linears of different "
-                    "input sizes, which cannot read the same input"
+                    f"The mapping {mapping} of CATModifier matches Linears of different input "
+                    "sizes, which cannot read the same input: use one mapping per input"
                 )
             inputs.append([names[module] for module in members])
     return inputs

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The pass over the calibration data that CATModifier asks llm-compressor for.
+The choice of the pipeline that passes calibration data through the model.
 
-Transforms leave the function of a model as it is, so that there is no error to propagate
-from layer to layer: the sequential pipeline would run each layer twice for nothing, and
-needs a model that can be traced. Where the model is on the device that computes, the basic
-pipeline passes the data through it once. llm-compressor infers a pipeline from
-`requires_calibration_data` alone; :func:`register` adds `prefers_basic_pipeline`.
+Transforms keep the function of a model, so that no errors propagate from layer to layer. The
+sequential pipeline would run each layer twice in vain, and needs a model that can be traced.
+The basic pipeline passes the data through the model once. It suits models that are on the
+device that computes. llm-compressor infers a pipeline from `requires_calibration_data` alone;
+:func:`register` adds `prefers_basic_pipeline`.
 """
 
 from typing import Any
@@ -29,7 +29,8 @@ def register():
     Let llm-compressor infer the basic pipeline for modifiers with `prefers_basic_pipeline`.
     Safe to call again.
 
-    Without it, if a later release infers otherwise, they run in the sequential pipeline.
+    Does nothing if a later llm-compressor infers pipelines in another way: the modifiers then
+    run in the sequential pipeline.
     """
     infer = getattr(CalibrationPipeline, "_infer_pipeline", None)
     if infer is None or hasattr(infer, "infers_basic"):
@@ -45,7 +46,7 @@ def register():
 
 
 def is_resident(model: Module) -> bool:
-    """Whether all of the model is on the device that computes, and nothing is offloaded"""
+    """Whether the whole model is on the device that computes, without offloading"""
     main = get_main_device()
 
     def is_main(device: torch.device | str) -> bool:
@@ -65,7 +66,7 @@ def is_resident(model: Module) -> bool:
 
 def run_batch(state: State, batch: Any):
     """
-    Pass one batch through the model, as llm-compressor's pipelines do it.
+    Pass one batch through the model, like llm-compressor's pipelines.
 
     :param batch: keyword arguments of the model
     """

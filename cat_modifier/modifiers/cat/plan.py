@@ -40,15 +40,15 @@ __all__ = [
 ]
 
 _ROW = QuantizationArgs(num_bits=4, strategy="channel")
-"""Assumed quantization where a recipe names none: 4 bits, one scale a row"""
+"""Quantization assumed where a recipe names none: 4 bits, one scale per row"""
 
 
 @dataclass(frozen=True)
 class PlanOptions:
     """
-    Options of CATModifier that decide about transforms; documented there.
+    Options of CATModifier for transforms. See its docstring.
 
-    :param max_overhead: limit for the inputs that are planned together; None for none
+    :param max_overhead: limit for the inputs that are planned together; None for no limit
     """
 
     rotation: Rotation
@@ -62,16 +62,16 @@ class PlanOptions:
 @dataclass(frozen=True)
 class InputToPlan:
     """
-    What is known of one shared input.
+    One shared input: its Linears, statistics and quantization.
 
-    :param names: Linears that read the input, the one that holds the transform first
+    :param names: Linears that read the input; the first holds the transform
     :param in_features: d, size of the input
     :param shards: tensor parallel shards of the input
     :param layout: largest layout of the transform
-    :param second_moments: diagonal blocks of Sx, shape (d/k, k, k) with k the block size of
-        the layout; None if the input was never seen
+    :param second_moments: diagonal blocks of Sx, shape (d/k, k, k), k the block size of the
+        layout; None if no token was seen
     :param token_count: number of tokens behind the second moments
-    :param tokens: sample of tokens, shape (n, d), float32; None if there is none
+    :param tokens: sample of tokens, shape (n, d), float32; None if no token was seen
     :param token_weights: weight of each token of the sample, shape (n,), float64
     :param weight_args: quantization of the weights; None for 16 bits
     :param activation_args: quantization of the input; None for 16 bits
@@ -104,8 +104,9 @@ class InputToPlan:
 @dataclass(frozen=True)
 class Prediction:
     """
-    SQNR and alignment of all Linears of an input together, as theorem 2.4 predicts them
-    without clipping. Ratios of energies, without a unit.
+    Predicted SQNR and alignment of all Linears of an input together.
+
+    Theorem 2.4, without clipping. Ratios of energies, without a unit.
     """
 
     sqnr: float
@@ -125,9 +126,9 @@ class PlannedTransform:
     :param source: the input
     :param transform: T as stored. Its inverse is not kept: in float64, those of all experts
         of a decoding layer would be as large as the layer
-    :param clip_ratio: range of a token relative to its values; 1 does not clip
+    :param clip_ratio: clipped range of a token over the range of its values; 1 does not clip
     :param before: prediction without the transform; None if no token was seen
-    :param after: prediction with it
+    :param after: prediction with the transform; None if no token was seen
     """
 
     source: InputToPlan
@@ -149,10 +150,10 @@ class PlannedTransform:
 @dataclass(frozen=True)
 class Overhead:
     """
-    Multiply-adds of transforms at run time, relative to those of the Linears they belong to.
+    Multiply-adds of transforms at run time, over the multiply-adds of their Linears.
 
     :param planned: sum over the planned transforms
-    :param largest: sum if all blocks were as large as they can be
+    :param largest: sum if all blocks had the largest size
     """
 
     planned: float
@@ -162,8 +163,10 @@ class Overhead:
 @dataclass(frozen=True)
 class Plan:
     """
-    :param transforms: one for each input
-    :param overhead: None without a limit
+    Transforms that were planned together.
+
+    :param transforms: one transform per input
+    :param overhead: overhead of the transforms; None without a limit
     """
 
     transforms: list[PlannedTransform]
@@ -239,18 +242,20 @@ def plan_transforms(
     layer: str = "",
 ) -> Plan:
     """
-    Plan the transforms of inputs that depend on each other: an attention output and the
-    input of its value projection, or all inputs of a decoding layer under a limit.
+    Plan the transforms of inputs that depend on each other.
+
+    These are an attention output and the input of its value projection, or all inputs of a
+    decoding layer under a limit.
 
     :param inputs: inputs whose transforms are planned together
-    :param weights: weights by the name of the Linear, shape (out, d), any dtype. They are
-        read one at a time
+    :param weights: weights by the name of the Linear, shape (out, d), any dtype; read one at
+        a time
     :param options: see :class:`PlanOptions`
     :param layer: name of the decoding layer, for messages
     :raises ValueError: if second moments are not finite, a transform is singular as stored,
         or even the cheapest transforms exceed the limit
     """
-    # attention outputs first: their transforms change the weights of value projections
+    # attention outputs first: their blocks change the weights of value projections
     ordered = sorted(inputs, key=lambda one: one.value_projection is None)
     planned = _PlannedWeights(weights)
     choices = []
@@ -437,7 +442,7 @@ def _noise(one: InputToPlan, candidate: _Candidate) -> float:
 
 
 def _finish(choice: _Choice, index: int, options: PlanOptions) -> PlannedTransform:
-    """Choose the clip ratio of the input as it is transformed"""
+    """Take the chosen transform, and choose the clip ratio of the transformed input"""
     one, candidate = choice.source, choice.candidates[index]
     clip_ratio = 1.0
     args = one.activation_args

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tensor parallelism splits of a model."""
+"""The parts of a model that tensor parallelism splits."""
 
 import math
 import re
@@ -14,14 +14,14 @@ from cat_modifier.functional.tensor_parallel import InputToShard
 __all__ = ["count_heads", "inputs_to_shard", "may_be_sharded"]
 
 _PACKED = 8
-"""Weights of 4 bits that a checkpoint packs into one integer"""
+"""Number of 4-bit weights that a checkpoint packs into one integer"""
 
 
 def count_heads(config: PretrainedConfig) -> tuple[int, int]:
     """
-    Count query heads and KV heads of the text model; 0 where its config names none.
+    Count query heads and KV heads of the text model; 0 where its config has no count.
 
-    Layers may differ: the counts divide by what all layers divide by.
+    Layers may differ: then this is the greatest common divisor of their counts.
     """
     config = config.get_text_config()
     heads, kv_heads = (
@@ -31,7 +31,7 @@ def count_heads(config: PretrainedConfig) -> tuple[int, int]:
 
 
 def _common(count: int | Iterable[int] | None) -> int:
-    """Greatest common divisor of one count, or of one for each layer"""
+    """Compute the greatest common divisor of one count, or of one count per layer"""
     return math.gcd(*([count] if isinstance(count, int) else count or []))
 
 
@@ -72,7 +72,7 @@ def may_be_sharded(model: Module, names: Iterable[str]) -> bool:
     :param names: Linears that read the input
     """
     plan = getattr(model, "tp_plan", None) or {}
-    # the plan is Transformers', and vLLM's can differ: trust nothing but a clear yes
+    # vLLM may split other Linears than this plan of Transformers: only `colwise` is certain
     column_parallel = [
         re.compile(r"(^|\.)" + re.escape(pattern).replace(r"\*", r"\d+") + "$")
         for pattern, style in plan.items()

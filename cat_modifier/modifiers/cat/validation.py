@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of recipes, models and data that our modifiers would do harm with."""
+"""Checks that stop a run early, where the modifiers would produce a wrong model."""
 
 from collections.abc import Mapping
 
@@ -77,9 +77,10 @@ def check_earlier_transforms(
     model: Module, linears: Mapping[str, Linear]
 ) -> CATTransformConfig:
     """
-    Check the transforms that the model has already.
+    Check that earlier transforms of the model and new ones can be combined.
 
-    :return: config to add transforms to: that of an earlier CATModifier, or an empty one
+    :return: config to add transforms to: the config of an earlier CATModifier, or an empty
+        one
     :raises ValueError: if the input of a Linear has a transform, or online transforms of
         another modifier would be lost
     """
@@ -110,7 +111,7 @@ def check_quantized(linears: Mapping[str, Linear], modifier: Modifier):
     """
     Check that no Linear is quantized yet.
 
-    :raises ValueError: if a Linear is quantized, so that the modifier comes too late
+    :raises ValueError: if a Linear is quantized: the modifier comes too late in the recipe
     """
     for name, linear in linears.items():
         status = getattr(linear, "quantization_status", None)
@@ -138,7 +139,7 @@ def check_same_inputs(inputs: list[SharedInput]):
 
 
 def warn_if_not_served(linears: Mapping[str, Linear]):
-    """Warn once, of the first Linear whose integers vLLM may have no kernel for"""
+    """Warn if vLLM may have no kernel for integers of the recipe; names one Linear"""
     for name, linear in linears.items():
         scheme = getattr(linear, "quantization_scheme", None)
         if scheme is None or suits_int8_product(scheme.weights, scheme.input_activations):

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training of transforms, layer by layer: how they start is the closed form"""
+"""Training of transforms, layer by layer, from the closed form on."""

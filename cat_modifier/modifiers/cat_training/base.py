@@ -44,11 +44,13 @@ class CATTrainingModifier(Modifier):
     """
     Trains the transforms of a CATModifier, the trained variant of CAT (arXiv 2603.04359).
 
-    Corrections of the transforms are fitted by gradient descent, layer by layer: the
-    quantized layer, fed by the quantized layers before it, learns to return what the original
-    layer does. Transforms keep their form, so that serving costs the same. Their inverses are
-    fused into the weights. Put it between CATModifier and a QuantizationModifier or
-    GPTQModifier, and it trains for the scheme of that modifier.
+    Gradient descent fits corrections of the transforms, layer by layer. The input of a layer
+    is the output of the quantized layers before it; the layer learns to return the output of
+    the original layer. Transforms keep their sizes, so that serving costs the same. Inverses
+    of the corrections are fused into the weights.
+
+    Put CATTrainingModifier between CATModifier and a QuantizationModifier or GPTQModifier. It
+    trains for the scheme of the latter.
 
     Sample yaml:
     ```yaml
@@ -72,28 +74,28 @@ class CATTrainingModifier(Modifier):
     Lifecycle:
 
     - on_initialize
-        - check that a CATModifier comes before
+        - check that a CATModifier precedes this modifier
     - on_calibration_start
-        - check that the schemes can be trained for
+        - check that the schemes are supported
         - hook the decoding layers, to capture the arguments of their calls
     - on_sequential_epoch_end
-        - train the transforms of each decoding layer of the subgraph, put them in place, and
-          compute the output of the quantized layer
+        - train the transforms of each decoding layer of the subgraph, write them, and compute
+          the output of the quantized layer
     - on_calibration_end
-        - remove hooks; fail if a layer could not be trained
+        - remove hooks; raise if a layer could not be trained
 
-    The device that computes holds inputs and outputs of a layer for all calibration data, and
-    the layer's weights a few times in float32.
+    The device that computes holds the inputs and outputs of one layer for all calibration
+    data, and a few float32 copies of the layer's weights.
 
-    :param steps: steps of gradient descent for each layer, at most
+    :param steps: upper bound of the steps of gradient descent per layer
     :param batch_size: batches of the calibration data per step
-    :param learning_rate: learning rate of Adam at the start; decays to 0 as a cosine
-    :param patience: evaluations without progress after which a layer is left. The error on
-        held-out samples, an eighth of all, is evaluated ten times at most. The transforms of
-        least error are kept: CATModifier's, if no step improves on them
-    :param checkpoint_dir: folder for the corrections of each trained layer. A repeated run
-        does not train the layers again that it finds there. The data must come in the same
-        order: pass `shuffle_calibration_samples=False` to oneshot
+    :param learning_rate: learning rate of Adam at the start; decays to 0 along a cosine
+    :param patience: number of evaluations without progress before training of a layer stops.
+        An eighth of the samples is held out, and its error is evaluated at most ten times.
+        The transforms of least error are kept: those of CATModifier if no step is better
+    :param checkpoint_dir: folder for the corrections of each trained layer; None to write
+        none. A repeated run reads the layers found there instead of training them. The data
+        must come in the same order: pass `shuffle_calibration_samples=False` to oneshot
     """
 
     requires_calibration_data: bool = True
@@ -118,7 +120,8 @@ class CATTrainingModifier(Modifier):
         """
         Check the data and the recipe.
 
-        :raises ValueError: if there is no data, no CATModifier before, or more than one rank
+        :raises ValueError: if there is no data, no preceding CATModifier, or more than one
+            rank
         """
         if state.data.calib is None:
             raise ValueError(
@@ -142,8 +145,8 @@ class CATTrainingModifier(Modifier):
         """
         Find the decoding layers to train, and hook them.
 
-        :raises ValueError: if the transforms cannot be trained for the schemes of the recipe,
-            or belong to no decoding layer
+        :raises ValueError: if the recipe's schemes are not supported, or no transform is
+            inside a decoding layer
         """
         config = getattr(state.model, TRANSFORM_CONFIG_NAME, None)
         if not isinstance(config, CATTransformConfig):
@@ -161,7 +164,8 @@ class CATTrainingModifier(Modifier):
         self._inputs = {
             name: [one for one in inputs if one.first.startswith(f"{name}.")] for name in layers
         }
-        # a vision tower has other layers, but those of one class follow each other
+        # all layers of these classes, to hand outputs from layer to layer. The layers of a
+        # vision tower have other classes
         classes = {
             type(layers[name])
             for name, own in self._inputs.items()
@@ -184,7 +188,7 @@ class CATTrainingModifier(Modifier):
             kwargs = {k: None if isinstance(v, Cache) else v for k, v in kwargs.items()}
             self._calls.setdefault(self._names[layer], []).append((args, kwargs))
 
-        # its type hint says that hooks take one argument
+        # Any: its type hint allows hooks of one argument only
         register: Any = self.register_hook
         for layer in self._names:
             register(layer, capture, "forward_pre", with_kwargs=True)
@@ -202,7 +206,7 @@ class CATTrainingModifier(Modifier):
         """
         Remove the hooks, and check that all layers were trained.
 
-        :raises ValueError: if a layer was not called as a whole
+        :raises ValueError: if a layer was never called as a whole
         """
         self.remove_hooks()
         left = [name for name in self._names.values() if name not in self._trained]
@@ -210,7 +214,7 @@ class CATTrainingModifier(Modifier):
         self._hidden = self._expected = self._store = None
         if left:
             raise ValueError(
-                f"{left[0]} was never called as a whole, so that its transforms could not be "
+                f"{left[0]} was never called as a whole, so that its transforms were not "
                 "trained: leave `sequential_targets` of oneshot at its default"
             )
 
@@ -219,8 +223,8 @@ class CATTrainingModifier(Modifier):
     def _train(self, layer: Module, name: str, calls: list[tuple[tuple, dict[str, Any]]]):
         if len(calls) < 2:
             raise ValueError(
-                "CATTrainingModifier needs at least two batches of calibration data, one to "
-                "train on and one to stop by"
+                "CATTrainingModifier needs at least two batches of calibration data: one to "
+                "train on, and one held out to decide when to stop"
             )
         samples = self._make_samples(layer, name, calls)
         trainable = TrainableLayer(layer, name, self._inputs[name])
@@ -259,8 +263,8 @@ class CATTrainingModifier(Modifier):
             hidden = args[0] if args else kwargs["hidden_states"]
             if index == 0 and self._hidden is not None and not self._follows(hidden):
                 logger.warning(
-                    f"The input of {name} is not the output of the layer before it: it is "
-                    "trained without the error of those before"
+                    f"The input of {name} is not the output of the layer before it: {name} is "
+                    "trained without the errors of the layers before it"
                 )
                 self._hidden = None
             mask = padding_mask(kwargs.get("attention_mask"))
@@ -313,7 +317,7 @@ class CATTrainingModifier(Modifier):
 
 @contextmanager
 def _without_gradients(module: Module) -> Iterator[None]:
-    """Freeze the parameters of a module, such as norms, meanwhile"""
+    """Freeze the parameters of a module, such as norms, within the context"""
     parameters = [one for one in module.parameters() if one.requires_grad]
     for one in parameters:
         one.requires_grad_(False)
@@ -325,7 +329,7 @@ def _without_gradients(module: Module) -> Iterator[None]:
 
 
 def _find_inputs(model: Module, config: CATTransformConfig) -> list[LayerInput]:
-    """Find all inputs with a transform, and those of Linears that are only quantized"""
+    """List the inputs of all Linears that have a transform or are quantized"""
     linears = {n: one for n, one in model.named_modules() if isinstance(one, Linear)}
 
     def value_projection(name: str) -> ValueProjection | None:
@@ -358,16 +362,16 @@ def _find_inputs(model: Module, config: CATTransformConfig) -> list[LayerInput]:
 
 def _check_scheme(name: str, linear: Linear):
     """
-    Check that the scheme of a Linear can be trained for.
+    Check that training supports the scheme of a Linear.
 
-    :raises ValueError: if it is not one that can be trained for
+    :raises ValueError: if it does not
     """
     scheme = getattr(linear, "quantization_scheme", None)
     if scheme is None or scheme.weights is None:
         raise ValueError(
-            f"The weight of {name} is not to be quantized, so that there is nothing to train "
-            "a transform for: put a QuantizationModifier or GPTQModifier with the same targets "
-            "after CATTrainingModifier"
+            f"No modifier quantizes the weight of {name}, so that training has no goal: put a "
+            "QuantizationModifier or GPTQModifier with the same targets after "
+            "CATTrainingModifier"
         )
     weights, inputs = scheme.weights, scheme.input_activations
     groups = (QuantizationStrategy.GROUP, QuantizationStrategy.TENSOR_GROUP)
@@ -379,17 +383,17 @@ def _check_scheme(name: str, linear: Linear):
         is_suited &= args is None or args.type == QuantizationType.INT or args.symmetric
     if not is_suited:
         raise ValueError(
-            f"CATTrainingModifier cannot train for the scheme of {name}: it can for weights "
-            "with a scale for each channel or group, and for activations with a dynamic scale "
-            "for each token or group, integers or symmetric floats"
+            f"CATTrainingModifier does not support the scheme of {name}. Use weights with a "
+            "scale per channel or group, and activations with a dynamic scale per token or "
+            "group, all of them integers or symmetric floats"
         )
 
 
 def _insert(trainable: TrainableLayer, corrections: dict[str, Tensor]) -> TrainableLayer:
     """
-    Put the corrected transforms and weights into the modules.
+    Write the corrected transforms and weights into the modules.
 
-    :return: the layer as it is then
+    :return: the corrected layer
     """
     corrections = dict(corrections)
     for one in trainable.inputs:
@@ -398,7 +402,7 @@ def _insert(trainable: TrainableLayer, corrections: dict[str, Tensor]) -> Traina
         correction = corrections[one.first].double()
         if one.value_projection is None:
             assert one.transform is not None and one.transform.weight is not None
-            # the correction of what is stored: the product with the weights stays exact
+            # recompute R from T as rounded: the product with the weights stays exact
             before = one.transform.weight.detach().double()
             after = (correction @ before).to(one.transform.weight.dtype)
             correction = torch.linalg.solve(before, after.double(), left=False)

@@ -2,11 +2,11 @@
 """
 Quantization with a gradient.
 
-Rounding adds noise to values. The noise grows with the range, and otherwise does not depend
-on the values. So values have the gradient of a straight-through estimator (arXiv 1308.3432),
-and the ends of the range have the gradient of noise in proportion to the range (as the step
-size of arXiv 1902.08153): training learns to make ranges small. The same holds for floats
-near zero. The noise of larger floats grows with the value itself.
+Rounding adds noise that is proportional to the range, and does not depend on the value. So
+values get the gradient of a straight-through estimator (arXiv 1308.3432). The ends of the
+range get the gradient of the noise, like the step size of arXiv 1902.08153: training learns
+to make ranges small. The same holds for floats near zero. The noise of larger floats is
+proportional to the value.
 """
 
 import torch
@@ -22,11 +22,11 @@ __all__ = ["quantize_activations", "quantize_weight", "range_ratio"]
 
 def quantize_activations(x: Tensor, args: QuantizationArgs, clip_ratio: float = 1.0) -> Tensor:
     """
-    Quantize activations, differentiable.
+    Quantize activations, with a gradient.
 
     :param x: shape (..., d), float32
     :param args: quantization to integers or symmetric floats with dynamic ranges. A global
-        scale, as NVFP4 has one, is taken of these values, not of all calibration data
+        scale (NVFP4) is computed from x alone, not from all calibration data
     :param clip_ratio: clipped range of a token over the range of its values
     :return: shape of x
     """
@@ -35,12 +35,12 @@ def quantize_activations(x: Tensor, args: QuantizationArgs, clip_ratio: float = 
 
 def quantize_weight(weight: Tensor, args: QuantizationArgs, ratio: Tensor) -> Tensor:
     """
-    Quantize a weight, differentiable.
+    Quantize a weight, with a gradient.
 
     :param weight: shape (out, d), float32
-    :param args: quantization to integers or symmetric floats, with a scale for each row or
-        each group of a row. A global scale, as NVFP4 has one, is taken of this weight alone;
-        llm-compressor has one for all weights that serving engines merge
+    :param args: quantization to integers or symmetric floats, with a scale per row or per
+        group of a row. A global scale (NVFP4) is computed from this weight alone;
+        llm-compressor computes one for all weights that serving engines merge
     :param ratio: see :func:`range_ratio`
     :return: shape (out, d)
     """
@@ -49,7 +49,7 @@ def quantize_weight(weight: Tensor, args: QuantizationArgs, ratio: Tensor) -> Te
 
 def range_ratio(weight: Tensor, args: QuantizationArgs) -> Tensor:
     """
-    Compute the ranges that the observer of a recipe gives to a weight.
+    Compute the ranges that the recipe's observer chooses for a weight.
 
     :param weight: shape (out, d)
     :param args: see :func:`quantize_weight`
@@ -61,7 +61,7 @@ def range_ratio(weight: Tensor, args: QuantizationArgs) -> Tensor:
     low, high = observer.min_vals, observer.max_vals
     width = 2 * torch.maximum(high, -low) if args.symmetric else high - low
     values = quantization_range(weight, args)
-    # 0 of 0 is nan: nothing is there to be clipped
+    # a range of zeros gives 0 / 0: there is nothing to clip
     return (width.reshape(values.shape) / values).nan_to_num(1.0)
 
 
@@ -84,8 +84,8 @@ def _last(ratio: float | Tensor) -> float | Tensor:
 
 def _uniform_part(args: QuantizationArgs) -> float:
     """
-    Compute the distance from zero up to which floats have intervals of one size, relative to
-    the largest value: twice the least normal number. On average, if scales are powers of two.
+    Compute the bound up to which floats have intervals of equal size: twice the least normal
+    number. Relative to the largest value; an average where scales are powers of two.
     """
     data = {4: FP4_E2M1_DATA, 8: FP8_E4M3_DATA}[args.num_bits]
     least_normal = 2.0 ** (2 - 2 ** (data.exponent - 1))

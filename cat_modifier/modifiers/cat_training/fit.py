@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradient descent on the corrections of one layer"""
+"""Gradient descent on the corrections of one layer."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -14,18 +14,21 @@ from cat_modifier.modifiers.cat_training.layer import LayerTensors, TrainableLay
 __all__ = ["Sample", "Training", "call_layer", "fit"]
 
 _EVALUATIONS = 10
+"""Number of evaluations of the held-out error"""
 
 
 @dataclass
 class Sample:
     """
-    What a layer is called with, and what it should return.
+    Arguments of one call of a layer, and the expected output.
 
-    :param args: positional arguments of the layer; the first are hidden states, if there is any
-    :param kwargs: arguments by name
-    :param hidden: hidden states, to be passed in place of those; shape (batch, tokens, d)
-    :param target: shape (batch, tokens, d)
-    :param mask: tokens which are no padding, shape (batch, tokens), bool; None for all
+    :param args: positional arguments. The first one, if any, is the original hidden states
+    :param kwargs: keyword arguments
+    :param hidden: hidden states of the quantized model, shape (batch, tokens, d). They
+        replace the original hidden states
+    :param target: expected output, shape (batch, tokens, d)
+    :param mask: true for real tokens, false for padding, shape (batch, tokens), bool; None if
+        there is no padding
     """
 
     args: tuple
@@ -38,11 +41,13 @@ class Sample:
 @dataclass(frozen=True)
 class Training:
     """
+    Result of :func:`fit`.
+
     :param corrections: corrections of least error on held-out samples, by the first Linear of
         the input
-    :param before: error without corrections, relative to the energy of each token
-    :param after: error with corrections
-    :param steps: number of steps
+    :param before: held-out error without corrections, relative to the energy of each token
+    :param after: held-out error with corrections
+    :param steps: number of steps made
     """
 
     corrections: dict[str, Tensor]
@@ -52,7 +57,7 @@ class Training:
 
 
 def call_layer(layer: Callable, sample: Sample) -> Tensor:
-    """Hidden states after the layer"""
+    """Call a layer with the sample's hidden states, and return its hidden states"""
     if sample.args:
         output = layer(sample.hidden, *sample.args[1:], **sample.kwargs)
     else:
@@ -71,13 +76,15 @@ def fit(
     on_step: Callable[[], Any] = lambda: None,
 ) -> Training:
     """
-    :param samples: to train on, in an order which is always the same
-    :param held_out: to choose the corrections by
-    :param steps: at most
-    :param batch_size: samples of a step
-    :param learning_rate: learning rate of Adam; decays to 0 as a cosine
-    :param patience: evaluations without progress, of at most ten, after which to stop
-    :param on_step: is called after each step
+    Train the corrections of a layer.
+
+    :param samples: samples to train on
+    :param held_out: samples to choose the corrections by
+    :param steps: upper bound of the number of steps
+    :param batch_size: samples per step
+    :param learning_rate: learning rate of Adam at the start; decays to 0 along a cosine
+    :param patience: number of evaluations without progress before training stops, of ten
+    :param on_step: called after each step
     :raises ValueError: if the error of the layer is not finite before the first step
     """
     corrections = {name: one.requires_grad_() for name, one in layer.identity().items()}
@@ -104,7 +111,7 @@ def fit(
         on_step()
         if made % interval and made < steps:
             continue
-        # the search for ranges takes longer than a step: they stay for some steps
+        # keep ranges for some steps: to search for them takes longer than a step
         ratios = _range_ratios(layer, corrections)
         error = _held_out_error(layer, corrections, ratios, held_out)
         if not math.isfinite(error):
@@ -116,7 +123,10 @@ def fit(
 
 
 def _batches(samples: list[Sample], size: int) -> Iterator[list[Sample]]:
-    """Without end, each sample once before any comes again"""
+    """
+    Draw batches forever, in the same order in every run. Each sample is drawn once before any
+    sample is drawn again.
+    """
     generator = torch.Generator().manual_seed(0)
     order: list[int] = []
     while True:
@@ -136,7 +146,7 @@ def _range_ratios(layer: TrainableLayer, corrections: dict[str, Tensor]) -> dict
 
 
 def _error(output: Tensor, sample: Sample) -> Tensor:
-    """Of each token relative to its energy, mean over tokens"""
+    """Compute the squared error of each token over the token's energy, mean over tokens"""
     target = sample.target.float()
     energy = target.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
     relative = (output.float() - target).square().sum(-1) / energy
@@ -163,8 +173,10 @@ def _add_gradients(
     batch: list[Sample],
 ):
     """
-    Weights are transformed and quantized once for all samples: gradients are summed there,
-    and go from there to the corrections.
+    Add the gradients of a batch to the corrections.
+
+    Weights are transformed and quantized once for all samples. Their gradients are summed
+    over the samples, and then passed on to the corrections.
     """
     tensors = layer.quantize(layer.correct(corrections), ratios)
     leaves = LayerTensors(
@@ -176,8 +188,7 @@ def _add_gradients(
             for field in fields(tensors)
         )
     )
-    # gradients of a mean over tokens, each relative to the energy of d values: in 16 bits they
-    # would vanish
+    # scale up: gradients of a mean over tokens and channels would vanish in 16 bits
     scale = batch[0].target.numel()
     for sample in batch:
         with layer.computing_with(leaves) as module:
@@ -185,7 +196,7 @@ def _add_gradients(
     outputs, gradients = [], []
     for field in fields(tensors):
         for name, leaf in getattr(leaves, field.name).items():
-            if leaf.grad is not None:  # as of experts which no token chose
+            if leaf.grad is not None:  # None for experts that no token was routed to
                 outputs.append(getattr(tensors, field.name)[name])
                 gradients.append(leaf.grad / scale)
     torch.autograd.backward(outputs, gradients)

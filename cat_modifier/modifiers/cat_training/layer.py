@@ -2,10 +2,10 @@
 """
 A decoding layer whose transforms can be corrected.
 
-The transform ``T`` of an input becomes ``R T``. The correction ``R`` is block-diagonal as T
-is, and starts as the identity. The weight ``W T^-1`` of a Linear becomes ``W T^-1 R^-1``, so
-that the layer computes the same but for quantization. The online Hadamard matrix stays
-between the two: ``H R T`` and ``W T^-1 R^-1 H^T``.
+The transform ``T`` of an input becomes ``R T``. The correction ``R`` has the blocks of T, and
+starts as the identity. The weight ``W T^-1`` of a Linear becomes ``W T^-1 R^-1``. Without
+quantization, the layer computes the same as before. The online Hadamard matrix stays between
+the two: ``H R T`` and ``W T^-1 R^-1 H^T``.
 """
 
 from collections.abc import Iterator, Mapping
@@ -35,9 +35,9 @@ __all__ = ["LayerInput", "LayerTensors", "TrainableLayer"]
 @dataclass(frozen=True)
 class LayerInput:
     """
-    An input of some Linears of a layer.
+    An input inside a layer, and the Linears that read it.
 
-    :param linears: Linears that read it, by full name
+    :param linears: Linears by full name
     :param transform: online transform; None for none
     :param value_projection: Linear whose rows hold the blocks; None if they are online
     """
@@ -67,11 +67,11 @@ class LayerInput:
 @dataclass
 class LayerTensors:
     """
-    Tensors that a layer computes with, float32
+    Tensors that a layer computes with, float32.
 
-    :param weights: weights by the name of the Linear; not quantized
-    :param biases: biases by the name of the Linear, where there is one
-    :param blocks: blocks of the transforms, by the first Linear of the input
+    :param weights: weights by the name of the Linear
+    :param biases: biases by the name of the Linear; Linears without a bias are left out
+    :param blocks: blocks of the online transforms, by the first Linear of the input
     """
 
     weights: dict[str, Tensor] = field(default_factory=dict)
@@ -109,7 +109,7 @@ class TrainableLayer:
                 self.base.blocks[one.first] = transform.weight.detach().float()
 
     def identity(self) -> dict[str, Tensor]:
-        """Make corrections that change nothing, by the first Linear of the input, float32"""
+        """Make identity corrections, by the first Linear of the input, float32"""
         corrections = {}
         for one in self.inputs:
             if one.correction_shape is not None:
@@ -120,9 +120,10 @@ class TrainableLayer:
 
     def correct(self, corrections: Mapping[str, Tensor]) -> LayerTensors:
         """
-        Compute the tensors of the layer with corrections, differentiable.
+        Compute the tensors of the layer with corrections, with gradients.
 
-        :param corrections: R by the first Linear of the input
+        :param corrections: R, shape as in `correction_shape`, by the first Linear of the
+            input
         """
         base, tensors = self.base, LayerTensors(biases=dict(self.base.biases))
         for one in self.inputs:
@@ -130,7 +131,7 @@ class TrainableLayer:
             weights = {name: base.weights[name] for name in one.linears}
             blocks = base.blocks.get(one.first)
             if correction is not None:
-                # a singular correction gives infinities, and so an error that is noticed
+                # a singular correction gives infinities, which stop the training
                 inverse = torch.linalg.inv_ex(correction)[0]
                 if one.value_projection is not None:
                     inverse = inverse.repeat_interleave(one.value_projection.repeats, 0)
@@ -156,7 +157,7 @@ class TrainableLayer:
         return apply_hadamard(weight, matrix.to(weight), one.transform.scheme.interleave)
 
     def range_ratios(self, tensors: LayerTensors) -> dict[str, Tensor]:
-        """Compute :func:`range_ratio` of each quantized weight, by name"""
+        """Compute :func:`range_ratio` of each quantized weight, by the name of the Linear"""
         with torch.no_grad():
             return {
                 name: range_ratio(tensors.weights[name], args)
@@ -164,7 +165,11 @@ class TrainableLayer:
             }
 
     def quantize(self, tensors: LayerTensors, ratios: Mapping[str, Tensor]) -> LayerTensors:
-        """Quantize the weights, differentiable"""
+        """
+        Quantize the weights, with gradients.
+
+        :param ratios: result of :meth:`range_ratios`
+        """
         weights = dict(tensors.weights)
         for name, args in self._weight_args().items():
             weights[name] = quantize_weight(weights[name], args, ratios[name])
@@ -181,10 +186,10 @@ class TrainableLayer:
     @contextmanager
     def computing_with(self, tensors: LayerTensors) -> Iterator[Module]:
         """
-        Exchange the Linears of the layer meanwhile.
+        Replace the Linears of the layer, and restore them at the end of the context.
 
-        :param tensors: tensors to compute with. Weights are used as they are, and inputs are
-            quantized
+        :param tensors: tensors to compute with. Inputs are quantized; weights are not
+            quantized again
         :return: the layer
         """
         replaced = []
@@ -196,10 +201,10 @@ class TrainableLayer:
                 path, _, child = name[len(self.name) + 1 :].rpartition(".")
                 parent = self.layer.get_submodule(path)
                 replaced.append((parent, child, linear))
-                exchanged = _Exchanged(
+                replacement = _Replacement(
                     step, linear, tensors.weights[name], tensors.biases.get(name)
                 )
-                setattr(parent, child, exchanged)
+                setattr(parent, child, replacement)
         try:
             yield self.layer
         finally:
@@ -220,7 +225,7 @@ def _correct_values(tensors: LayerTensors, linear: str, correction: Tensor):
 
 
 class _InputStep:
-    """Transform and quantization of an input, computed once for all Linears that read it"""
+    """Transforms and quantizes an input, once for all Linears that read it"""
 
     def __init__(
         self, transform: CATTransform | None, blocks: Tensor | None, hadamard: Tensor | None
@@ -242,7 +247,7 @@ class _InputStep:
         return quantize_activations(x, args, 1.0 if scheme is None else scheme.clip_ratio)
 
 
-class _Exchanged(Module):
+class _Replacement(Module):
     """Takes the place of a Linear"""
 
     def __init__(self, step: _InputStep, linear: Linear, weight: Tensor, bias: Tensor | None):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Corrections of trained layers on disk, so that training can go on after an interruption"""
+"""Corrections of trained layers on disk, to resume training after an interruption."""
 
 import json
 import os
@@ -26,19 +26,19 @@ _ARGUMENTS = {
     "observer",
     "observer_kwargs",
 }
-"""Arguments of quantization that training depends on: the same for GPTQ and for rounding"""
+"""Quantization arguments that training depends on. GPTQ and rounding share them"""
 
 _TOLERANCE = 0.01
-"""Relative difference between transforms in closed form, and between the sizes of tokens, of
-the same data and model"""
+"""Bound of the relative difference between two runs on the same data and model: of transforms
+in closed form, and of the log norms of tokens"""
 
 
 class CorrectionStore:
     """
-    A folder with a file for each layer.
+    A folder with a file for each trained layer.
 
-    :param folder: folder, made if it does not exist
-    :param settings: settings of the training, for JSON
+    :param folder: folder; created if it does not exist
+    :param settings: settings of the training, values that JSON can hold
     """
 
     def __init__(self, folder: str | os.PathLike, settings: dict[str, Any]):
@@ -69,7 +69,10 @@ class CorrectionStore:
         self, layer: TrainableLayer, targets: list[Tensor], corrections: dict[str, Tensor]
     ):
         """
-        :param targets: outputs of the layer of the original model, each (batch, tokens, d)
+        Write the corrections of a layer.
+
+        :param targets: outputs of the original layer, each of shape (batch, tokens, d). They
+            identify the calibration data
         """
         tensors = {f"correction.{name}": one for name, one in corrections.items()}
         tensors |= {f"before.{name}": one for name, one in layer.base.blocks.items()}
@@ -84,9 +87,12 @@ class CorrectionStore:
 
     def load(self, layer: TrainableLayer, targets: list[Tensor]) -> dict[str, Tensor] | None:
         """
-        :param targets: outputs, see :meth:`save`
-        :return: corrections by the first Linear of the input; None if the layer is not there
-        :raises ValueError: if what is there is damaged, or was trained otherwise
+        Read the corrections of a layer.
+
+        :param targets: see :meth:`save`
+        :return: corrections by the first Linear of the input; None if there is no file
+        :raises ValueError: if the file is damaged, or the layer was trained on another model,
+            recipe or calibration data
         """
         path = self._path(layer)
         if not path.exists():
@@ -111,9 +117,9 @@ class CorrectionStore:
         )
         if not is_same:
             raise ValueError(
-                f"{path} is of another model, recipe or calibration data: choose another "
-                "`checkpoint_dir`, or remove this one. (oneshot shuffles the data anew in each "
-                "run: pass `shuffle_calibration_samples=False`)"
+                f"{path} was made with another model, recipe or calibration data: choose "
+                "another `checkpoint_dir`, or remove this one. (oneshot shuffles the data anew "
+                "in each run: pass `shuffle_calibration_samples=False`)"
             )
         device = layer.base.weights[layer.inputs[0].first].device
         return {
@@ -124,7 +130,7 @@ class CorrectionStore:
 
 
 def _sizes(targets: list[Tensor]) -> Tensor:
-    """Logarithms of the norms of all tokens, of which single ones can be huge"""
+    """Compute the log norm of each token. Logarithms, because a few tokens can be huge"""
     norms = [one.float().norm(dim=-1).flatten() for one in targets]
     return torch.cat(norms).clamp_min(torch.finfo(torch.float32).tiny).log()
 
