@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What limits the accuracy of each Linear when it is quantized, and what would help"""
+"""What limits the accuracy of each quantized Linear, and what would help."""
 
 from cat_modifier.analysis.compared_transforms import TRANSFORMS
 from cat_modifier.analysis.comparison import compare

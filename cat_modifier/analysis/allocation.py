@@ -2,9 +2,9 @@
 """
 Mixed precision: choose the Linears that get more bits, from the report of an analysis.
 
-The noise-to-signal ratios of all Linears are summed. Bits go where they lower the sum most
-for their cost, until none are left. Linears that read the same input stay together, as
-serving engines merge them. The bits of weights and of activations count alike.
+The goal is a small sum of the noise-to-signal ratios of all Linears. Bits go where they
+reduce the sum most per cost. Linears that read the same input get the same scheme, because
+serving engines merge them. Bits of weights and bits of activations cost the same.
 """
 
 import json
@@ -22,7 +22,8 @@ from cat_modifier.functional.knapsack import spend
 
 __all__ = ["allocate", "config_group", "make_recipe", "mean_bits", "run"]
 
-_SERVED = ("W4A4", "W4A8", "W8A8")  # by vLLM; by rising bits
+_SERVED = ("W4A4", "W4A8", "W8A8")
+"""Schemes that vLLM serves, by rising bits"""
 
 
 def _bits(scheme: str) -> float:
@@ -30,13 +31,13 @@ def _bits(scheme: str) -> float:
 
 
 def _linears(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row per Linear, with its `input` and `size`, the multiply-adds for one token"""
+    """Make a table of one row per Linear, with `size`, its multiply-adds for one token"""
     linears = frame.drop_duplicates("layer").set_index("layer")
     return linears.assign(size=linears["in_features"] * linears["out_features"])
 
 
 def mean_bits(frame: pd.DataFrame, allocation: dict[str, list[str]]) -> float:
-    """Mean bits of the factors of all multiply-adds"""
+    """Compute the mean bits of a factor of a multiply-add"""
     sizes = _linears(frame)["size"]
     total = sum(_bits(name) * sizes[layers].sum() for name, layers in allocation.items())
     return total / sizes.sum()
@@ -44,12 +45,14 @@ def mean_bits(frame: pd.DataFrame, allocation: dict[str, list[str]]) -> float:
 
 def allocate(frame: pd.DataFrame, bits: float, transform: str = "cat") -> dict[str, list[str]]:
     """
+    Choose a scheme for each Linear.
+
     :param frame: rows of :func:`cat_modifier.analysis.layers.analyze`
-    :param bits: upper bound of the mean over the factors of all multiply-adds
-    :param transform: transform of the model to make
-    :return: Linears of each scheme, in the order of the model
+    :param bits: upper bound of :func:`mean_bits`
+    :param transform: transform of the planned model
+    :return: names of the Linears of each scheme, in the order of the model
     :raises ValueError: if the frame lacks the transform or the schemes, or if even the
-        smallest scheme takes more bits
+        smallest scheme has more bits
     """
     frame = frame[frame["transform"] == transform]
     names = [name for name in _SERVED if name in set(frame["scheme"])]
@@ -67,7 +70,10 @@ def allocate(frame: pd.DataFrame, bits: float, transform: str = "cat") -> dict[s
     ]
     indices = spend(options, bits * sizes.sum())
     if indices is None:
-        raise ValueError(f"{names[0]}, the smallest of the report, takes more than {bits} bits")
+        raise ValueError(
+            f"{names[0]}, the smallest scheme of the report, takes more than {bits} bits: "
+            "raise --bits"
+        )
     chosen = pd.Series([names[index] for index in indices], noise.index)
     chosen = linears["input"].map(chosen)
     return {name: list(chosen.index[chosen == name]) for name in names if name in set(chosen)}
@@ -75,8 +81,9 @@ def allocate(frame: pd.DataFrame, bits: float, transform: str = "cat") -> dict[s
 
 def _patterns(layers: list[str]) -> list[str]:
     """
-    Make targets that match these Linears and no others, also under the names of other
-    libraries, which differ before the layer's number.
+    Make `targets` that match exactly these Linears.
+
+    They also match the names in other libraries, which differ before the layer's number.
     """
     numbers, patterns = defaultdict(list), []
     for layer in layers:
@@ -92,7 +99,7 @@ def _patterns(layers: list[str]) -> list[str]:
 
 
 def config_group(scheme: str, targets: list[str]) -> dict[str, Any]:
-    """Config group of llm-compressor that vLLM serves, for a scheme such as `W4A8`"""
+    """Make a config group of llm-compressor, for vLLM and a scheme such as `W4A8`"""
     parsed = Scheme.parse(scheme)
     both = [args for args in (parsed.weights, parsed.activations) if args is not None]
     keys = {"num_bits", "type", "symmetric", "strategy", "dynamic"}
@@ -106,7 +113,7 @@ def config_group(scheme: str, targets: list[str]) -> dict[str, Any]:
 
 
 def make_recipe(allocation: dict[str, list[str]]) -> dict[str, Any]:
-    """Recipe of CATModifier and llm-compressor's QuantizationModifier"""
+    """Make a recipe of CATModifier and llm-compressor's QuantizationModifier"""
     groups = {s.lower(): config_group(s, _patterns(p)) for s, p in allocation.items()}
     quantization = {"ignore": list(DEFAULT_IGNORE), "config_groups": groups}
     modifiers = {"CATModifier": {}, "QuantizationModifier": quantization}
@@ -118,7 +125,10 @@ def run(report: Path, bits: float, transform: str, output: Path):
     path = report / "layers.json"
     content = json.loads(path.read_text())
     if "layers" not in content or "transform" not in content["layers"][0]:
-        raise ValueError(f"{path} is no report of a model before its quantization")
+        raise ValueError(
+            f"{path} is not a report of a model before its quantization: make one with "
+            "`cat-modifier analyze MODEL`, without --original"
+        )
     frame = pd.DataFrame(content["layers"])
     allocation = allocate(frame, bits, transform)
     recipe = yaml.safe_dump(make_recipe(allocation), sort_keys=False, width=1000)

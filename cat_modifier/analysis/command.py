@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`cat-modifier analyze`: from its arguments to a report."""
+"""The command `cat-modifier analyze`: from its arguments to a report."""
 
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def run(
         the report is written, if some Linears saw no tokens
     :raises OSError: if a file cannot be read or written
     """
-    # refuse all that can be refused before anything is loaded
+    # check everything that can be checked before a model is loaded
     schemes = layers.parse_names(options["schemes"], options["transforms"])
     options["schemes"] = [scheme.name for scheme in schemes]
     config = AutoConfig.from_pretrained(model)

@@ -2,8 +2,8 @@
 """
 The transforms that the analysis compares.
 
-To add one, add it to ``TRANSFORMS``: a label, and a function from what is known of an input
-to the transform before the Linears that read it.
+To add a transform, add it to ``TRANSFORMS``: a label, and a function that computes the
+transform from an :class:`AnalyzedInput`.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ _PRECISION = torch.bfloat16  # of stored transforms, CATModifier's default
 
 
 class AnalysisStatistics(InputStatistics):
-    """Second moments, a token sample and the channel maxima ``max|x_i|`` of one input"""
+    """Second moments, token sample and channel maxima ``max|x_i|`` of one input"""
 
     maxima: Tensor | None = None
 
@@ -42,11 +42,13 @@ class AnalysisStatistics(InputStatistics):
 @dataclass
 class AnalyzedInput:
     """
-    :param shared: an input and the Linears that read it
+    One input: its statistics, and the weights of its Linears.
+
+    :param shared: input and the Linears that read it
     :param second_moments: known diagonal blocks of Sx, of size k, or d if all of Sx is known
     :param maxima: ``max|x_i|`` of each channel, shape (d,)
     :param block_size: k of CAT
-    :param weights: weights by name of the Linear, each of shape (out, d), float32
+    :param weights: weights by the name of the Linear, each of shape (out, d), float32
     """
 
     shared: SharedInput
@@ -57,12 +59,16 @@ class AnalyzedInput:
     _sw: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
     def sx(self, block_size: int) -> Tensor:
-        """Diagonal blocks of Sx, shape (d/k, k, k), float64; k divides the known size"""
+        """
+        Compute the diagonal blocks of Sx, shape (d/k, k, k), float64.
+
+        :param block_size: k, a divisor of the size of the known blocks
+        """
         blocks = inner_blocks(self.second_moments, block_size)
         return blocks.to(self.weights[self.shared.first].device, torch.float64)
 
     def sw(self, block_size: int) -> dict[str, Tensor]:
-        """Diagonal blocks of ``W^T W`` of each Linear, shape (d/k, k, k), float64"""
+        """Compute the diagonal blocks of ``W^T W`` of each Linear, (d/k, k, k), float64"""
         if block_size not in self._sw:
             self._sw[block_size] = {
                 name: diagonal_blocks(weight, block_size).double()
@@ -72,7 +78,7 @@ class AnalyzedInput:
 
 
 class Transform(NamedTuple):
-    """A transform: its name in figures, and the function that makes it for one input"""
+    """A transform: its name in figures, and the function that computes it for one input"""
 
     label: str
     compute: Callable[[AnalyzedInput], FusedTransform]
@@ -82,13 +88,15 @@ def _cat(
     rotation: Rotation, block_size: int | Literal["full"] | None = None, strength: float = 1.0
 ) -> Callable[[AnalyzedInput], FusedTransform]:
     """
-    :param block_size: k; None for the analysis' own
-    :param strength: exponent of the alignment; 0 leaves the rotation alone
+    Make the function that computes CAT, or a part of it.
+
+    :param block_size: k; None for the block size of the analysis
+    :param strength: exponent of the alignment transform; 0 for the rotation alone
     """
 
     def compute(data: AnalyzedInput) -> FusedTransform:
         name, in_features = data.shared.first, data.shared.in_features
-        # only blocks that divide the known ones have known moments
+        # second moments are known only for blocks that divide the known ones
         known, bound = data.second_moments.shape[-1], block_size or data.block_size
         bound = choose_layout(name, known, 1, bound, rotation).block_size
         layout = choose_layout(name, in_features, 1, bound, rotation)
@@ -106,12 +114,13 @@ def _cat(
 
 def _smooth_scaling(data: AnalyzedInput) -> FusedTransform:
     """
-    Scale each channel by ``1 / s_i`` with ``s_i = sqrt(max|x_i| / max|w_i|)`` (SmoothQuant,
-    arXiv 2211.10438, equation 4 with its default strength 0.5).
+    Scale each channel by ``1 / s_i`` with ``s_i = sqrt(max|x_i| / max|w_i|)``.
+
+    This is SmoothQuant (arXiv 2211.10438, equation 4) with its default strength 0.5.
     """
     weights = torch.stack([w.abs().amax(0) for w in data.weights.values()]).amax(0).double()
     inputs = data.maxima.to(weights)
-    # a channel that is always zero on either side needs no scale
+    # a channel that is zero in all tokens or in all weights needs no scale
     floor = torch.finfo(torch.float32).tiny
     alive = (inputs > floor) & (weights > floor)
     scales = torch.where(alive, (inputs / weights.clamp_min(floor)).sqrt(), 1.0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A quantized checkpoint against its original, Linear by Linear and end to end."""
+"""Comparison of a quantized checkpoint with its original, per Linear and end to end."""
 
 import math
 from collections import defaultdict
@@ -28,11 +28,13 @@ __all__ = ["Comparison", "compare"]
 @dataclass(frozen=True)
 class Comparison:
     """
+    Result of :func:`compare`.
+
     :param layers: one row per quantized Linear, see :func:`compare`
-    :param perplexity: perplexity of the `original` and of the `checkpoint`
+    :param perplexity: perplexities under the keys `original` and `checkpoint`
     :param kl_divergence: mean KL divergence from the original's next-token distribution, nats
-    :param top1_agreement: share of tokens with the same most likely successor in both
-    :param tokens: number of tokens predicted
+    :param top1_agreement: share of tokens with the same most likely next token in both models
+    :param tokens: number of predicted tokens
     """
 
     layers: pd.DataFrame
@@ -47,17 +49,19 @@ def compare(original: Module, quantized: Module, batches: Sequence[Tensor]) -> C
     """
     Pass the same tokens through both models.
 
-    Each quantized Linear also gets the input of its original, which tells its own error
-    from the errors of all Linears before it. The columns of ``layers``: `layer`; `scheme`,
-    as `W4A4`; `in_features`, `out_features`; and in dB
+    Each quantized Linear is also called with the input of its original. This separates its
+    own error from the errors of the Linears before it.
+
+    ``layers`` has the columns `layer`, `scheme` (such as `W4A4`), `in_features`,
+    `out_features`, and in dB:
 
     - `measured_weights_db`: SQNR with the same input, activations not quantized
-    - `measured_activations_db`: ratio of the signal to what quantizing activations adds
+    - `measured_activations_db`: signal over the noise that quantized activations add
     - `measured_db`: SQNR with the same input, both quantized
-    - `accumulated_db`: SQNR of the outputs within both models, each with its own input
+    - `accumulated_db`: SQNR of the outputs inside both models, each with its own input
 
     :param original: a causal language model
-    :param quantized: the same model, with Linears that compressed-tensors has quantized
+    :param quantized: the same model, with Linears quantized by compressed-tensors
     :param batches: token ids, each of shape (batch, length), without padding
     :raises ValueError: if nothing is quantized, or the models do not have the same Linears
     :raises UnseenLinearsError: if some Linears saw no tokens; holds the other results
@@ -72,7 +76,7 @@ def compare(original: Module, quantized: Module, batches: Sequence[Tensor]) -> C
     }
     for ids in tqdm(batches, desc="Comparing"):
         outputs.clear()
-        # the quantized model first: its weights may be decompressed at the first call
+        # the quantized model first: its first call may decompress its weights
         other = call(quantized, ids, keep).logits
         add = {
             pairs[name][0]: partial(_add_errors, energies[name], pairs[name][1], output)
@@ -95,14 +99,17 @@ def _match(original: Module, quantized: Module) -> dict[str, tuple[Any, Linear]]
     """Pair the quantized Linears with their originals, by full name"""
     if experts := find_fused_experts(original):
         logger.warning(
-            f"{experts[0]} (one of {len(experts)}) holds all experts in one parameter: they "
-            "are not compared, as they are not Linears"
+            f"{experts[0]} (one of {len(experts)}) holds all experts in one parameter. These "
+            "experts are not compared, because they are not Linears"
         )
     config = getattr(getattr(quantized, "config", None), "quantization_config", None)
     transforms = getattr(config, "cat_transforms", None)
     fused = getattr(getattr(quantized, TRANSFORM_CONFIG_NAME, transforms), "fused", {})
     if fused:
-        logger.info(f"A transform is fused between these, which are not compared: {fused}")
+        logger.info(
+            "Pairs of Linears with a transform fused between them are not compared: "
+            f"{', '.join(f'{value} and {output}' for output, value in fused.items())}"
+        )
     modules = dict(original.named_modules())
     pairs = {
         name: (modules.get(name), module)
@@ -130,7 +137,13 @@ def _add_errors(
     args: tuple,
     exact: Tensor,
 ):
-    """Forward hook of the original of a quantized Linear"""
+    """
+    Add the errors of a quantized Linear. A forward hook of its original.
+
+    :param energies: sums of signal and errors, to be added to
+    :param accumulated: output of the quantized Linear inside the quantized model
+    :param exact: output of the original
+    """
     device = next(quantized.parameters()).device
     x = args[0].to(device)
     both = quantized(x).float()
@@ -162,7 +175,7 @@ def _row(name: str, module: Any, energies: dict[str, float]) -> dict[str, str | 
 
 
 def _add_predictions(totals: dict[str, float], ids: Tensor, logits: Tensor, other: Tensor):
-    """Add up the predictions of all tokens but the last of each row"""
+    """Add the log-likelihoods and their differences, over all tokens but each row's last"""
     original = logits[:, :-1].float().log_softmax(-1)
     checkpoint = other[:, :-1].float().log_softmax(-1)
     labels = ids[:, 1:, None]

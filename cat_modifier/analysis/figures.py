@@ -2,8 +2,8 @@
 """
 The figures of arXiv 2603.04359 for any model, drawn from the rows of an analysis.
 
-Colours are those of Okabe and Ito, which people with any colour vision can tell apart. Each
-has its own marker and line style, for print without colour.
+The colours of Okabe and Ito differ for any colour vision. Each colour has its own marker and
+line style, for print without colour.
 """
 
 import itertools
@@ -37,7 +37,8 @@ _MARKERS = "os^vPDX<>"
 _LINES = ["-", ":", "-.", "-", ":", "--", "-.", (0, (1, 3)), (0, (6, 2))]
 _SCHEME_MARKERS = "osD^vPX"
 
-_MAIN = ("none", "scaling", "hadamard", "cat")  # where all transforms would be a crowd
+_MAIN = ("none", "scaling", "hadamard", "cat")
+"""Transforms to draw in figures that have no room for all"""
 
 _SETTINGS: dict[Any, Any] = {
     "figure.constrained_layout.use": True,
@@ -58,8 +59,10 @@ class MissingDataError(ValueError):
 
 def _with_roles(frame: pd.DataFrame) -> pd.DataFrame:
     """
-    Add `role`, the last part of a Linear's name as in `q_proj`, and `depth`, the first
-    number in its name or, without one, its position.
+    Add columns from the Linear's name.
+
+    `role` is the last part, such as `q_proj`. `depth` is the first number in the name, or
+    the position of the Linear if there is no number.
     """
     names = frame["layer"]
     position = pd.Series(pd.factorize(names)[0], frame.index)
@@ -112,8 +115,10 @@ def _by_depth(
     frame: pd.DataFrame, labels: dict[str, str], looks: dict[str, Look], title: str = ""
 ) -> Figure:
     """
-    Draw columns of the rows over depth, one panel per column and role, one line per key of
-    `looks`, the `line` of a row. `labels` are those of the columns.
+    Draw columns over depth, with one panel per column and role.
+
+    :param labels: columns to draw, and their labels
+    :param looks: lines of a panel, by the `line` of a row
     """
     common = frame["role"].value_counts().index[:8]  # as many as there is room for
     roles = [role for role in frame["role"].unique() if role in common]
@@ -137,8 +142,8 @@ def _by_depth(
 
 def factors(frame: pd.DataFrame) -> Figure:
     """
-    The predicted SQNR of each Linear and its factors. A rotation changes concentration
-    alone; alignment needs a transform that is no rotation.
+    The predicted SQNR of each Linear and its factors. A rotation changes concentration only.
+    To change alignment takes a transform that is not a rotation.
     """
     need = "a scheme with as many bits for weights as for activations"
     scheme = _schemes(frame, lambda s: s.bits[0] == s.bits[1], need)[0]
@@ -193,8 +198,8 @@ def _name_outliers(axis: Axes, frame: pd.DataFrame):
 
 def activations_against_weights(frame: pd.DataFrame) -> Figure:
     """
-    Which of the two errors is larger, and what more bits do: small dots are Linears, large
-    ones their mean.
+    The error of weights against the error of activations, per scheme. Small dots are Linears,
+    large dots are their mean.
     """
     need = "a scheme that quantizes both weights and activations"
     schemes = [scheme.name for scheme in _schemes(frame, lambda s: None not in s.bits, need)]
@@ -275,8 +280,8 @@ def concentrations(frame: pd.DataFrame) -> Figure:
 
 def alignments(frame: pd.DataFrame) -> Figure:
     """
-    Alignment over all Linears, and the region that transforms can reach if each Linear has
-    its input for itself. Rotations leave it as it is: equal lines are drawn once.
+    Alignment of all Linears, and the region that transforms can reach if no other Linear
+    reads the input. Rotations do not change alignment: equal lines are drawn once.
     """
     frame = frame[frame["scheme"] == frame["scheme"].iloc[0]]
     first = frame[frame["transform"] == frame["transform"].iloc[0]]
@@ -293,7 +298,6 @@ def alignments(frame: pd.DataFrame) -> Figure:
             axis.fill_between(share, lower, values, color=color, alpha=alpha, linewidth=0)
             axis.plot(share, values, color=color, linewidth=0.8, label=label)
             lower = values
-    # a rotation keeps the alignment of what it rotates: only the first of equal lines is drawn
     drawn: list[np.ndarray] = []
     for transform in frame["transform"].unique():
         values = np.sort(frame.loc[frame["transform"] == transform, "alignment_db"])
@@ -333,8 +337,8 @@ def fewer_bits(frame: pd.DataFrame) -> Figure:
 
 def checkpoint_layers(frame: pd.DataFrame) -> Figure:
     """
-    SQNR of each Linear of the checkpoint: with the input of its original, and (accumulated)
-    within the quantized model, after the errors of all before it.
+    SQNR of each Linear of the checkpoint, with the input of its original. Accumulated: inside
+    the quantized model, after the errors of the Linears before it.
     """
     looks = {
         "measured_weights_db": _look(1, "weights"),

@@ -34,12 +34,12 @@ _SAMPLE_SIZE = 128  # tokens of each input on which SQNR is measured
 
 
 class UnseenLinearsError(ValueError):
-    """Some Linears saw no tokens; `results` are those of the others, None if there are none"""
+    """Some Linears saw no tokens; `results` covers the others, None if there are no others"""
 
     def __init__(self, names: list[str], results: Any):
         self.results = results
         super().__init__(
-            f"{len(names)} Linears saw no tokens, and are not in the results: "
+            f"{len(names)} Linears saw no tokens and are not in the results: "
             f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}. Use more data, or add "
             "them to `ignore`"
         )
@@ -72,7 +72,7 @@ def analyze(
     """
     parsed = parse_names(schemes, transforms)
     if not parsed or not transforms or not len(batches):
-        raise ValueError("The analysis needs a scheme, a transform and a batch at least")
+        raise ValueError("The analysis needs at least one scheme, one transform and one batch")
     if transform_block_size < 1:
         raise ValueError(f"`transform_block_size` must be positive, got {transform_block_size}")
     linears = _find_linears(model, list(targets), list(ignore))
@@ -130,7 +130,11 @@ def _find_linears(model: Module, targets: list[str], ignore: list[str]) -> dict[
 
 
 def parse_names(schemes: Iterable[str], transforms: Iterable[str]) -> list[Scheme]:
-    """Refuse unknown schemes and transforms; return the schemes"""
+    """
+    Parse the names of schemes, and check the names of transforms.
+
+    :raises ValueError: if a name is unknown
+    """
     if unknown := [name for name in transforms if name not in TRANSFORMS]:
         raise ValueError(
             f"Unknown transform {unknown[0]!r}: it should be one of {', '.join(TRANSFORMS)}"
@@ -139,7 +143,11 @@ def parse_names(schemes: Iterable[str], transforms: Iterable[str]) -> list[Schem
 
 
 def call(model: Module, batch: Batch, hooks: Mapping[Any, Callable]) -> Any:
-    """Call a model with a batch, on any device, while modules have these forward hooks"""
+    """
+    Call a model with a batch.
+
+    :param hooks: forward hooks by module, removed after the call
+    """
     device = get_execution_device(model)
     handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
     try:
@@ -153,7 +161,7 @@ def call(model: Module, batch: Batch, hooks: Mapping[Any, Callable]) -> Any:
 
 
 def without_predictions(model: Module, ids: Tensor) -> Batch:
-    """Make a batch that asks a causal language model for no logits, if it can do without"""
+    """Make a batch that asks a causal language model for as few logits as it can return"""
     batch = {"input_ids": ids, "use_cache": False}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         batch["logits_to_keep"] = 1

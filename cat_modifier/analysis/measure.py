@@ -34,24 +34,30 @@ def measure_input(
     """
     Predict and measure the SQNR of each Linear that reads an input.
 
-    A row has the columns `layer`, the full name of the Linear; `input`, the name of the
-    first Linear with this input; `in_features`, `out_features`, `transform`, `scheme`;
-    `block_size`, k of the transform; and in dB, see :mod:`cat_modifier.functional.sqnr`:
+    One row per Linear, transform and scheme. Columns:
+
+    - `layer`: full name of the Linear
+    - `input`: name of the first Linear that reads the same input
+    - `in_features`, `out_features`, `transform`, `scheme`
+    - `block_size`: k of the transform
+    - `tokens`: number of tokens seen
+    - `largest_token`: energy of the largest token over the mean. If it is large, a few tokens
+      dominate predictions, and their noise is not uniform
+
+    Columns in dB, see :mod:`cat_modifier.functional.sqnr`:
 
     - `weight_concentration_db`, `activation_concentration_db`: C(W) and C(x), transformed
     - `alignment_db`: A(x, W)
-    - `achievable_block_db`: best alignment over all transforms with blocks of k, if the
-      Linear had its input for itself; `achievable_full_db`: over all transforms, or nan
-      unless all of Sx is known
+    - `achievable_block_db`: best alignment over all transforms with blocks of k, if no other
+      Linear read the input
+    - `achievable_full_db`: best alignment over all transforms, if no other Linear read the
+      input; nan unless all of Sx is known
     - `predicted_weights_db`, `predicted_activations_db`, `predicted_db`: SQNR by lemma 2.3,
       lemma 2.2 and theorem 2.4, with weights, activations or both quantized
-    - `measured_weights_db`, `measured_activations_db`, `measured_db`: measured SQNR, each
-      value rounded to the nearest integer in the range of its channel, token or group
+    - `measured_weights_db`, `measured_activations_db`, `measured_db`: measured SQNR. Values
+      are rounded to the nearest integer in the range of their channel, token or group
 
-    and `tokens`, the number of tokens seen; `largest_token`, the energy of the largest over
-    the mean. If it is large, predictions speak of a few tokens, whose noise is not uniform.
-
-    :param shared: an input and the Linears that read it
+    :param shared: input and the Linears that read it
     :param statistics: statistics of the input
     :param block_size: k of CAT
     :param schemes: schemes to quantize with
@@ -76,12 +82,12 @@ def measure_input(
     data = AnalyzedInput(shared, second_moments, maxima, block_size, weights)
     largest = torch.linalg.vector_norm(x, dim=-1).max().item() ** 2
     mean = data.sx(1).sum().item()
-    # the sample knows the ratio of the energies of output and input much better than either
+    # the sample gives the ratio of output to input energy accurately, but not each energy
     scale = mean / (sqnr.energy(x, token_weights) or math.nan)
     outputs = {n: sqnr.energy(x @ w.T, token_weights) * scale for n, w in weights.items()}
     best_block = _achievable(data, block_size, outputs)
     best_full = _achievable(data, shared.in_features, outputs)
-    # products in the model's own dtype where that is accurate enough
+    # products in bfloat16 are accurate enough, and faster
     dtypes = {linear.weight.dtype for linear in shared.linears.values()}
     dtype = torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float32
     for transform in transforms:
@@ -133,7 +139,12 @@ def _concentration(
     channel_energies: Tensor,
     row_weights: Tensor | None = None,
 ) -> float:
-    """C(x), with the channel energies (d,) of the other factor; nan if nothing is quantized"""
+    """
+    Compute C(x), or C(W).
+
+    :param channel_energies: energy of each channel of the other factor, shape (d,)
+    :return: nan if x is not quantized
+    """
     if args is None:
         return math.nan
     shares = channel_energies.unflatten(0, (-1, args.group_size or x.shape[-1])).sum(-1)
@@ -143,7 +154,12 @@ def _concentration(
 def _achievable(
     data: AnalyzedInput, block_size: int, outputs: Mapping[str, float]
 ) -> dict[str, float]:
-    """Best alignment of each Linear with these blocks; nan if their Sx is not known"""
+    """
+    Compute the best alignment of each Linear over all transforms with blocks of this size.
+
+    :param outputs: ``E||W x||^2`` by the name of the Linear
+    :return: nan if the blocks of Sx are not known
+    """
     if block_size > data.second_moments.shape[-1]:
         return dict.fromkeys(outputs, math.nan)
     sx_root, sw = matrix_power(data.sx(block_size), 0.5), data.sw(block_size)

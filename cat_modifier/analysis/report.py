@@ -31,7 +31,7 @@ from cat_modifier.analysis.schemes import Scheme
 __all__ = ["Report", "comparison_report", "layer_report", "new_report"]
 
 _LAST = "layers.json"
-"""File that is moved last and names the others as `files`; with it the report is complete"""
+"""File that is moved last. It completes the report, and lists the other files as `files`"""
 
 _WORST = 12  # Linears in the tables of the worst ones
 _DIAGNOSIS_LABELS = ["Linear", "SQNR", "noise of", "limited by", "lost to concentration"]
@@ -44,11 +44,13 @@ _NUMBERS = {"index": False, "float_format": "{:.2f}".format, "na_rep": "nan"}
 @dataclass
 class Report:
     """
-    :param rows: all numbers
-    :param settings: settings of the analysis, for the record
-    :param summary: sentences
+    The content of a report.
+
+    :param rows: all numbers, as a table
+    :param settings: settings of the analysis, to be shown
+    :param summary: sentences of the summary
     :param tables: tables by title
-    :param figures: functions that draw from the rows, by name
+    :param figures: functions that draw a figure from the rows, by name
     :param record: further entries of `layers.json`
     """
 
@@ -60,7 +62,7 @@ class Report:
     record: dict[str, Any] = field(default_factory=dict)
 
     def print(self):
-        """Print the tables to a terminal, as far as there is room"""
+        """Print the tables to a terminal, without the columns that are only on the page"""
         for title, table in self.tables.items():
             table = table.drop(columns=_ONLY_ON_PAGE, errors="ignore")
             if "Linear" in table:
@@ -109,7 +111,7 @@ class Report:
 
 
 def layer_report(frame: pd.DataFrame, settings: dict[str, Any]) -> Report:
-    """Make the report of an analysis. Its summary is about the first scheme."""
+    """Make the report of an analysis. The summary covers the first scheme."""
     scheme = Scheme.parse(frame["scheme"].iloc[0])
     best = summary.best_transform(frame, scheme.name)
     means = summary.mean_table(frame).rename(index=lambda name: TRANSFORMS[name].label)
@@ -122,7 +124,7 @@ def layer_report(frame: pd.DataFrame, settings: dict[str, Any]) -> Report:
 
 
 def comparison_report(comparison: Comparison, settings: dict[str, Any]) -> Report:
-    """Make the report of a checkpoint that is compared with its original"""
+    """Make the report of a comparison of a checkpoint with its original."""
     layers = comparison.layers
     worst = layers.nsmallest(_WORST, "measured_db").drop(
         columns=["in_features", "out_features"]
@@ -144,7 +146,7 @@ def comparison_report(comparison: Comparison, settings: dict[str, Any]) -> Repor
 
 
 def _shown_first(frame: pd.DataFrame) -> pd.DataFrame:
-    """Move what people look for to the left"""
+    """Move the most important columns to the left"""
     first = ["layer", "transform", "scheme", "measured_db", "predicted_db"]
     first = [name for name in first if name in frame]
     return frame[first + [name for name in frame if name not in first]].round(2)
@@ -153,11 +155,11 @@ def _shown_first(frame: pd.DataFrame) -> pd.DataFrame:
 @contextmanager
 def new_report(folder: Path, overwrite: bool) -> Iterator[Path]:
     """
-    Give a staging folder; at the end of the context, move its files to the output folder.
-    After an error that folder is as it was.
+    Yield a staging folder. At the end of the context, move its files to the output folder.
+    An error leaves the output folder unchanged.
 
-    :param folder: output folder; made if it does not exist
-    :param overwrite: whether to replace an older report; other files are never touched
+    :param folder: output folder; created if it does not exist
+    :param overwrite: whether to replace an older report. Other files stay
     :raises FileExistsError: if the folder holds a report or other files
     """
     _check(folder, overwrite)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The summary: Linears that lose most, the cause, and what would help."""
+"""The summary: the Linears that lose most, the cause, and what would help."""
 
 import math
 from typing import Any
@@ -16,41 +16,50 @@ from cat_modifier.functional.sqnr import to_db
 __all__ = ["best_transform", "diagnose", "joint_db", "mean_table", "unpredictable"]
 __all__ += ["comparison_sentences", "sentences"]
 
-_DOMINANT = to_db(2)  # difference of two noises above which only the larger one is named
-_UNPREDICTABLE = 3.0  # difference of prediction and measurement worth a word, dB
+_DOMINANT = to_db(2)
+"""Difference of two noises, dB. Above it, only the larger noise is named"""
+
+_UNPREDICTABLE = 3.0
+"""Difference between prediction and measurement, dB. Larger ones are mentioned"""
 
 
 def mean_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """Mean measured SQNR over all Linears, dB, per transform (rows) and scheme (columns)"""
+    """Compute the mean measured SQNR, dB, per transform (rows) and scheme (columns)"""
     return frame.pivot_table(
         index="transform", columns="scheme", values="measured_db", sort=False, dropna=False
     )
 
 
 def best_transform(frame: pd.DataFrame, scheme: str) -> str:
-    """The transform of the highest mean"""
+    """Find the transform with the highest mean SQNR"""
     means = mean_table(frame)[scheme]
     return means.index[0] if means.isna().all() else means.idxmax()
 
 
 def joint_db(a: Any, b: Any) -> Any:
-    """SQNR with two independent errors, from the SQNR with each, dB"""
+    """Compute the SQNR with two independent errors from the SQNR with each error, dB"""
     return -10 * np.log10(10 ** (-a / 10) + 10 ** (-b / 10))
 
 
 def diagnose(frame: pd.DataFrame, scheme: Scheme, transform: str) -> pd.DataFrame:
     """
-    What holds each Linear back under a transform, worst first.
+    Find what limits each Linear under a transform.
 
-    Concentration is compared with that of normal data, the result of mixing many channels,
-    and alignment with the achievable one. The factor with the larger loss is the limit. If
-    both lose less than 1 dB, the bit width is.
+    Concentration is compared with the concentration of normal data, the result of mixing many
+    channels. Alignment is compared with the achievable alignment. The factor with the larger
+    loss is the limit. If both lose less than 1 dB, the bit width is the limit.
+
+    Columns of the result:
+
+    - `layer`; `sqnr`, dB; `limit`
+    - `noise`: the larger noise, `weights`, `activations` or `both`
+    - `concentration_loss`, dB: loss of the factor with the larger noise
+    - `alignment_loss`, dB
+    - `gain_activations`, `gain_weights`, `gain_full`, dB: gain by 8-bit activations, 8-bit
+      weights and one full block
 
     :param frame: rows of an analysis
-    :return: columns `layer`; `sqnr`, dB; `noise` (weights, activations or both); `limit`;
-        and in dB `concentration_loss` (of the larger noise), `alignment_loss`, and the gain
-        by 8-bit activations, 8-bit weights and one full block (`gain_activations`,
-        `gain_weights`, `gain_full`)
+    :return: one row per Linear, the lowest SQNR first
     """
     rows = frame[(frame["scheme"] == scheme.name) & (frame["transform"] == transform)]
     weights, activations = rows["measured_weights_db"], rows["measured_activations_db"]
@@ -90,13 +99,13 @@ def diagnose(frame: pd.DataFrame, scheme: Scheme, transform: str) -> pd.DataFram
 
 
 def unpredictable(frame: pd.DataFrame) -> pd.DataFrame:
-    """Rows whose measured SQNR is far from the predicted one, farthest first"""
+    """Find the rows with measured SQNR far from predicted SQNR, the farthest first"""
     off = (frame["measured_db"] - frame["predicted_db"]).abs().sort_values(ascending=False)
     return frame.loc[off[off > _UNPREDICTABLE].index]
 
 
 def sentences(frame: pd.DataFrame, scheme: Scheme) -> list[str]:
-    """The summary, in words"""
+    """Write the summary of an analysis"""
     means = mean_table(frame)[scheme.name].rename(index=lambda name: TRANSFORMS[name].label)
     best = best_transform(frame, scheme.name)
     label = TRANSFORMS[best].label
@@ -140,14 +149,14 @@ def sentences(frame: pd.DataFrame, scheme: Scheme) -> list[str]:
 
 
 def comparison_sentences(comparison: Comparison) -> list[str]:
-    """The summary of a checkpoint against its original, in words"""
+    """Write the summary of a comparison"""
     layers, perplexity = comparison.layers, comparison.perplexity
     worst = [
         f"{row.layer} ({row.measured_db:.1f} dB)"
         for row in layers.nsmallest(3, "measured_db").itertuples()
     ]
     return [
-        f"Perplexity is {perplexity['checkpoint']:.2f}, of the original "
+        f"Perplexity is {perplexity['checkpoint']:.2f}; the original has "
         f"{perplexity['original']:.2f} ({comparison.tokens} tokens).",
         f"The KL divergence from the original is {comparison.kl_divergence:.3f} nats per "
         "token, and the most likely next token is the same for "

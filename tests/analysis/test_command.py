@@ -167,7 +167,7 @@ def test_misuse_is_exit_code_2_and_names_the_help(command, capsys, arguments, me
         ("missing.txt", "The dataset 'missing.txt' .* cannot be read"),
         ("broken.json", "The dataset 'broken.json' .* cannot be read"),
         ("table.csv", "The dataset 'table.csv' has no column 'text' but .*title.*body"),
-        ("lists.json", "Column 'text' of the dataset 'lists.json' holds list"),
+        ("lists.json", "Column 'text' of the dataset 'lists.json' holds values of type list"),
         ("short.txt", "The texts have . tokens, too few for one window of 64"),
     ],
 )

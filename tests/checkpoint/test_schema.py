@@ -150,7 +150,7 @@ def test_transforms_and_marked_formats_come_together(kind):
         ("requires", "cat-modifier>=99", "pip install 'cat-modifier>=99'"),
         ("requires", "cat-modifier-other", "must name a release of cat-modifier"),
         ("requires", "cat-modifier @ https://example.org/a.whl", "must name a release"),
-        ("requires", "cat-modifier >< 1", "no requirement"),
+        ("requires", "cat-modifier >< 1", "not a requirement"),
         ("fused", {"layers.0.o": 1}, "fused"),
         ("config_groups", [], "config_groups"),
         ("other", 1, "other"),

@@ -310,7 +310,7 @@ def test_layers_which_do_not_get_better_are_left(tmp_path):
         (
             [CATModifier, CATTrainingModifier],
             SCHEME | {"ignore": ["lm_head", "re:.*down_proj"]},
-            "is not to be quantized",
+            "No modifier quantizes the weight",
         ),
     ],
 )
@@ -336,7 +336,7 @@ ROWS = {"num_bits": 8, "type": "float", "strategy": "channel"}
 )
 def test_schemes_which_are_refused(tmp_path, scheme):
     recipe = [CATModifier(), CATTrainingModifier()]
-    with pytest.raises(ValueError, match="cannot train for the scheme"):
+    with pytest.raises(ValueError, match="does not support the scheme"):
         compress(make_model(tmp_path), *recipe, last=QuantizationModifier(**scheme))
 
 

@@ -164,7 +164,8 @@ class CATTrainingModifier(Modifier):
         self._inputs = {
             name: [one for one in inputs if one.first.startswith(f"{name}.")] for name in layers
         }
-        # train all layers of these classes, also ones without a transform: they pass errors on
+        # all layers of these classes, to hand outputs from layer to layer. The layers of a
+        # vision tower have other classes
         classes = {
             type(layers[name])
             for name, own in self._inputs.items()
@@ -379,9 +380,9 @@ def _check_scheme(name: str, linear: Linear):
     scheme = getattr(linear, "quantization_scheme", None)
     if scheme is None or scheme.weights is None:
         raise ValueError(
-            f"No modifier quantizes the weight of {name}, so that there is nothing to train "
-            "its transform for: put a QuantizationModifier or GPTQModifier with the same "
-            "targets after CATTrainingModifier"
+            f"No modifier quantizes the weight of {name}, so that training has no goal: put a "
+            "QuantizationModifier or GPTQModifier with the same targets after "
+            "CATTrainingModifier"
         )
     weights, inputs = scheme.weights, scheme.input_activations
     groups = (QuantizationStrategy.GROUP, QuantizationStrategy.TENSOR_GROUP)
