@@ -11,6 +11,8 @@ from typing import Annotated
 
 import typer
 
+from cat_modifier.version import __version__
+
 __all__ = ["main"]
 
 app = typer.Typer(
@@ -22,10 +24,32 @@ app = typer.Typer(
 )
 
 
+def _show_version(is_asked: bool):
+    if is_asked:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version."
+        ),
+    ] = False,
+):
+    """Take the options that belong to no command"""
+
+
 def _check(model: str | None) -> str | None:
-    """Refuse a folder that does not exist; the Hub would say less"""
-    if model and model.startswith(("/", ".", "~")) and not Path(model).expanduser().is_dir():
-        raise typer.BadParameter(f"There is no folder {model}")
+    from cat_modifier.model_path import check_model
+
+    try:
+        if model is not None:
+            check_model(model)
+    except FileNotFoundError as error:
+        raise typer.BadParameter(str(error)) from error
     return model
 
 
@@ -152,9 +176,12 @@ def allocate(
         ),
     ] = 4.5,
     transform: Annotated[
-        str, typer.Option(help="Transform of the report whose measured SQNR counts.")
+        str, typer.Option(help="Transform of the report that the recipe makes.")
     ] = "cat",
     output: Annotated[Path, typer.Option(help="File for the recipe.")] = Path("recipe.yaml"),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the file if it exists.")
+    ] = False,
 ):
     """
     Make a recipe with more bits where they matter.
@@ -164,7 +191,7 @@ def allocate(
     """
     from cat_modifier.analysis.allocation import run
 
-    run(report, bits, transform, output)
+    run(report, bits, transform, output, overwrite)
 
 
 def main():

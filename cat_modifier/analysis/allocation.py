@@ -10,12 +10,14 @@ serving engines merge them. Bits of weights and bits of activations cost the sam
 import json
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import yaml
 
+from cat_modifier.analysis.compared_transforms import TRANSFORMS
 from cat_modifier.analysis.schemes import Scheme
 from cat_modifier.calibration.shared_inputs import DEFAULT_IGNORE
 from cat_modifier.functional.knapsack import spend
@@ -54,11 +56,17 @@ def allocate(frame: pd.DataFrame, bits: float, transform: str = "cat") -> dict[s
     :raises ValueError: if the frame lacks the transform or the schemes, or if even the
         smallest scheme has more bits
     """
+    transforms = frame["transform"].unique()
+    if transform not in transforms:
+        raise ValueError(
+            f"The report has no transform {transform!r}: choose one of {', '.join(transforms)}"
+        )
     frame = frame[frame["transform"] == transform]
     names = [name for name in _SERVED if name in set(frame["scheme"])]
     if len(names) < 2:
         raise ValueError(
-            f"The report needs transform {transform!r} and two schemes of {', '.join(_SERVED)}"
+            f"The report needs two schemes of {', '.join(_SERVED)}: repeat `cat-modifier "
+            "analyze` with --schemes"
         )
     linears = _linears(frame)
     noise = 10 ** (-frame.pivot(index="layer", columns="scheme", values="measured_db") / 10)
@@ -112,17 +120,57 @@ def config_group(scheme: str, targets: list[str]) -> dict[str, Any]:
     }
 
 
-def make_recipe(allocation: dict[str, list[str]]) -> dict[str, Any]:
-    """Make a recipe of CATModifier and llm-compressor's QuantizationModifier"""
+def make_recipe(
+    allocation: dict[str, list[str]],
+    transform: str = "cat",
+    targets: Iterable[str] = ("Linear",),
+    ignore: Iterable[str] = DEFAULT_IGNORE,
+    transform_block_size: int = 128,
+) -> dict[str, Any]:
+    """
+    Make a recipe of CATModifier and llm-compressor's QuantizationModifier.
+
+    :param allocation: Linears of each scheme, see :func:`allocate`
+    :param transform: transform of the model to make
+    :param targets: the analysis' own, as `ignore` and `transform_block_size`
+    :raises ValueError: if CATModifier cannot make the transform
+    """
+    options = TRANSFORMS[transform].options
+    if options is None:
+        raise ValueError(
+            f"CATModifier cannot make the transform {transform!r}: choose another one of the "
+            "report with --transform"
+        )
+    modifiers: dict[str, Any] = {}
+    if options:
+        modifiers["CATModifier"] = {
+            "transform_block_size": transform_block_size,
+            **options,
+            "targets": list(targets),
+            "ignore": list(ignore),
+        }
     groups = {s.lower(): config_group(s, _patterns(p)) for s, p in allocation.items()}
-    quantization = {"ignore": list(DEFAULT_IGNORE), "config_groups": groups}
-    modifiers = {"CATModifier": {}, "QuantizationModifier": quantization}
+    modifiers["QuantizationModifier"] = {"ignore": list(ignore), "config_groups": groups}
     return {"quant_stage": {"quant_modifiers": modifiers}}
 
 
-def run(report: Path, bits: float, transform: str, output: Path):
-    """Run `cat-modifier allocate`; see its help for the parameters"""
+def run(report: Path, bits: float, transform: str, output: Path, overwrite: bool):
+    """
+    Run `cat-modifier allocate`; see its help for the parameters.
+
+    :raises ValueError: if the report or the arguments do not fit
+    :raises OSError: if a file cannot be read or written
+    """
+    if output.exists() and not overwrite:
+        raise FileExistsError(
+            f"{output} exists: choose another --output, or replace it with --overwrite"
+        )
     path = report / "layers.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{report} holds no report: make one with `cat-modifier analyze MODEL --output "
+            f"{report}`"
+        )
     content = json.loads(path.read_text())
     if "layers" not in content or "transform" not in content["layers"][0]:
         raise ValueError(
@@ -131,11 +179,17 @@ def run(report: Path, bits: float, transform: str, output: Path):
         )
     frame = pd.DataFrame(content["layers"])
     allocation = allocate(frame, bits, transform)
-    recipe = yaml.safe_dump(make_recipe(allocation), sort_keys=False, width=1000)
+    settings = {
+        key: content["settings"][key] for key in ("targets", "ignore", "transform_block_size")
+    }
+    recipe = make_recipe(allocation, transform, **settings)
+    text = yaml.safe_dump(recipe, sort_keys=False, width=1000)
     mean = mean_bits(frame, allocation)
-    output.write_text(f"# By `cat-modifier allocate`: {mean:.2f} bits\n{recipe}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(f"# By `cat-modifier allocate`: {mean:.2f} bits\n{text}")
     sizes = _linears(frame)["size"]
     for name, layers in allocation.items():
         share = sizes[layers].sum() / sizes.sum()
-        print(f"{name}: {len(layers)} Linears, {share:.0%} of the multiply-adds")
+        count = f"{len(layers)} of {len(sizes)} Linears"
+        print(f"{name}: {count}, {share:.0%} of the multiply-adds")
     print(f"The recipe, of {mean:.2f} bits, is in {output}")

@@ -42,7 +42,13 @@ def run(
     # check everything that can be checked before a model is loaded
     schemes = layers.parse_names(options["schemes"], options["transforms"])
     options["schemes"] = [scheme.name for scheme in schemes]
-    config = AutoConfig.from_pretrained(model)
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except OSError as error:
+        if Path(model).is_dir():
+            raise
+        message = f"There is no folder {model}, and it could not be read from the Hub: {error}"
+        raise OSError(message) from error
     is_quantized = getattr(config, "quantization_config", None) is not None
     if is_quantized and original is None:
         raise ValueError(f"{model} is quantized: name the model it was made from as --original")

@@ -2,13 +2,13 @@
 """
 The transforms that the analysis compares.
 
-To add a transform, add it to ``TRANSFORMS``: a label, and a function that computes the
-transform from an :class:`AnalyzedInput`.
+To add one, add it to ``TRANSFORMS``: a label, a function from what is known of an input to
+the transform before the Linears that read it, and the options of CATModifier that make it.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,10 +78,18 @@ class AnalyzedInput:
 
 
 class Transform(NamedTuple):
-    """A transform: its name in figures, and the function that computes it for one input"""
+    """
+    A transform that is compared with others.
+
+    :param label: name in figures
+    :param compute: makes the transform of one input
+    :param options: options of CATModifier that make it; empty if nothing is to be made, None
+        if CATModifier cannot make it
+    """
 
     label: str
     compute: Callable[[AnalyzedInput], FusedTransform]
+    options: dict[str, Any] | None = None
 
 
 def _cat(
@@ -128,14 +136,27 @@ def _smooth_scaling(data: AnalyzedInput) -> FusedTransform:
     return StoredTransform((1 / scales)[:, None, None].to(_PRECISION), layout).invert()
 
 
+def _of_modifier(
+    label: str,
+    rotation: Rotation = Rotation.HADAMARD,
+    block_size: int | Literal["full"] | None = None,
+    strength: float = 1.0,
+) -> Transform:
+    """Make an entry of ``TRANSFORMS``; parameters as in :func:`_cat`"""
+    options: dict[str, Any] = {"rotation": rotation.value, "alignment_strength": strength}
+    if block_size is not None:
+        options["transform_block_size"] = block_size
+    return Transform(label, _cat(rotation, block_size, strength), options)
+
+
 TRANSFORMS = {
-    "none": Transform("no transform", _cat(Rotation.NONE, 1, 0.0)),
+    "none": Transform("no transform", _cat(Rotation.NONE, 1, 0.0), {}),
     "scaling": Transform("SmoothQuant scaling", _smooth_scaling),
-    "hadamard": Transform("Hadamard", _cat(Rotation.HADAMARD, 1, 0.0)),
-    "block-hadamard": Transform("block Hadamard", _cat(Rotation.BLOCK_HADAMARD, None, 0.0)),
-    "cat-scaling": Transform("CAT, k = 1", _cat(Rotation.HADAMARD, 1)),
-    "cat": Transform("CAT", _cat(Rotation.HADAMARD)),
-    "cat-block-hadamard": Transform("CAT, block Hadamard", _cat(Rotation.BLOCK_HADAMARD)),
-    "cat-eigen-hadamard": Transform("CAT, eigen Hadamard", _cat(Rotation.EIGEN_HADAMARD)),
-    WHOLE: Transform("CAT, full", _cat(Rotation.HADAMARD, "full")),
+    "hadamard": _of_modifier("Hadamard", block_size=1, strength=0.0),
+    "block-hadamard": _of_modifier("block Hadamard", Rotation.BLOCK_HADAMARD, strength=0.0),
+    "cat-scaling": _of_modifier("CAT, k = 1", block_size=1),
+    "cat": _of_modifier("CAT"),
+    "cat-block-hadamard": _of_modifier("CAT, block Hadamard", Rotation.BLOCK_HADAMARD),
+    "cat-eigen-hadamard": _of_modifier("CAT, eigen Hadamard", Rotation.EIGEN_HADAMARD),
+    WHOLE: _of_modifier("CAT, full", block_size="full"),
 }

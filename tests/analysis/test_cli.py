@@ -18,6 +18,7 @@ from cat_modifier.analysis.layers import DEFAULT_SCHEMES, DEFAULT_TRANSFORMS, an
 from cat_modifier.calibration.shared_inputs import DEFAULT_IGNORE
 from cat_modifier.calibration.texts import EMBEDDED
 from cat_modifier.modifiers.cat.base import CATModifier
+from cat_modifier.version import __version__
 
 COMMANDS = ([], ["analyze"], ["allocate"])
 
@@ -66,6 +67,11 @@ def test_defaults_are_those_of_the_library():
     assert command["dataset"] == EMBEDDED
     size = CATModifier.model_fields["transform_block_size"].default
     assert command["transform_block_size"] == library["transform_block_size"] == size
+
+
+def test_version():
+    command = [sys.executable, "-m", "cat_modifier.cli", "--version"]
+    assert subprocess.check_output(command, text=True) == f"{__version__}\n"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

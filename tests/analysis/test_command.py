@@ -3,6 +3,7 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -149,6 +150,8 @@ def test_bad_input_is_one_line(command, arguments, message):
     [
         (["./nowhere"], "There is no folder ./nowhere"),
         (["model", "--original", "./nowhere"], "There is no folder ./nowhere"),
+        (["model/typo"], "There is no folder model/typo"),
+        (["a/path/of/parts"], "There is no folder a/path/of/parts"),
         (["model", "--samples", "0"], "greater than or equal to 1|not in the range x>=1"),
         (["model", "--schemes", "W4A4", "W4A8"], r"unexpected extra argument\(s\) \(W4A8\)"),
     ],
@@ -159,6 +162,15 @@ def test_misuse_is_exit_code_2_and_names_the_help(command, capsys, arguments, me
     assert end.value.code == 2
     error = capsys.readouterr().err
     assert re.search(message, error) and "--help" in error and "Traceback" not in error
+
+
+def test_a_model_that_is_neither_here_nor_on_the_hub_is_one_line(folder):
+    command = [sys.executable, "-m", "cat_modifier.cli", "analyze", "nowhere"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "error: There is no folder nowhere, and it could not be read" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@
 from typing import Any
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization import QuantizationArgs, QuantizationType
 
 from cat_modifier.checkpoint.integers import INT8_PRODUCT_RULE, is_integer
 from cat_modifier.checkpoint.marker import METHOD_NAME
@@ -17,6 +17,7 @@ from cat_modifier.integrations.vllm.compat import (
     QuantizeMethodBase,
     RoutedExperts,
     WeightsMapper,
+    current_platform,
     get_current_vllm_config_or_none,
     get_layer_partition_names,
     map_name,
@@ -164,7 +165,7 @@ class CATCompressedTensorsConfig(CompressedTensorsConfig):
     ) -> CompressedTensorsScheme:
         format = format or self.quant_format
         # vLLM has no kernel that quantizes these activations: it would raise an obscure error,
-        # or silently run with 16-bit activations
+        # or run with 16-bit activations and not say so, as symmetric ones on a CPU
         if (
             input_quant is not None
             and is_integer(weight_quant, input_quant)
@@ -176,9 +177,18 @@ class CATCompressedTensorsConfig(CompressedTensorsConfig):
                 f"activations of strategy `{input_quant.strategy}` "
                 f"(dynamic={input_quant.dynamic})"
             )
-        return super()._get_scheme_from_parts(
-            weight_quant, input_quant, output_quant, format, layer_name
-        )
+        try:
+            return super()._get_scheme_from_parts(
+                weight_quant, input_quant, output_quant, format, layer_name
+            )
+        except ValueError as error:
+            # vLLM gives no reason if it has no kernel at all for a platform
+            if current_platform.is_cpu() and weight_quant.type == QuantizationType.FLOAT:
+                raise NotImplementedError(
+                    f"{layer_name}: vLLM has no kernel for these floats on a CPU. NVFP4 and "
+                    "MXFP4 need a GPU; for a CPU take integers, as the recipe w4a4"
+                ) from error
+            raise
 
 
 def _check_load_format():

@@ -5,14 +5,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization import QuantizationArgs, preset_name_to_scheme
 from compressed_tensors.transform import TransformArgs
 
 from cat_modifier.checkpoint.schema import CATScheme, CATTransformConfig
 from cat_modifier.functional.hadamard import hadamard_matrix
 from cat_modifier.functional.transform import apply_transform
 from cat_modifier.integrations.vllm import registry as registry_module
-from cat_modifier.integrations.vllm.compat import RoutedExperts, WeightsMapper
+from cat_modifier.integrations.vllm.compat import (
+    RoutedExperts,
+    WeightsMapper,
+    current_platform,
+)
 from cat_modifier.integrations.vllm.config import CATCompressedTensorsConfig
 from cat_modifier.integrations.vllm.input_transform import InputTransform
 from cat_modifier.integrations.vllm.registry import TransformRegistry
@@ -225,3 +229,12 @@ def test_integers_that_vllm_would_silently_run_with_16_bit_activations_are_refus
     inputs = QuantizationArgs(num_bits=input_bits, type="int", strategy="token", dynamic=True)
     with pytest.raises(NotImplementedError, match="weights of strategy `group`"):
         make_config()._get_scheme_from_parts(weights, inputs, None, "pack-quantized", "a")
+
+
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="CPUs have no kernel for floats")
+@pytest.mark.parametrize("name", ["NVFP4", "MXFP4"])
+def test_floats_are_refused_on_a_cpu(name):
+    scheme = preset_name_to_scheme(name, ["Linear"])
+    args = scheme.weights, scheme.input_activations, None, scheme.format, "a"
+    with pytest.raises(NotImplementedError, match="a: .* floats on a CPU.*recipe w4a4"):
+        make_config()._get_scheme_from_parts(*args)
