@@ -25,7 +25,8 @@ def make_model():
 
 
 # tokens whose ranges differ: one scale for all would round the small ones to zero
-TOKENS = torch.randn(1, 12, 16) * torch.logspace(-2, 2, 12)[:, None]
+TOKENS = torch.randn(1, 12, 16, generator=torch.Generator().manual_seed(0))
+TOKENS *= torch.logspace(-2, 2, 12)[:, None]
 
 
 @pytest.mark.parametrize("shape", [(12,), (2, 6), (2, 2, 3), (1, 1, 12)])
@@ -44,8 +45,9 @@ def test_a_token_has_its_own_scale_whatever_the_shape(shape):
 def test_compressed_tensors_alone_gives_a_scale_to_all_tokens():
     # if this fails, compressed-tensors has mended it, and `token_batch` can go
     model = make_model()
-    expected = model(TOKENS)[0]
-    assert (model(TOKENS[0]) - expected).norm() > 0.1 * expected.norm()
+    smallest = model(TOKENS)[0, 0] - model[0].bias
+    others = model(TOKENS[0])[0] - model[0].bias
+    assert (others - smallest).norm() > 0.5 * smallest.norm()
 
 
 @torch.no_grad()
