@@ -129,6 +129,7 @@ def analyze(
         "re:.*router.*",
         "re:.*gate$",
         "re:.*kv_b_proj",
+        "re:.*dt_proj",
         "re:.*(vision|visual|audio).*",
         "re:.*projector.*",
     ],

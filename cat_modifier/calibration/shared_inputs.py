@@ -23,12 +23,13 @@ DEFAULT_IGNORE = (
     "re:.*router.*",
     "re:.*gate$",
     "re:.*kv_b_proj",
+    "re:.*dt_proj",
     "re:.*(vision|visual|audio).*",
     "re:.*projector.*",
 )
 """Linears that are not transformed by default: the lm_head, heads of classifiers, routers of
-experts, the weight that latent attention (MLA) reads in vLLM, towers for images and sound,
-and projectors that connect them"""
+experts, weights that latent attention (MLA) and state spaces read without a call, towers for
+images and sound, and projectors that connect them"""
 
 
 @dataclass

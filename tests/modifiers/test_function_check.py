@@ -99,7 +99,7 @@ def test_weights_read_without_a_call_are_left_alone(tmp_path, logs, family, pipe
     kind, config, name = family()
     model = make(tmp_path, kind, config)
     before = outputs_of(model, **TEXT)
-    transform(model, tmp_path, pipeline, **TEXT)
+    transform(model, tmp_path, pipeline, ignore=["re:.*lm_head"], **TEXT)
     check_is_kept(before, outputs_of(model, **TEXT))
     assert any("were not called" in line and name in line for line in logs)
     assert not any(name in one for one in _transformed(model))

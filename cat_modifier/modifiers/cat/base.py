@@ -128,7 +128,8 @@ class CATModifier(Modifier):
         that is added to its diagonal; positive
     :param targets: Linears to transform, by name, class or `re:` pattern
     :param ignore: exceptions from `targets`. Default: the lm_head, heads of classifiers,
-        routers of experts, kv_b_proj, towers for images and sound, and what connects them
+        routers of experts, kv_b_proj and dt_proj, towers for images and sound, and what
+        connects them
     :param mappings: Linears that share a transform, as lists of patterns, one list for each
         input, e.g. `[["re:.*q_proj", "re:.*k_proj", "re:.*v_proj"]]`. Default: the Linears
         that are observed to read the same input
@@ -478,7 +479,8 @@ class CATModifier(Modifier):
             logger.warning(
                 f"{len(skipped)} of {total} Linears were not called, while the modules that "
                 "hold them ran. Their weights seem to be read in another way, so that their "
-                f"inputs are not transformed: {_some(skipped)}"
+                "inputs are not transformed. Add them to `ignore` of the modifier that "
+                f"quantizes, too: {_some(skipped)}"
             )
         for shared in unseen:
             projection = self._value_projection(shared)
