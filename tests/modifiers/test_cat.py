@@ -345,6 +345,17 @@ def test_row_parallel_inputs_alone_are_divided(tmp_path):
     assert spans == {"q_proj": 96, "gate_proj": 96, "down_proj": 48}
 
 
+def test_inputs_of_experts_are_whole_on_each_rank(tmp_path):
+    options = {"transform_block_size": 1, "tensor_parallel_size": 4}
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 192}
+    model = transform(make_model(tmp_path, "qwen3-moe", **experts), CATModifier(**options))
+    spans = {
+        args.targets[0].rpartition("experts.")[2]: scheme.hadamard_size
+        for scheme, args in model.transform_config.inputs()
+    }
+    assert spans["0.up_proj"] == 96 and spans["0.down_proj"] == 48
+
+
 # ---- composition -------------------------------------------------------------------------
 
 

@@ -91,6 +91,8 @@ class CATCompressedTensorsConfig(CompressedTensorsConfig):
                 f"{prefix} has an input transform, but vLLM computes it in a "
                 f"{type(layer).__name__}: add it to `ignore` of CATModifier"
             )
+        if source is not None:
+            _check_names(prefix)
         _check_load_format()
         self._check_mla(layer, prefix)
         integers = self._find_integers(layer, prefix)
@@ -189,6 +191,20 @@ class CATCompressedTensorsConfig(CompressedTensorsConfig):
                     "MXFP4 need a GPU; for a CPU take integers, as the recipe w4a4"
                 ) from error
             raise
+
+
+def _check_names(prefix: str):
+    """
+    :raises NotImplementedError: if vLLM would reorder the elements of a transform
+    """
+    config = get_current_vllm_config_or_none()
+    architectures = (config and config.model_config and config.model_config.architectures) or ()
+    # vLLM's loader of this model reorders every tensor of this name, whatever it is
+    if prefix.endswith("query_key_value") and any("Bloom" in one for one in architectures):
+        raise NotImplementedError(
+            f"{prefix}: vLLM reorders all tensors of this name in a Bloom model, transforms "
+            "included: add 're:.*query_key_value' to `ignore` of CATModifier"
+        )
 
 
 def _check_load_format():

@@ -72,10 +72,17 @@ def may_be_sharded(model: Module, names: Iterable[str]) -> bool:
     :param names: Linears that read the input
     """
     plan = getattr(model, "tp_plan", None) or {}
-    # vLLM may split other Linears than this plan of Transformers: only `colwise` is certain
+    # vLLM may split other Linears than this plan of Transformers: only columns are certain
     column_parallel = [
-        re.compile(r"(^|\.)" + re.escape(pattern).replace(r"\*", r"\d+") + "$")
+        _compile(pattern)
         for pattern, style in plan.items()
-        if style == "colwise"
+        if style in ("colwise", "packed_colwise")
     ]
     return not all(any(pattern.search(name) for pattern in column_parallel) for name in names)
+
+
+def _compile(pattern: str) -> re.Pattern:
+    """Make a pattern of Linears from one of a plan, where experts of a layer are fused"""
+    expression = re.escape(pattern).replace(r"\*", r"\d+")
+    expression = expression.replace(r"experts\.gate_up_proj", r"experts\.\d+\.(gate|up)_proj")
+    return re.compile(rf"(^|\.){expression}$")
