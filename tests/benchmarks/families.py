@@ -89,7 +89,7 @@ def run_compress(name: str, folder: Path, limit: int) -> dict:
     entry = compress(name, folder, limit)
     if not is_good(entry):
         entry["stock"] = compress(name, folder, limit, "W4A4")
-        if is_good(entry["stock"]) and entry["step"] != "reload":
+        if is_good(entry["stock"]) and entry["step"] in ("transform", "quantize"):
             # does llm-compressor get data through the model?
             entry["stock calibrated"] = compress(name, folder, limit, "calibrated W4A4")
     return entry
@@ -147,7 +147,7 @@ def _whose_limit_before_vllm(entry: dict) -> str:
         return error["library"] if error else "ours"
     if entry.get("function", 0) >= SAME_FUNCTION:
         return "ours"
-    if entry["step"] != "reload" and stock["step"] in ("reload", "done"):
+    if entry["step"] in ("transform", "quantize") and stock["step"] in ("reload", "done"):
         return "ours"
     if "error" in stock:
         return stock["error"]["library"] or "llm-compressor"

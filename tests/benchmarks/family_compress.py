@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import transformers
 import yaml
+from compressed_tensors import match_named_modules
 from compressed_tensors.quantization.utils import is_module_quantized
 from family_models import families, inputs_of, make_model
 from family_process import describe, redirect_output
@@ -109,6 +110,8 @@ def write_reference(family: Family, model: PreTrainedModel, name: str):
     """Write what vLLM is to compute, beside the model that it is to read"""
     rows = [batch["input_ids"][:, :24] for batch in family.held_out if "input_ids" in batch]
     architecture = model.config.architectures[0] if model.config.architectures else ""
+    if hasattr(model.config, "audio_config"):
+        return
     has_pictures = hasattr(model.config, "vision_config")
     takes_text_alone = not has_pictures or (
         architecture.endswith("ForConditionalGeneration")
@@ -189,10 +192,15 @@ def run_ours(family: Family, result: dict, step):
 
 def run_stock(family: Family, scheme: str, result: dict, step):
     step("quantize")
-    expected = family.outputs(family.read("original"))
-    recipe = yaml.safe_dump(stock_recipe(scheme))
+    original = family.read("original")
+    expected = family.outputs(original)
+    recipe = stock_recipe(scheme)
+    modifier = recipe["quant_stage"]["quant_modifiers"]["QuantizationModifier"]
+    if not any(match_named_modules(original, ["Linear"], modifier["ignore"])):
+        modifier["ignore"] = ["re:.*lm_head"]
     options = {"pipeline": "basic"} if scheme.startswith("calibrated") else {}
     name = f"stock-{scheme}"
+    recipe = yaml.safe_dump(recipe)
     measure_quantized(family, recipe, expected, name, result, step, **options)
 
 

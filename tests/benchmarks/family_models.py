@@ -113,13 +113,17 @@ SIZES = (
 SMALL = {field: value for value, fields in SIZES for field in fields.split()}
 
 _MROPE = {"rope_type": "default", "mrope_section": [6, 4, 6], "rope_theta": 10000.0}
+# the sizes that vLLM's attention has
+_MLA = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64}
 _HALF_MROPE = _MROPE | {"mrope_section": [4, 2, 2], "partial_rotary_factor": 0.5}
 
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "blip-2": {"image_token_id": 3},
     "convnext": {"depths": [1, 1], "hidden_sizes": [32, 64], "num_stages": 2},
-    "deepseek_v2": {"num_experts_per_tok": 2},
+    "bloom": {"hidden_size": WIDTH},
+    "deepseek_v2": _MLA | {"num_experts_per_tok": 2},
+    "deepseek_v3": _MLA | {"topk_method": "noaux_tc"},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0}},
     "dots1": {
         "n_routed_experts": 4,
@@ -134,6 +138,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 2,
         "layer_types": ["sliding_attention", "full_attention"],
     },
+    "glm4_moe": {"head_dim": HEAD_DIM},
     "glm4v_text": {"rope_parameters": _HALF_MROPE},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
@@ -144,10 +149,12 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "expert_layer_period": 2,
         "expert_layer_offset": 1,
     },
+    "lfm2": {"block_dim": WIDTH, "block_ff_dim": 2 * WIDTH, "conv_dim": WIDTH},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "llava_next": {"image_grid_pinpoints": [[32, 32]]},
     "mamba2": {"num_heads": 8},
     "nemotron": {"num_key_value_heads": 2, "head_dim": HEAD_DIM},
+    "minimax_m2": {"rotary_dim": HEAD_DIM // 2},
     "mllama_text_model": {"cross_attention_layers": [1]},
     "mllama_vision_model": {
         "supported_aspect_ratios": [[1, 1]],

@@ -60,7 +60,9 @@ def serve_and_compare(model: Path, file: Path):
         from vllm import ModelRegistry
 
         architecture = json.loads((model / "config.json").read_text())["architectures"][0]
-        if architecture not in ModelRegistry.get_supported_archs():
+        # vLLM makes these from decoders
+        is_adapted = architecture.endswith(("ForSequenceClassification", "Model"))
+        if not is_adapted and architecture not in ModelRegistry.get_supported_archs():
             file.write_text(json.dumps({"unsupported": architecture}))
             os._exit(0)
         values = torch.tensor(serve(model, reference)).double()
