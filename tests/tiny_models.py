@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small models of random weights, with what real ones differ in: biases, tied embeddings"""
+"""Small models of random weights that differ like real ones: biases, tied embeddings"""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def make_model(
     dtype: torch.dtype = torch.float32,
     **overrides,
 ) -> PreTrainedModel:
-    """A model, saved to the folder together with a tokenizer"""
+    """Make a model, and save it with a tokenizer"""
     torch.manual_seed(seed)
     settings = {
         "vocab_size": VOCABULARY,
@@ -58,7 +58,7 @@ def make_model(
             if name.endswith("bias"):
                 parameter.normal_(std=0.5)
             elif name.endswith("norm.weight"):
-                # channels of different size: something to align
+                # unequal channels, so that there is something to align
                 parameter.copy_(
                     torch.logspace(-1, 1, parameter.numel())[torch.randperm(parameter.numel())]
                 )
@@ -84,7 +84,7 @@ def make_tokens(batches: int = 4, length: int = 48, seed: int = 0) -> torch.Tens
 
 
 def make_loader(tokens: torch.Tensor, mask: torch.Tensor | None = None) -> DataLoader:
-    """Batches of one sample"""
+    """Make a loader with batches of one sample"""
     mask = torch.ones_like(tokens) if mask is None else mask
     samples = [
         {"input_ids": ids, "attention_mask": real}
@@ -103,7 +103,7 @@ def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def int_scheme(weight_bits: int, input_bits: int | None, **overrides) -> dict:
-    """A config group as in recipes/"""
+    """Make an integer scheme like in recipes/"""
     group = {
         "targets": ["Linear"],
         "format": "pack-quantized",
