@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small models of random weights, with what real ones differ in: biases, tied embeddings"""
+"""Small models of random weights that differ like real ones: biases, tied embeddings"""
 
 import json
 from pathlib import Path
@@ -70,7 +70,7 @@ def make_model(
     dtype: torch.dtype = torch.float32,
     **overrides,
 ) -> PreTrainedModel:
-    """A model, saved to the folder together with a tokenizer"""
+    """Make a model, and save it with a tokenizer"""
     torch.manual_seed(seed)
     settings = {
         "vocab_size": VOCABULARY,
@@ -195,7 +195,7 @@ def make_tokens(batches: int = 4, length: int = 48, seed: int = 0) -> torch.Tens
 
 
 def make_loader(tokens: torch.Tensor, mask: torch.Tensor | None = None) -> DataLoader:
-    """Batches of one sample"""
+    """Make a loader with batches of one sample"""
     mask = torch.ones_like(tokens) if mask is None else mask
     samples = [
         {"input_ids": ids, "attention_mask": real}
@@ -220,7 +220,7 @@ def decibels(value: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def int_scheme(weight_bits: int, input_bits: int | None, **overrides) -> dict:
-    """A config group as in recipes/"""
+    """Make an integer scheme like in recipes/"""
     group = {
         "targets": ["Linear"],
         "format": "pack-quantized",

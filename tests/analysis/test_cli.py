@@ -99,7 +99,7 @@ def test_an_interrupt_is_exit_code_130_without_a_traceback(tmp_path):
     command = [sys.executable, "-m", "cat_modifier.cli", "analyze", "model"]
     command += ["--dataset", "text.txt", "--samples", "100000", "--length", "4"]
 
-    def heed_interrupts():  # jobs in the background of a shell ignore them
+    def heed_interrupts():  # background jobs of a shell ignore interrupts
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     with subprocess.Popen(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`cat-modifier analyze`, and the files which it writes"""
+"""The command `cat-modifier analyze`, and the files that it writes"""
 
 import csv
 import json
@@ -22,7 +22,7 @@ from cat_modifier.cli import main
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """With a model and a text of its words"""
+    """Make a folder with a model, and a text that uses its vocabulary"""
     folder = tmp_path_factory.mktemp("command")
     make_model(folder / "model", "llama")
     words = [f"<{i * 7919 % VOCABULARY}>" for i in range(2, 1500)]
@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def command(folder, monkeypatch, capsys):
-    """Run the command, and return what it printed; a failed one raises SystemExit"""
+    """Run the command, and return its output. Raises SystemExit if it fails"""
 
     def run(*arguments: str) -> str:
         monkeypatch.chdir(folder)
@@ -49,7 +49,7 @@ def command(folder, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def report(folder):
-    """A report of a run as users do it, with all transforms"""
+    """Make a report with all transforms"""
     command = [sys.executable, "-m", "cat_modifier.cli", "analyze", "model"]
     command += ["--dataset", "text.txt", "--samples", "8", "--length", "64"]
     command += ["--output", "report", "--transform-block-size", "16", "--transforms"]
@@ -88,7 +88,7 @@ def test_page_works_in_a_browser_without_a_network(report, tmp_path):
     command += [f"--user-data-dir={tmp_path}", "--virtual-time-budget=20000"]
     command += ["--enable-logging=stderr", "--dump-dom", f"file://{report / 'report.html'}"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-    # the table is one that scripts have made of the data
+    # scripts have filled the table
     assert f"Showing 1 to 25 of {14 * 7 * 4} entries" in done.stdout
     assert "model.layers.0.self_attn.q_proj" in done.stdout
     assert done.stdout.count("data:image/svg+xml;base64") == len(FIGURES)
@@ -120,7 +120,7 @@ def test_compares_a_checkpoint_with_its_original(command, folder):
     content = json.loads((folder / "comparison" / "layers.json").read_text())
     assert (
         len(content["layers"]) == 10
-    )  # all but v_proj and o_proj, with a transform fused between them
+    )  # all but v_proj and o_proj: a transform is fused between them
     assert content["kl_divergence"] > 0
     assert content["perplexity"]["original"] > 1
     for name in COMPARISON_FIGURES:

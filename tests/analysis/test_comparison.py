@@ -13,7 +13,7 @@ from cat_modifier.functional.sqnr import measured_sqnr, to_db
 
 
 def quantize(folder, family, scheme, *modifiers):
-    """A checkpoint and its original, loaded"""
+    """Quantize a model, and load the checkpoint and the original"""
     original = make_model(folder / "original", family)
     model = make_model(folder / "original", family)
     recipe = [*modifiers, QuantizationModifier(**scheme)]
@@ -24,7 +24,7 @@ def quantize(folder, family, scheme, *modifiers):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """Biases, grouped inputs and transforms"""
+    """A checkpoint with biases, quantization groups and transforms"""
     folder = tmp_path_factory.mktemp("compare")
     return quantize(folder, "qwen2", int_scheme(4, 4), CATModifier(transform_block_size=16))
 
@@ -99,7 +99,7 @@ def test_clipping_is_no_error_of_weights(checkpoint, tmp_path):
 
 def test_errors_accumulate(checkpoint):
     layers = compare(*checkpoint, [make_tokens(4, 32, seed=3)]).layers.set_index("layer")
-    # of the first Linears, all error is their own
+    # no errors precede the first Linears
     first = layers.loc["model.layers.0.self_attn.q_proj"]
     assert first["accumulated_db"] == pytest.approx(first["measured_db"], abs=1e-3)
     last = layers.loc["model.layers.1.mlp.down_proj"]

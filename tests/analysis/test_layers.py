@@ -63,8 +63,8 @@ def test_prediction_is_what_is_measured_on_the_real_model(
 
 def test_outliers_of_the_prediction_are_explained_by_their_rounding_noise(real, results):
     """
-    Lemma 2.2 takes rounding noise to be uniform. How much smaller it is than that is how far
-    the measurement is above the prediction, most of all where most values round to zero.
+    Lemma 2.2 assumes uniform rounding noise. Where most values round to zero, the noise is
+    smaller. The measurement is above the prediction by the same factor.
     """
     off = unpredictable(results[results["transform"] == "none"])
     assert len(off) > 0
@@ -131,7 +131,7 @@ def test_summary_of_the_real_model(results):
     assert plain["sqnr"].is_monotonic_increasing
     best = diagnose(results, scheme, "cat")
     assert best["limit"].value_counts().idxmax() == "bits"
-    # of two equal noises, removing one gains 3 dB
+    # removing one of two equal noises gains 3 dB
     assert best["gain_activations"].between(0, 8).all()
     text = " ".join(sentences(results, scheme))
     assert "highest with CAT" in text and "Hadamard" in text
@@ -170,7 +170,7 @@ def test_experts_which_are_no_linears_are_refused_and_not_forgotten(tmp_path):
 
 
 def test_few_massive_tokens_do_not_make_the_numbers_noisy():
-    """Alignment is that of all tokens, though few of them are sampled"""
+    """Alignment covers all tokens, although few tokens are sampled"""
     torch.manual_seed(0)
     x = torch.randn(40_000, 24) * torch.randn(40_000, 1).exp()
     x[::500, 5] *= 300

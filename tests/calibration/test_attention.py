@@ -53,7 +53,7 @@ def test_a_norm_of_the_values_is_seen(tmp_path):
     model = make_model(tmp_path)
     values = model.model.layers[1].self_attn.v_proj
 
-    class Norm(torch.nn.Module):  # without weights, as in Gemma 4
+    class Norm(torch.nn.Module):  # norms without weights, like in Gemma 4
         def __init__(self):
             super().__init__()
             self.v_proj = values
@@ -82,7 +82,7 @@ def test_values_which_other_layers_read_are_left_alone(tmp_path):
     seen = {}
     first.v_proj.register_forward_pre_hook(lambda _, inputs: seen.update(x=inputs[0]))
 
-    class SharedValues(torch.nn.Module):  # as in models whose later layers make none
+    class SharedValues(torch.nn.Module):  # like in models whose later layers compute no values
         def forward(self, hidden_states):
             return first.v_proj(seen["x"])
 

@@ -96,7 +96,7 @@ def test_padding_is_read_from_a_causal_mask(dtype):
 
 @pytest.mark.parametrize("real", [[0, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]])
 def test_padding_is_read_from_a_mask_of_what_is_hidden(real):
-    """As MPT makes it"""
+    """MPT passes such a mask"""
     real = torch.tensor([real], dtype=torch.bool)
     allowed = torch.ones(4, 4, dtype=torch.bool).tril() & real[:, None] & real[:, :, None]
     assert torch.equal(padding_mask(~allowed[:, None]), real)
@@ -104,5 +104,5 @@ def test_padding_is_read_from_a_mask_of_what_is_hidden(real):
 
 def test_masks_of_another_kind_are_left_alone():
     assert padding_mask(None) is None
-    assert padding_mask(object()) is None  # as flex attention's
+    assert padding_mask(object()) is None  # for example a mask of flex attention
     assert padding_mask(torch.ones(2, 1, 4, 9)) is None

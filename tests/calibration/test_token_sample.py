@@ -60,7 +60,7 @@ def test_tokens_that_are_not_finite_are_in_the_sample_whenever_they_come():
 
 
 def test_a_sample_does_not_depend_on_how_tokens_are_batched_after_it_is_full():
-    """What cannot get in is left out early: the result is that of one look at all tokens"""
+    """Tokens that cannot get in are skipped early, which must not change the sample"""
     tokens = torch.randn(400, 8)
     whole, parts = TokenSample(16), TokenSample(16)
     whole.update(tokens)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint of version 1, which every later release must read as the first one did"""
+"""A checkpoint of version 1. Every later release must read it like the first release"""
 
 import json
 import math
@@ -19,7 +19,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 @torch.no_grad()
 def sqnr_db() -> float:
-    """Log-probabilities of the checkpoint against those that are expected"""
+    """Compute the SQNR of the checkpoint's log-probabilities, with the golden ones as signal"""
     reference = json.loads((GOLDEN / "reference.json").read_text())
     ids, expected = torch.tensor(reference["ids"]), torch.tensor(reference["logprobs"])
     model = AutoModelForCausalLM.from_pretrained(GOLDEN, dtype=torch.float32).eval()
@@ -29,7 +29,7 @@ def sqnr_db() -> float:
 
 
 def test_it_computes_what_it_did():
-    # another order of summation makes a few values round the other way
+    # with another order of summation, a few values round to another integer
     assert sqnr_db() > 30
 
 
@@ -69,7 +69,7 @@ def blocks_in_reverse(x, blocks, hadamard, interleave, clip_ratio):
 
 
 def neighbours(x, blocks, hadamard, interleave, clip_ratio):
-    """The Hadamard matrix over neighbouring channels"""
+    """Apply the Hadamard matrix to neighbouring channels, which is wrong"""
     if hadamard is not None:
         x = apply_transform(x, blocks)
         return apply_transform(x, None, hadamard, 1, clip_ratio)

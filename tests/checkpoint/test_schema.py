@@ -78,7 +78,7 @@ def test_what_is_marked_is_read_back():
 
 
 def test_only_the_fields_of_version_1_are_written():
-    """Fields that compressed-tensors has, or adds, are no part of the format"""
+    """Further fields of compressed-tensors are not part of the format"""
     written = make_transforms().model_dump(mode="json")
     assert written == make_transforms().model_dump()
     assert written.keys() == {"config_groups", "fused", "requires", "version"}
@@ -201,7 +201,7 @@ def test_fields_of_a_scheme(field, value, message):
 def required_fields() -> list[tuple[bool, str]]:
     written = make_transforms().model_dump()
     scheme = next(iter(written["config_groups"].values()))
-    # without `requires` the checkpoint is not known to be ours, and its formats still are
+    # without `requires`, only the formats show that the checkpoint is a CAT checkpoint
     return [(False, name) for name in written if name != "requires"] + [
         (True, name) for name in scheme
     ]

@@ -14,7 +14,8 @@ def tokens_of(bits: int) -> QuantizationArgs:
 
 
 def test_the_range_of_a_clipped_token_is_what_it_was_clipped_to():
-    x = torch.randn(20, 300) + torch.linspace(-6, 6, 20)[:, None]  # zero outside of some
+    # the values of some tokens are all positive, or all negative
+    x = torch.randn(20, 300) + torch.linspace(-6, 6, 20)[:, None]
     found = quantization_range(clip_tokens(x, 0.7), tokens_of(4))
     assert torch.allclose(found, 0.7 * quantization_range(x, tokens_of(4)))
     assert torch.equal(clip_tokens(x, 1.0), x)
@@ -33,7 +34,7 @@ def test_the_fewer_bits_the_more_is_clipped(bits, low, high):
 
 
 def test_values_of_one_size_are_not_clipped():
-    """As a token with a single outlier after a Hadamard product"""
+    """A Hadamard product makes such values from a token with a single outlier"""
     signs = torch.randn(50, 256, generator=torch.Generator().manual_seed(0)).sign()
     assert best_clip_ratio(signs, tokens_of(4)) == 1
 

@@ -24,7 +24,7 @@ def test_levels_are_those_of_random_data(distribution, size, symmetric):
 
 
 def test_exact_values_of_one_number():
-    """r = 2|x|, and r = |x| if zero is an end of the range"""
+    """The range is 2|x| if symmetric, else |x|"""
     assert expected_concentration("normal", 1, True) == pytest.approx(1 / 4, rel=1e-4)
     assert expected_concentration("laplace", 1, False) == pytest.approx(1, rel=1e-4)
 

@@ -90,7 +90,7 @@ def test_both_parts_together_are_a_hadamard_matrix_of_the_whole(block_size):
     assert torch.allclose(matrix.abs(), torch.full_like(matrix, 96**-0.5))
 
 
-# ---- the construction is part of the checkpoint format, and never changes ------------------
+# ---- the construction is part of the checkpoint format: it never changes -------------------
 
 SIGNS = {
     # order: SHA-256 of the signs, row by row, one byte each: 0x01 for +, 0xff for -
@@ -121,13 +121,13 @@ def digest(matrix: torch.Tensor) -> str:
 def test_signs_never_change(order):
     matrix = hadamard_matrix(order)
     assert digest(matrix) == SIGNS[order]
-    if order > 1:  # other matrices of this order, as good as these in all other respects
+    if order > 1:  # other valid Hadamard matrices of the same order
         assert digest(matrix.roll(1, 0)) != SIGNS[order]
         assert digest(-matrix) != SIGNS[order]
 
 
 def specified_hadamard(n: int) -> np.ndarray | None:
-    """The construction as the README of the package specifies it, written from its text"""
+    """Build the matrix by the text of the specification in cat_modifier/README.md alone"""
 
     def is_prime(q: int) -> bool:
         return q >= 2 and all(q % i for i in range(2, isqrt(q) + 1))

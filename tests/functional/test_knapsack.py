@@ -14,7 +14,7 @@ from cat_modifier.functional.transform import compute_transform
 
 @pytest.mark.parametrize("seed", range(20))
 def test_spend_is_near_the_best_of_all_choices(seed):
-    """Where single options are small parts of the budget, and gains fall with the cost"""
+    """If each option costs little of the budget, and larger costs gain less and less"""
     random = Random(seed)
     options = [
         [(cost, random.uniform(0.5, 2) / cost**0.5) for cost in (1, 2, 3, 4)] for _ in range(6)
@@ -51,7 +51,7 @@ def test_cheaper_layouts(features, bound, rotation):
     largest = choose_layout("x", features, 1, bound, rotation)
     found = cheaper_layouts("x", features, 1, largest, rotation)
     assert found[0] == largest
-    # 112 channels are left to the Hadamard product after blocks of 128, and 224 after 64
+    # online Hadamard sizes: 112 after blocks of 128, 224 after blocks of 64
     assert len(found) > 1 or (features == 14336 and rotation is Rotation.HADAMARD)
     costs = [one.multiply_adds(features) for one in found]
     sizes = [one.block_size for one in found]
@@ -82,7 +82,7 @@ def test_cheaper_transforms_are_exact(features):
 
 
 def test_multiply_adds():
-    """A product with each block, and one of order 12 between channels that are 128 apart"""
+    """Blocks of 128, and an online Hadamard product of order 12"""
     layout = choose_layout("x", 1536, 1, 128, Rotation.HADAMARD)
     assert layout.multiply_adds(1536) == 1536 * (128 + 12)
     assert layout.multiply_adds(1536, are_blocks_fused=True) == 1536 * 12

@@ -40,7 +40,7 @@ def ranges(bits: int, strategy: str, symmetric: bool) -> QuantizationArgs:
 
 
 def predict(x, w, weight_args, input_args, token_weights=None):
-    """Theorem 2.4 from tensors"""
+    """Predict SQNR by theorem 2.4 from tensors"""
 
     def shares(channels, args):
         size = args.group_size or channels.numel()
@@ -73,7 +73,7 @@ def correlated(tokens=2000, channels=256, rows=300):
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("strategies", [("channel", "token"), ("group", "group")])
 def test_prediction_is_what_is_measured(bits, symmetric, strategies):
-    """Of each of the three errors, within 0.3 dB"""
+    """Within 0.3 dB, for the errors of weights, of activations and of both"""
     x, w = correlated()
     token_weights = torch.rand(len(x)).double()
     weight_args = ranges(bits[0], strategies[0], True)
@@ -218,7 +218,7 @@ def test_alignment_of_a_weight_with_the_only_direction_of_the_input_is_one():
 
 @st.composite
 def layers(draw):
-    """A weight (out, d) and inputs (tokens, d), float64, with d = blocks * size"""
+    """Draw a weight (out, d), inputs (tokens, d) and a block size that divides d, float64"""
     blocks, size = draw(st.integers(1, 4)), draw(st.sampled_from([1, 2, 4, 8, 12]))
     d = blocks * size
     rank_x, rank_w = draw(st.integers(1, d)), draw(st.integers(1, d))
@@ -235,9 +235,9 @@ def layers(draw):
     return random(draw(st.integers(1, 20)), rank_w), random(60, rank_x), size
 
 
-def alignment_of(w, x, insertion=None):
-    if insertion is not None:
-        w, x = insertion.transform_weight(w), insertion.transform_tokens(x)
+def alignment_of(w, x, transform=None):
+    if transform is not None:
+        w, x = transform.transform_weight(w), transform.transform_tokens(x)
     return alignment(energy(x @ w.T), w.square().sum().item(), energy(x))
 
 
@@ -255,7 +255,7 @@ def test_block_optimum_is_at_most_the_full_optimum_and_at_least_the_start(layer)
         best_alignment(w, x, size),
         best_alignment(w, x, x.shape[1]),
     )
-    # moments of low rank have square roots of their rounding errors in the nuclear norm
+    # tolerance: with low rank, square roots of rounding errors add to the nuclear norm
     assert start <= block * (1 + 1e-5)
     assert block <= full * (1 + 1e-5)
     assert full <= 1 + 1e-5
@@ -267,8 +267,8 @@ def test_block_optimum_is_at_most_the_full_optimum_and_at_least_the_start(layer)
 def test_the_transform_reaches_the_predicted_best_alignment(layer):
     w, x, size = layer
     sx, sw = diagonal_blocks(x, size) / len(x), diagonal_blocks(w, size)
-    for moments in (sx, sw):  # the optimum is reached, not approached, for full ranks alone
-        values = torch.linalg.eigvalsh(moments)
+    for second_moments in (sx, sw):  # lower ranks only approach the optimum
+        values = torch.linalg.eigvalsh(second_moments)
         assume((values[:, 0] > 1e-4 * values[:, -1]).all())
     blocks = compute_blocks(sx, sw, Rotation.NONE, 1, dampening_frac=1e-9)
     reached = alignment_of(

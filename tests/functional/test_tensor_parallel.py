@@ -14,10 +14,10 @@ MODELS = {
     "Qwen2.5-7B": ((28, 4, 128, 18944), 4),
     "Qwen2.5-0.5B": ((14, 2, 64, 4864), 2),
     "SmolLM2-135M": ((9, 3, 64, 1536), 1),
-    # 4 KV heads: with 8 ranks, two share one
+    # 4 KV heads: two of 8 ranks share one KV head
     "Qwen3-30B-A3B": ((32, 4, 128, 768), 8),
     "Qwen3-235B-A22B": ((64, 4, 128, 1536), 8),
-    # 1376 inputs a rank would leave a Hadamard matrix of order 32
+    # 1376 inputs per rank would allow a Hadamard matrix of order 32 only
     "Llama-2-7B": ((32, 32, 128, 11008), 4),
     # query heads can be divided, KV heads neither divided nor shared evenly
     "12 heads, 3 KV heads": ((12, 3, 64, 4096), 1),
@@ -45,9 +45,9 @@ LLAMA = MODELS["Llama-3-8B"][0]
         ([], {"block_size": "full"}, 1),
         ([], {"rotation": Rotation.BLOCK_HADAMARD}, 8),
         ([], {"block_size": 1, "rotation": Rotation.NONE}, 8),
-        # a rank has whole quantization groups
+        # quantization groups stay whole
         ([InputToShard(4096, unit=1024)], {}, 4),
-        # it cannot have a part of a channel, or of a head
+        # channels and heads stay whole
         ([InputToShard(4095)], {}, 1),
         ([InputToShard(6 * 128, head_dim=128)], {}, 2),
     ],

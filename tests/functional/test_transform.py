@@ -15,19 +15,19 @@ from cat_modifier.functional.layout import Rotation
 from cat_modifier.functional.transform import apply_blocks, compute_blocks, invert_blocks
 
 
-def random_moments(count: int, size: int, seed: int, decay: float = 2.0) -> torch.Tensor:
-    """Positive definite, with eigenvalues over `2 * decay` orders of magnitude"""
+def random_second_moments(count: int, size: int, seed: int, decay: float = 2.0) -> torch.Tensor:
+    """Make positive definite blocks. Eigenvalues span `2 * decay` orders of magnitude"""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(count, size, size, generator=generator, dtype=torch.float64)
     basis = torch.linalg.qr(x)[0]
     scales = torch.logspace(-decay / 2, decay / 2, size, dtype=torch.float64)
     root = (basis * scales) @ basis.mT
-    moments = root @ root.mT
-    return moments / moments.diagonal(dim1=-2, dim2=-1).mean()
+    second_moments = root @ root.mT
+    return second_moments / second_moments.diagonal(dim1=-2, dim2=-1).mean()
 
 
 def alignment_of(transform, sx, sw, energy=1.0):
-    """A of a block-diagonal transform, up to the constant E||W x||^2"""
+    """Compute the alignment of a block-diagonal transform over the constant E||W x||^2"""
     inverse = torch.linalg.inv(transform)
     weight = (inverse.mT @ sw @ inverse).diagonal(dim1=-2, dim2=-1).sum()
     activation = (transform @ sx @ transform.mT).diagonal(dim1=-2, dim2=-1).sum()
@@ -41,7 +41,10 @@ SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 24), st.integers(0, 2**16))
 @given(SHAPES)
 def test_geometric_mean_solves_the_riccati_equation(shape):
     count, size, seed = shape
-    sx, sw = random_moments(count, size, seed), random_moments(count, size, seed + 1)
+    sx, sw = (
+        random_second_moments(count, size, seed),
+        random_second_moments(count, size, seed + 1),
+    )
     g = geometric_mean(sw, torch.linalg.inv(sx))
     assert torch.allclose(g @ sx @ g, sw, rtol=1e-6, atol=1e-8 * sw.abs().max().item())
 
@@ -50,7 +53,10 @@ def test_geometric_mean_solves_the_riccati_equation(shape):
 @given(SHAPES, st.floats(-0.3, 0.3))
 def test_no_block_diagonal_transform_is_better_aligned(shape, step):
     count, size, seed = shape
-    sx, sw = random_moments(count, size, seed), random_moments(count, size, seed + 1)
+    sx, sw = (
+        random_second_moments(count, size, seed),
+        random_second_moments(count, size, seed + 1),
+    )
     best = alignment_transform(sx, sw, alignment_strength=1.0, dampening_frac=1e-9)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(best.shape, generator=generator, dtype=torch.float64)
@@ -63,7 +69,7 @@ def test_full_block_reaches_the_best_alignment_of_all_transforms(rank):
     """A* = ||W Sx^(1/2)||_F^2 / ||W Sx^(1/2)||_nuclear^2"""
     torch.manual_seed(rank)
     weight = torch.randn(rank, 24, dtype=torch.float64)
-    sx = random_moments(1, 24, seed=5)
+    sx = random_second_moments(1, 24, seed=5)
     values, vectors = torch.linalg.eigh(sx[0])
     product = weight @ (vectors * values.sqrt()) @ vectors.T
     best = product.square().sum() / torch.linalg.svdvals(product).sum() ** 2
@@ -72,7 +78,7 @@ def test_full_block_reaches_the_best_alignment_of_all_transforms(rank):
     energy = (weight @ sx[0] @ weight.T).trace()
     reached = alignment_of(transform, sx, diagonal_blocks(weight, 24), energy)
     assert reached <= best * (1 + 1e-9)
-    # a weight of lower rank is damped: the optimum is then approached, not reached
+    # dampening changes a weight of lower rank, so that the optimum is only approached
     assert reached >= best * (0.999 if rank >= 24 else 0.98)
 
 
@@ -98,13 +104,13 @@ def test_blocks_of_one_channel_are_the_closed_form_scaling():
 
 
 def inner(rotation: Rotation) -> int:
-    """Order of a Hadamard matrix that suits blocks of 16"""
+    """Choose the order of a fused Hadamard matrix for blocks of 16"""
     return {Rotation.NONE: 1, Rotation.HADAMARD: 4}.get(rotation, 16)
 
 
 @pytest.mark.parametrize("rotation", list(Rotation))
 def test_rotations_keep_alignment(rotation):
-    sx, sw = random_moments(3, 16, 0), random_moments(3, 16, 1)
+    sx, sw = random_second_moments(3, 16, 0), random_second_moments(3, 16, 1)
     transform = compute_blocks(sx, sw, rotation, inner(rotation), dampening_frac=1e-9)
     plain = compute_blocks(sx, sw, Rotation.NONE, 1, dampening_frac=1e-9)
     assert alignment_of(transform, sx, sw).item() == pytest.approx(
@@ -113,29 +119,29 @@ def test_rotations_keep_alignment(rotation):
 
 
 def test_eigen_hadamard_gives_all_channels_of_a_block_the_same_second_moment():
-    sx, sw = random_moments(3, 16, 0), random_moments(3, 16, 1)
+    sx, sw = random_second_moments(3, 16, 0), random_second_moments(3, 16, 1)
     t = compute_blocks(sx, sw, Rotation.EIGEN_HADAMARD, 16, dampening_frac=1e-9)
     inverse = torch.linalg.inv(t)
-    for moments in (t @ sx @ t.mT, inverse.mT @ sw @ inverse):
-        diagonal = moments.diagonal(dim1=-2, dim2=-1)
+    for second_moments in (t @ sx @ t.mT, inverse.mT @ sw @ inverse):
+        diagonal = second_moments.diagonal(dim1=-2, dim2=-1)
         assert torch.allclose(diagonal, diagonal.mean(-1, keepdim=True).expand_as(diagonal))
 
 
 def test_strength_zero_is_the_rotation_alone():
-    sx, sw = random_moments(2, 16, 0), random_moments(2, 16, 1)
+    sx, sw = random_second_moments(2, 16, 0), random_second_moments(2, 16, 1)
     t = compute_blocks(sx, sw, Rotation.BLOCK_HADAMARD, 16, alignment_strength=0.0)
     assert torch.allclose(t @ t.mT, torch.eye(16, dtype=torch.float64).expand(2, 16, 16))
 
 
 def test_transform_keeps_the_energy_of_the_activations():
-    sx, sw = random_moments(2, 16, 0), random_moments(2, 16, 1) * 1e4
+    sx, sw = random_second_moments(2, 16, 0), random_second_moments(2, 16, 1) * 1e4
     t = compute_blocks(sx, sw, Rotation.NONE, 1, dampening_frac=1e-9)
     energy = (t @ sx @ t.mT).diagonal(dim1=-2, dim2=-1).sum()
     assert energy.item() == pytest.approx(sx.diagonal(dim1=-2, dim2=-1).sum().item())
 
 
 def degenerate(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-    sx, sw = random_moments(4, 16, 0), random_moments(4, 16, 1)
+    sx, sw = random_second_moments(4, 16, 0), random_second_moments(4, 16, 1)
     if kind == "dead input channels":
         sx[:, 3], sx[:, :, 3] = 0, 0
     elif kind == "dead weight columns":
@@ -177,9 +183,9 @@ def test_degenerate_moments_give_a_well_conditioned_transform(kind, rotation):
 
 
 def test_moments_that_are_not_finite_are_an_error():
-    sx, sw = random_moments(2, 4, 0), random_moments(2, 4, 1)
+    sx, sw = random_second_moments(2, 4, 0), random_second_moments(2, 4, 1)
     sx[1, 2, 3] = torch.nan
-    with pytest.raises(ValueError, match="input second moments are not finite"):
+    with pytest.raises(ValueError, match="input second second_moments are not finite"):
         compute_blocks(sx, sw, Rotation.NONE, 1)
 
 
@@ -189,9 +195,11 @@ def test_singular_transform_is_an_error():
 
 
 def test_damping_is_relative_to_the_mean_eigenvalue_of_each_block():
-    moments = torch.diag_embed(torch.tensor([[1.0, 3.0], [10.0, 30.0]], dtype=torch.float64))
+    second_moments = torch.diag_embed(
+        torch.tensor([[1.0, 3.0], [10.0, 30.0]], dtype=torch.float64)
+    )
     expected = torch.tensor([[1.2, 3.2], [12.0, 32.0]], dtype=torch.float64)
-    assert torch.allclose(dampen(moments, 0.1).diagonal(dim1=-2, dim2=-1), expected)
+    assert torch.allclose(dampen(second_moments, 0.1).diagonal(dim1=-2, dim2=-1), expected)
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 5), ()])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels against float64: those for CPUs, and Triton's in its interpreter"""
+"""The kernels compared with float64: CPU kernels, and Triton kernels in its interpreter"""
 
 import json
 import os
@@ -103,7 +103,7 @@ def test_transformed_inputs_are_quantized_like_exact_ones(
     assert scales.shape == (tokens, 1) and scales.dtype == torch.float32
     assert (zero_points is None) == symmetric
     found = dequantize(q, scales * online.norm_scale, zero_points)
-    # as far from the exact values as their own quantization, up to rounding in bfloat16
+    # the error of quantizing exact values, and of rounding to bfloat16
     allowed = dequantize(*quantize_per_token(exact, bits, symmetric, clip_ratio))
     assert error(found, exact) < 1.02 * error(allowed, exact) + 0.006
 
@@ -150,9 +150,10 @@ def test_operators_have_fakes_and_can_be_compiled():
 
 
 def test_requests_find_the_kernels_compiled(monkeypatch):
-    """Loaded as vLLM does: with gradients, and with another default dtype"""
+    """Compiled like in vLLM's loading: with gradients, and with another default dtype"""
     monkeypatch.setattr(ops, "_warm", set())
-    monkeypatch.setattr(cpu, "_CHUNK", 4 * 576)  # 9 tokens would leave one over
+    # chunks of 4 tokens: of 9 tokens, one would be left over
+    monkeypatch.setattr(cpu, "_CHUNK", 4 * 576)
     _, online, _ = inputs(1, 6, 96, 12, 48, torch.bfloat16, False)
     x = torch.randn(300, 576).bfloat16()
     torch.set_default_dtype(torch.bfloat16)

@@ -114,7 +114,7 @@ def test_a_transformed_head_is_untied_from_the_embedding(tmp_path):
 @pytest.mark.parametrize("tied, ignore", [(False, ["lm_head"]), (True, [])])
 def test_offloaded_model(tmp_path, monkeypatch, tied, ignore):
     monkeypatch.setattr(modifier_module, "is_resident", lambda model: False)
-    # as on a GPU, where each access to an offloaded weight makes a copy
+    # like on a GPU: each access to an offloaded weight makes a copy
     onload = CPUCache.onload
     monkeypatch.setattr(
         CPUCache,
@@ -130,7 +130,7 @@ def test_offloaded_model(tmp_path, monkeypatch, tied, ignore):
     assert relative_error(logits_of(model), before) < 1e-4
 
 
-# ---- groups and moments ----------------------------------------------------------------
+# ---- shared inputs and second moments ---------------------------------------------------
 
 
 def test_groups_are_those_which_read_the_same_input(tmp_path):
@@ -174,7 +174,7 @@ def test_padding_does_not_count(tmp_path, side):
 
 
 def test_each_batch_has_its_own_padding(tmp_path):
-    """Also where a part of the model that sees no mask runs on all batches at once"""
+    """Also if a part of the model gets no mask, and runs on all batches at once"""
     tokens, mask = make_tokens(4, 48), torch.zeros(4, 48, dtype=torch.long)
     for row, length in enumerate((48, 24, 16, 8)):
         mask[row, :length] = 1
@@ -201,12 +201,13 @@ def test_pipelines_agree(tmp_path, pipeline):
     for name, weight in transforms_of(one).items():
         assert relative_error(transforms_of(other)[name].float(), weight.float()) < 0.01
     for layers in zip(one.model.layers, other.model.layers, strict=True):
-        values = [layer.self_attn.v_proj.weight for layer in layers]  # with what was folded
+        # these contain the transforms before o_proj
+        values = [layer.self_attn.v_proj.weight for layer in layers]
         assert relative_error(*values) < 0.01
 
 
 def test_values_which_were_computed_already_are_not_transformed(tmp_path, monkeypatch):
-    """If v_proj and o_proj are run in turn, the fold would come too late for what follows"""
+    """If v_proj and o_proj run in turn, a change of v_proj would come after its values"""
     expected = transforms_of(transform(make_model(tmp_path / "a"), CATModifier()))
     monkeypatch.setattr(modifier_module, "is_resident", lambda model: False)
     model = make_model(tmp_path / "b")
@@ -319,7 +320,7 @@ def test_blocks_and_hadamard_matrices_fit_the_inputs(tmp_path, options, expected
 def test_tensor_parallel_size_is_the_largest_that_fits(
     tmp_path, overrides, group_size, expected
 ):
-    """What it then is: as with that size, named"""
+    """The result equals that of the same `tensor_parallel_size`, given as an option"""
     configs = []
     for size in ("auto", expected):
         scheme = int_scheme(4, None)
@@ -455,7 +456,7 @@ def test_transforms_of_other_modifiers_are_refused(tmp_path, modifiers, message)
 
 def test_folded_transforms_of_other_modifiers_compose(tmp_path):
     sizes = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 256}
-    rotations = ["R1", "R2"]  # which change the function by centering the embedding
+    rotations = ["R1", "R2"]  # these change the function: they center the embedding
     before = logits_of(
         transform(make_model(tmp_path / "a", **sizes), SpinQuantModifier(rotations=rotations))
     )
@@ -466,7 +467,7 @@ def test_folded_transforms_of_other_modifiers_compose(tmp_path):
 
 
 def test_experts_of_a_mixture(tmp_path):
-    """The gates of all experts are a group; each down projection is one of its own"""
+    """The gates of all experts share an input; each down projection has its own"""
     model = make_model(
         tmp_path,
         "qwen3-moe",
@@ -590,11 +591,11 @@ def test_nothing_but_padding_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_data_which_is_shuffled_anew_for_each_pass(tmp_path, seed):
-    """As oneshot does it by default, with samples of several lengths"""
+    """oneshot shuffles by default; here with samples of several lengths"""
     model = make_model(tmp_path)
     before = logits_of(model)
     samples = [tokens[: 16 + index].tolist() for index, tokens in enumerate(make_tokens(32))]
-    torch.manual_seed(seed)  # of the order
+    torch.manual_seed(seed)  # the order of the data
     oneshot(
         model=model,
         tokenizer=AutoTokenizer.from_pretrained(tmp_path),
@@ -607,14 +608,14 @@ def test_data_which_is_shuffled_anew_for_each_pass(tmp_path, seed):
 
 
 def test_layers_in_turn_give_the_transforms_of_one_pass(tmp_path, monkeypatch, logs):
-    """As for a model which does not fit on the device"""
+    """Models that do not fit on the device run layer by layer"""
     both = []
     for resident in (True, False):
         monkeypatch.setattr(modifier_module, "is_resident", lambda model, is_so=resident: is_so)
         model = transform(make_model(tmp_path / str(resident)), CATModifier())
         both.append(model.state_dict())
     for name, tensor in both[0].items():
-        # attention is computed in another way
+        # not equal: the sequential pipeline computes attention in another way
         assert relative_error(tensor.float(), both[1][name].float()) < 0.01
     pipelines = [line for line in logs if "Inferred" in line]
     assert "SinglePassPipeline" in pipelines[0] and "SequentialPipeline" in pipelines[1]
@@ -716,7 +717,7 @@ def test_mapped_linears_without_tokens_stay_together(tmp_path):
 
 
 def test_linears_without_tokens_are_rotated(tmp_path, logs):
-    """As an expert to which no token is routed"""
+    """An expert that no token is routed to"""
     model = make_model(tmp_path)
     unused = torch.nn.Linear(96, 96)
     model.model.layers[0].expert = torch.nn.Sequential(unused)
@@ -787,7 +788,7 @@ def test_other_recipes_without_modifiers_have_the_pipeline_of_llm_compressor():
 
 
 def test_block_scales_which_do_not_divide_a_weight_are_no_hindrance(tmp_path):
-    """The log predicts, and must not fail where quantization works"""
+    """Predictions for the log must not fail where quantization works"""
     model = make_model(tmp_path)
     quantization = QuantizationModifier(scheme="FP8_BLOCK", ignore=["lm_head"])
     recipe = [CATModifier(transform_block_size=16), quantization]

@@ -47,7 +47,7 @@ def compress(model, *modifiers, tokens=None, mask=None, last=None):
 
 
 def hidden_error(model, original, tokens) -> float:
-    """Of the last hidden states, relative, mean over tokens"""
+    """Compute the relative error of the last hidden states, mean over tokens"""
     with torch.no_grad():
         found, expected = (
             one.model(tokens, use_cache=False).last_hidden_state.double()
@@ -60,7 +60,7 @@ def hidden_error(model, original, tokens) -> float:
 @pytest.mark.parametrize("family", ["llama-biases", "qwen3", "cohere"])
 def test_error_is_less(tmp_path, family, rotation):
     original = make_model(tmp_path, family)
-    # on the text of the training: it is what a few random tokens can show
+    # on the training data: a few random tokens generalize to no others
     tokens = make_tokens(12)
     models = {}
     for name, training in (("closed", []), ("trained", [CATTrainingModifier(**FAST)])):
@@ -74,7 +74,7 @@ def test_error_is_less(tmp_path, family, rotation):
 
 
 def test_function_is_kept(tmp_path):
-    """Up to the error of 8 bits"""
+    """Up to the error of 8-bit quantization"""
     original = make_model(tmp_path, "llama-biases")
     model = compress(
         make_model(tmp_path, "llama-biases"),
@@ -85,7 +85,7 @@ def test_function_is_kept(tmp_path):
     assert relative_error(logits_of(model), logits_of(original)) < 0.05
 
 
-# of symmetric integers the largest value is on the edge between two
+# symmetric integers round the largest value of a row up or down by its last bit
 ASYMMETRIC = int_scheme(4, 4)
 ASYMMETRIC["config_groups"]["group_0"]["weights"]["symmetric"] = False
 
@@ -120,7 +120,7 @@ def test_what_is_trained_is_what_is_quantized(tmp_path, scheme, monkeypatch):
     output = found["output"]
     output = output[0] if isinstance(output, tuple) else output
     error = (output - seen["hidden"]).norm(dim=-1) / output.norm(dim=-1)
-    assert error.median() < 1e-3  # some values are on the edge between two integers
+    assert error.median() < 1e-3  # a few values are halfway between two integers
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -168,12 +168,12 @@ def test_experts_are_trained(tmp_path, scheme, monkeypatch):
     compress(model, cat, CATTrainingModifier(**FAST), last=last)
     assert any("experts" in name for name in trainings[0].corrections)
     assert trainings[0].after < 0.8 * trainings[0].before
-    # the second layer may have nothing to gain after what the first one left
+    # the second layer may have nothing left to gain
     assert all(one.after <= one.before for one in trainings)
 
 
 def spy_on_fit(monkeypatch) -> list:
-    """What each layer's training returns"""
+    """Record the result of each layer's training"""
     trainings, fit = [], training_module.fit
 
     def remember(*args):
@@ -218,7 +218,7 @@ def test_gptq_follows(tmp_path):
             model, CATModifier(transform_block_size=32), *training, last=GPTQModifier(**SCHEME)
         )
         errors.append(hidden_error(model, make_model(tmp_path), make_tokens(12)))
-    # trained for rounding to nearest, it need not be better; broken weights would be at 1
+    # GPTQ does not round to nearest, so training need not help; broken weights have error 1
     assert errors[1] < 1.2 * errors[0]
 
 

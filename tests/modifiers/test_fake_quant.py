@@ -70,7 +70,7 @@ def check_weight(weight, args):
     ids=["token", "clipped", *FLOATS],
 )
 def test_gradient_is_that_of_ranges_too(x, args, ratio):
-    """What scales with its input has a derivative along it which is the output itself"""
+    """The output scales with the input, so that its derivative along the input is the output"""
     x.requires_grad_()
     result = quantize_activations(x, args, ratio)
     cotangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
@@ -79,7 +79,7 @@ def test_gradient_is_that_of_ranges_too(x, args, ratio):
 
 
 def test_noise_of_floats_near_zero_is_that_of_the_range():
-    """And that of others goes with themselves: intervals grow from 2 on, of a largest of 6"""
+    """Noise of larger floats grows with the value: from 2 on, if the largest float is 6"""
     args = FLOATS["MXFP4"].input_activations
     x = torch.zeros(1, 32)
     x[0, :4] = torch.tensor([5.9, 0.6, 1.9, 2.6])
@@ -116,5 +116,5 @@ def test_zeros_have_finite_gradients(weights, inputs):
 
 @pytest.mark.parametrize("args", [TOKEN, *(one.input_activations for one in FLOATS.values())])
 def test_no_tokens(args):
-    """As of experts which none has chosen"""
+    """Experts that no token is routed to"""
     assert quantize_activations(torch.zeros(0, 64), args, 0.8).shape == (0, 64)

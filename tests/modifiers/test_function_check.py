@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that a model uses in other ways than by calling the Linear that holds them"""
+"""Models that use the weight of a Linear without calling the Linear"""
 
 import pytest
 import torch
@@ -148,7 +148,7 @@ def test_weights_read_beside_a_call_are_an_error(tmp_path, pipeline):
 
 @pytest.mark.parametrize("pipeline", PIPELINES)
 def test_attention_to_an_encoder(tmp_path, logs, pipeline):
-    """All decoder layers read the output of the encoder, in turn in the sequential pipeline"""
+    """All decoder layers read the output of the encoder"""
     config = WhisperConfig(
         d_model=64,
         encoder_layers=2,
@@ -251,7 +251,7 @@ def test_change_is_relative_to_what_a_module_adds():
     # within the rounding of the dtype
     assert relative_change((x + added).bfloat16(), (x + added * 1.01).bfloat16(), x) < 0.1
     assert relative_change(x, x.masked_fill(x > 50, torch.inf)) == float("inf")
-    # of few tokens, as when routing changes
+    # a few tokens, for example after a change of routing
     routed = x.clone()
     routed[0] = 0
     assert relative_change(x, routed) == 0

@@ -43,7 +43,7 @@ def test_blocks_before_the_output_projection_change_the_weights_that_follow():
     fused, planned = plan_transforms([reader, attention], weights, options).transforms
     assert fused.source is attention and fused.is_fused and not planned.is_fused
     heads = fused.transform.blocks[::2]
-    assert torch.equal(fused.transform.blocks[1::2], heads)  # heads that share values
+    assert torch.equal(fused.transform.blocks[1::2], heads)  # heads that share a value head
 
     changed = weights | {"v": multiply_heads(weights["v"].double(), heads)}
     (expected,) = plan_transforms([reader], changed, options).transforms
@@ -80,7 +80,7 @@ def plan_sizes(max_overhead: float, *inputs: InputToPlan) -> list[int]:
 
 
 def noisy(name: str, count: int = 1000, is_quantized: bool = True) -> InputToPlan:
-    """An input that blocks of 64 channels help, since few directions hold its energy"""
+    """Make an input for which blocks of 64 channels help: few directions hold its energy"""
     layout = TransformLayout(64, 1, 1, "")
     return make_input(
         [name], layout=layout, tokens=count, is_quantized=is_quantized, block_size=64
@@ -95,7 +95,7 @@ def test_larger_blocks_go_where_they_lower_noise():
 
 
 def make_choice(name: str, noise: float, count: int) -> plan._Choice:
-    """A choice among blocks of 64, 32 and 16, whose noise falls with the cost"""
+    """Make a choice of blocks of 64, 32 and 16. Larger blocks have less noise"""
     source = InputToPlan((name,), 64, 1, TransformLayout(64, 1, 1, ""), token_count=count)
     candidates = [
         plan._Candidate(None, 64 * size, plan.Prediction(1 / (factor * noise), 1.0))
@@ -105,7 +105,7 @@ def make_choice(name: str, noise: float, count: int) -> plan._Choice:
 
 
 def test_an_input_of_few_tokens_is_no_cheap_gain():
-    """Its noise counts with its tokens, as its cost does"""
+    """Noise and cost of an input are both weighted by its tokens"""
     rare, common = make_choice("a", 0.1, count=10), make_choice("b", 0.11, count=990)
     chosen, overhead = plan._choose([rare, common], 0.4985, "a layer")
     assert chosen == [2, 1] and overhead.planned <= 0.4985 < overhead.largest

@@ -13,7 +13,7 @@ from cat_modifier.modifiers.cat_training.layer import TrainableLayer
 
 @pytest.fixture(params=["llama-biases", "qwen3", "cohere", "block-hadamard", "unfolded", "moe"])
 def trainable(request, tmp_path):
-    """A layer with transforms, and what it is called with; nothing is quantized"""
+    """Make a layer with transforms, and its arguments; nothing is quantized"""
     kind = request.param
     family, options = kind, {}
     overrides = {}
@@ -31,7 +31,7 @@ def trainable(request, tmp_path):
         model=model,
         recipe=[
             CATModifier(transform_block_size=32, precision=torch.float32, **options),
-            # of all modules nothing: only transforms are left
+            # no other modules: only transforms are left
             QuantizationModifier(**int_scheme(8, 8) | {"ignore": ["re:.*"]}),
         ],
         dataset=make_loader(make_tokens()),

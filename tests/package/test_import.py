@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``import cat_modifier`` promises, each case in a process of its own"""
+"""Promises of ``import cat_modifier``, each tested in a new process"""
 
 import json
 import subprocess

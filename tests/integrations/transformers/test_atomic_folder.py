@@ -54,7 +54,7 @@ def target(tmp_path: Path, name: str = "target") -> Path:
 
 
 def assert_holds(folder: Path, checkpoint: dict[str, str]):
-    """The folder holds this checkpoint, no part of another one, and the files of the user"""
+    """Check that the folder holds this checkpoint only, and the files of the user"""
     found = contents(folder)
     others = found.items() - checkpoint.items() - OTHERS.items()
     assert found == found | checkpoint | OTHERS
@@ -63,7 +63,7 @@ def assert_holds(folder: Path, checkpoint: dict[str, str]):
 
 
 def assert_recovers(folder: Path, message: str | None):
-    """The older checkpoint is there, or the new one is, or it can be finished"""
+    """Check that the older or the new checkpoint is there, or that the save can be finished"""
     found = contents(folder)
     unfinished = [path.name for path in folder.glob(".cat-save-[wfm]*")]
     is_old = found == OLD | OTHERS
@@ -118,7 +118,7 @@ def count_steps(folder: Path) -> int:
 
 
 def in_child(function: Callable[[], None]) -> int:
-    """Exit code of a process that runs a function, as `waitpid` gives it"""
+    """Run a function in a child process; return its status, see `os.waitpid`"""
     child = os.fork()
     if child:
         return os.waitpid(child, 0)[1]
@@ -142,7 +142,7 @@ def test_a_save_replaces_the_checkpoint_and_no_other_file(tmp_path):
     save(folder, NEW)
     assert contents(folder) == NEW | OTHERS
     assert not list(folder.glob(".cat-save*"))
-    # one that is no checkpoint, such as an adapter, replaces none
+    # files that are not a checkpoint, such as an adapter, do not replace a checkpoint
     save(folder, {"adapter_model.safetensors": "adapter"})
     assert contents(folder) == NEW | OTHERS | {"adapter_model.safetensors": "adapter"}
 
@@ -170,7 +170,7 @@ def test_a_fault_at_any_step_loses_nothing(tmp_path, strike):
         assert_recovers(folder, messages[0] if messages else None)
         save(folder, NEWER)
         assert_holds(folder, NEWER)
-    # nothing comes of a fault while the lock or an empty folder is removed
+    # a fault while the lock or an empty folder is removed has no effect
     assert raised > 20
 
 

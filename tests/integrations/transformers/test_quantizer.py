@@ -121,7 +121,7 @@ def test_stock_checkpoints_load_as_without_us(tmp_path):
 
 @pytest.mark.parametrize("cat", [False, True])
 def test_dequantized(tmp_path, cat):
-    """The stock config class as an argument, which must suit that of the checkpoint"""
+    """With the stock config class as an argument. It must fit the checkpoint's config"""
     model, folder = quantize(tmp_path, int_scheme(4, 8), cat=cat)
     config = CompressedTensorsConfig(dequantize=True)
     loaded = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)

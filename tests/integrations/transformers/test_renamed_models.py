@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models whose tensors Transformers saves under older names than those of their modules"""
+"""Models with tensors saved under older names than the names of their modules"""
 
 from pathlib import Path
 
@@ -120,7 +120,8 @@ def test_a_checkpoint_with_older_names_is_read_back(tmp_path, name):
             QuantizationModifier(**scheme),
         ],
         dataset=DataLoader(samples, batch_size=1),
-        processor=AutoTokenizer.from_pretrained(GOLDEN),  # any, which oneshot asks for
+        # oneshot needs a tokenizer, any tokenizer
+        processor=AutoTokenizer.from_pretrained(GOLDEN),
         output_dir=str(tmp_path / "saved"),
     )
     with safe_open(tmp_path / "saved" / "model.safetensors", framework="pt") as file:

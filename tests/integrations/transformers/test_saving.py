@@ -42,7 +42,7 @@ def load(folder: Path) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def compressed(tmp_path_factory) -> PreTrainedModel:
-    """A model in memory, compressed by two CATModifiers, and not saved"""
+    """Compress a model by two CATModifiers, without saving it"""
     model = make_model(tmp_path_factory.mktemp("model"))
     down = "re:.*down_proj"
     recipe = [
@@ -65,7 +65,7 @@ def loaded() -> PreTrainedModel:
 
 @pytest.fixture
 def messages() -> Iterator[list[str]]:
-    """What the log says of checkpoints that were saved"""
+    """Collect log messages about saved checkpoints"""
     found: list[str] = []
 
     def collect(message: str):
@@ -138,7 +138,7 @@ def test_wrapping_again_wraps_once(request, tmp_path, messages, name):
     model = request.getfixturevalue(name)
     method = model.save_pretrained
     saving.save_atomically(model)
-    modify_save_pretrained(model)  # what oneshot does with a model
+    modify_save_pretrained(model)  # like oneshot
     assert model.save_pretrained == method
     model.save_pretrained(tmp_path)
     assert len(messages) == 1
@@ -168,7 +168,7 @@ def test_a_model_that_is_not_quantized_is_an_error(tmp_path):
 def test_an_error_while_files_are_moved_loses_nothing(
     request, tmp_path, monkeypatch, name, error, number
 ):
-    """Real checkpoints; all steps are in test_atomic_folder.py"""
+    """With real checkpoints. test_atomic_folder.py tests every step"""
     model = request.getfixturevalue(name)
     make_model(tmp_path, seed=1).save_pretrained(tmp_path)  # an older checkpoint
     older = logits_of(load(tmp_path))
@@ -219,7 +219,7 @@ def test_weights_are_kept_if_what_follows_them_cannot_be_written(
 
 @pytest.mark.slow
 def test_oneshot_saves_into_a_folder_with_an_older_checkpoint(tmp_path):
-    """Its tokenizer and recipe are written, too, and can be read by all"""
+    """Tokenizer and recipe are written too, readable for all users"""
     for seed in range(2):
         model = make_model(tmp_path / "model", seed=seed)
         recipe = [

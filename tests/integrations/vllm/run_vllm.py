@@ -16,7 +16,7 @@ from vllm import LLM, SamplingParams
 
 
 def count_compiled_kernels() -> int:
-    """Ours, and not vLLM's"""
+    """Count compiled kernels of this package, without those of vLLM"""
     return sum("cat_modifier" in (one.co_filename or "") for one in get_compilation_metrics())
 
 
@@ -30,7 +30,7 @@ def main(job: dict, file: Path):
     params = SamplingParams(
         temperature=0,
         max_tokens=1,
-        # the prompt is cached only if nothing of it is asked for
+        # vLLM caches a prompt only if no logprobs of its tokens are requested
         prompt_logprobs=None if job.get("first_token_only") else 0,
         logprobs=0,
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of this package a process of vLLM imports, and what is missing there"""
+"""Imports of this package in a process of vLLM, and libraries missing there"""
 
 import json
 import os

@@ -70,7 +70,7 @@ def test_product_is_exact(symmetric, with_bias, shape, kernel):
 
 
 class Layer(torch.nn.Module):
-    """What vLLM's linear layers hand to a linear method"""
+    """Attributes of vLLM's linear layers that a linear method reads"""
 
 
 def make_layer(weight_bits: int, input_bits: int, symmetric: bool, inputs=64, outputs=32):
@@ -94,7 +94,7 @@ def make_layer(weight_bits: int, input_bits: int, symmetric: bool, inputs=64, ou
 
 @pytest.fixture(autouse=True)
 def one_rank(monkeypatch):
-    """Parameters of vLLM ask for the tensor parallel rank"""
+    """Set the tensor parallel rank, which parameters of vLLM read"""
     import vllm.model_executor.parameter as parameter
 
     monkeypatch.setattr(parameter, "get_tensor_model_parallel_rank", lambda: 0)
@@ -104,8 +104,8 @@ def one_rank(monkeypatch):
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_activations_really_have_four_bits(symmetric):
     """
-    Next to one large value, small ones vanish in 4 bits: the output must be that of the
-    large value alone, which it is neither with 8 nor with 16 bits.
+    In 4 bits, small values beside a large one are rounded to zero. The output is then the
+    output of the large value alone; with 8 or 16 bits it is not.
     """
     x = torch.full((1, 64), 0.02)
     x[0, 0] = 1.0

@@ -114,7 +114,7 @@ def test_a_tensor_that_is_not_finite_is_named():
 def test_a_tensor_under_a_second_part_of_a_merged_layer_is_refused():
     blocks = torch.ones(6, 16, 16)
     transform = make()
-    for _ in range(2):  # a weight reload brings the same part again
+    for _ in range(2):  # a reload of weights loads the same part again
         transform.load(transform.weight, blocks, "q")
     with pytest.raises(ValueError, match=f"{NAME} a second time"):
         transform.load(transform.weight, blocks, "k")
@@ -159,7 +159,7 @@ def test_merged_layers_find_the_transform_of_their_parts():
 
 
 def test_a_linear_that_is_merged_in_the_checkpoint_finds_its_own():
-    """As GLM-4's gate_up_proj"""
+    """GLM-4's gate_up_proj is merged in the checkpoint"""
     assert find(make_config(["a.gate_up_proj"]), "a.gate_up_proj") == "a.gate_up_proj"
 
 
@@ -172,7 +172,7 @@ def test_transforms_that_do_not_fit_merged_layers_are_refused(inputs):
 
 
 def test_an_input_wider_than_a_layer_has_one_transform():
-    """As in models whose attention and MLP read the same input"""
+    """In some models attention and MLP read the same input"""
     config = make_config(["a.q_proj", "a.k_proj", "a.v_proj", "a.up_proj"])
     assert find(config, "a.qkv_proj") == find(config, "a.up_proj") == "a.q_proj"
 

@@ -27,7 +27,7 @@ WORDS = "the quick brown fox jumps over a lazy dog and asks why water is blue".s
 
 @contextmanager
 def server(model: Path, log: Path):
-    """URL and process of `vllm serve`, with an engine in a process of its own"""
+    """Start `vllm serve` with a separate engine process; give its URL and process"""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -61,7 +61,7 @@ def server(model: Path, log: Path):
 
 
 def family(process: subprocess.Popen) -> dict[int, str]:
-    """Names of a process and its descendants, by id"""
+    """List a process and its descendants: names by id"""
     parents, names = {}, {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -77,7 +77,7 @@ def family(process: subprocess.Popen) -> dict[int, str]:
 
 
 def resident_memory(process: subprocess.Popen) -> int:
-    """In bytes, of all processes of a server"""
+    """Compute the resident memory of a server and its child processes, in bytes"""
     return sum(
         int(Path(f"/proc/{number}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         for number in family(process)
@@ -135,14 +135,14 @@ async def under_load(url: str, process: subprocess.Popen) -> list[str]:
     await load(client, REQUESTS // 2, seed=1)
     grown = resident_memory(process) - memory
     assert grown < 0.05 * memory, f"{grown} bytes more than {memory}"
-    for _ in range(60):  # requests that were left are aborted in the background
+    for _ in range(60):  # vLLM aborts abandoned requests in the background
         metrics = urllib.request.urlopen(f"{url}/metrics", timeout=10).read().decode()
         running = re.findall(r"^vllm:num_requests_running\S* (\S+)$", metrics, re.MULTILINE)
         assert running
         if sum(map(float, running)) == 0:
             break
         await asyncio.sleep(1)
-    # alone in the batch again, as before: vLLM promises no more without batch invariance
+    # alone in the batch again: vLLM repeats results only for equal batches
     assert [await complete(client, prompt) for prompt in PROMPTS] == before
     return before
 
@@ -155,7 +155,7 @@ def test_hundreds_of_requests_and_a_killed_worker(checkpoints, tmp_path):
         workers = [number for number, name in family(process).items() if "Worker" in name]
         assert workers, family(process)
         os.kill(workers[0], signal.SIGKILL)
-        process.wait(timeout=60)  # it ends, for a supervisor to start it again
+        process.wait(timeout=60)  # the server ends, so that a supervisor can restart it
     log = (tmp_path / "first.log").read_text()
     assert "OneDNNInt8Kernel for W4A4" in log
 

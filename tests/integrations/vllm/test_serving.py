@@ -282,7 +282,7 @@ def test_vllm_without_the_plugin_refuses_and_names_the_package(checkpoints, name
     ids, _ = reference(checkpoints / name)
     result = serve(checkpoints / name, ids, {"VLLM_PLUGINS": ""})
     assert result["error"]
-    # of the validation error, and not of a path that is in the log too
+    # in the validation error; paths in the log contain the name too
     assert "input_value='cat-modifier>=" in result["log"]
 
 
@@ -317,7 +317,7 @@ def test_damaged_tensors_are_errors_that_name_them(checkpoints, tmp_path, kind):
 
 
 def test_loading_and_saving_again_in_this_environment(checkpoints, tmp_path):
-    """With the compressed-tensors that vLLM pins"""
+    """With the version of compressed-tensors that vLLM pins"""
     from transformers import AutoModelForCausalLM
 
     import cat_modifier  # noqa: F401

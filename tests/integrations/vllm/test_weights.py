@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM does with the weights of a layer after they are loaded, on its own layers"""
+"""Reload, offload and sharded state of weights, with layers of vLLM"""
 
 import pytest
 import torch
@@ -65,7 +65,7 @@ def make_config(symmetric=False, quantized=("Linear",)) -> CATCompressedTensorsC
 
 
 class Attention(Module):
-    """A merged layer and another one that read the same input"""
+    """A merged layer and another layer that read the same input"""
 
     def __init__(self, config: CATCompressedTensorsConfig, gate=f"{LAYER}.gate"):
         super().__init__()
@@ -112,7 +112,7 @@ def make_model(
 
 
 def load(model: Attention, seed: int, transform_first: bool = True):
-    """Load random weights as vLLM's models do, by the loaders of parameters"""
+    """Load random weights with the weight loaders of parameters, like models of vLLM"""
     generator = torch.Generator().manual_seed(seed)
     is_quantized = isinstance(model.qkv_proj.quant_method, Int8LinearMethod)
     tensors = []
@@ -203,7 +203,7 @@ def test_reload_computes_with_new_weights_in_the_old_memory(
         initialize_layerwise_reload(model)
         load(model, seed, transform_first)
         finalize_layerwise_reload(model, None)
-        # what vLLM frees must not be read: write over it
+        # overwrite memory that vLLM frees: nothing may read it
         _ = [torch.full((n,), 3e38) for n in (64, 128, 4096) for _ in range(50)]
         assert torch.equal(model(X), expected[seed])
         tensors = dict(model.named_parameters()) | dict(model.named_buffers())
@@ -246,7 +246,7 @@ def test_processed_weights_are_refused(load_format):
 
 @KINDS
 def test_no_tensor_is_hidden_from_vllm(keeps_packed, is_quantized):
-    """What a linear method holds beside the parameters of its layer"""
+    """A linear method holds no tensors besides the parameters of its layer"""
     model = make_loaded(keeps_packed, is_quantized, 0)
     memory = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     for layer in (model.qkv_proj, model.gate):
