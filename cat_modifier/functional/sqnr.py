@@ -64,7 +64,7 @@ def energy(x: Tensor, token_weights: Tensor | None = None) -> float:
     Compute ``E||x||^2``.
 
     :param x: shape (tokens, d)
-    :param token_weights: shape (tokens,), of any sum; None for equal weights
+    :param token_weights: shape (tokens,); they need not sum to 1; None for equal weights
     """
     # at least float32: squares overflow or vanish in 16 bits
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -196,9 +196,9 @@ def concentration(
     :param x: tokens or rows of a weight, shape (rows, d), floating point
     :param args: see :func:`range_ends`
     :param row_weights: weights of the tokens, shape (rows,); None for equal weights
-    :param noise_shares: energy of the other factor in each group of channels, shape (d/g,),
-        of any sum. ``||W_g||^2`` for activations, ``E||x_g||^2`` for weights; None for
-        equal shares
+    :param noise_shares: energy of the other factor in each group of channels, shape (d/g,):
+        ``||W_g||^2`` for activations, ``E||x_g||^2`` for weights. Only their ratios matter;
+        None for equal shares
     :return: nan if x is zero
     """
     squared = quantization_range(x, args).to(torch.float64).square()

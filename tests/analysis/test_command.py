@@ -118,9 +118,8 @@ def test_compares_a_checkpoint_with_its_original(command, folder):
     printed = command("w4a4", "--original", "model", "--output", "comparison")
     assert "perplexity" in printed and "KL divergence" in printed
     content = json.loads((folder / "comparison" / "layers.json").read_text())
-    assert (
-        len(content["layers"]) == 10
-    )  # all but v_proj and o_proj: a transform is fused between them
+    # all but v_proj and o_proj: a transform is fused between them
+    assert len(content["layers"]) == 10
     assert content["kl_divergence"] > 0
     assert content["perplexity"]["original"] > 1
     for name in COMPARISON_FIGURES:

@@ -173,7 +173,7 @@ def degenerate(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     ]
     + ["constant inputs", "one token", "tiny", "huge outlier"],
 )
-def test_degenerate_moments_give_a_well_conditioned_transform(kind, rotation):
+def test_degenerate_second_moments_give_a_well_conditioned_transform(kind, rotation):
     sx, sw = degenerate(kind)
     blocks = compute_blocks(sx, sw, rotation, inner(rotation)).to(torch.bfloat16)
     assert torch.isfinite(blocks).all()
@@ -182,10 +182,10 @@ def test_degenerate_moments_give_a_well_conditioned_transform(kind, rotation):
     assert torch.allclose(product, torch.eye(16, dtype=torch.float64).expand(4, 16, 16))
 
 
-def test_moments_that_are_not_finite_are_an_error():
+def test_second_moments_that_are_not_finite_are_an_error():
     sx, sw = random_second_moments(2, 4, 0), random_second_moments(2, 4, 1)
     sx[1, 2, 3] = torch.nan
-    with pytest.raises(ValueError, match="input second second_moments are not finite"):
+    with pytest.raises(ValueError, match="input second moments are not finite"):
         compute_blocks(sx, sw, Rotation.NONE, 1)
 
 

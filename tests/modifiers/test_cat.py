@@ -246,7 +246,7 @@ if rank == 0:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"max_overhead": 0.2}])
-def test_ranks_sum_their_moments(tmp_path, options):
+def test_ranks_sum_their_second_moments(tmp_path, options):
     model = make_model(tmp_path / "model")
     transform(model, CATModifier(**options), tokens=make_tokens(6))
     script = tmp_path / "run.py"
@@ -621,7 +621,7 @@ def test_layers_in_turn_give_the_transforms_of_one_pass(tmp_path, monkeypatch, l
     assert "SinglePassPipeline" in pipelines[0] and "SequentialPipeline" in pipelines[1]
 
 
-def test_moments_larger_than_the_model_are_not_held_at_once(tmp_path, logs):
+def test_second_moments_larger_than_the_model_use_the_sequential_pipeline(tmp_path, logs):
     options = {"hidden_size": 384, "head_dim": 96, "intermediate_size": 96}
     for block_size, pipeline in ((16, "SinglePass"), ("full", "Sequential")):
         model = make_model(tmp_path / pipeline, **options)

@@ -124,8 +124,8 @@ class PlannedTransform:
     The transform of one shared input, ready to be applied.
 
     :param source: the input
-    :param transform: T as stored. Its inverse is not kept: in float64, those of all experts
-        of a decoding layer would be as large as the layer
+    :param transform: T as stored. Inverses are not kept: for all experts of a decoding layer
+        they would be as large as the layer
     :param clip_ratio: clipped range of a token over the range of its values; 1 does not clip
     :param before: prediction without the transform; None if no token was seen
     :param after: prediction with the transform; None if no token was seen
