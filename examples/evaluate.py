@@ -12,14 +12,13 @@ from pathlib import Path
 
 import torch
 import transformers
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cat_modifier
 from cat_modifier.calibration.texts import EMBEDDED, load_texts, windows
+from cat_modifier.model_path import check_model
 
 
 @torch.no_grad()
@@ -33,7 +32,7 @@ def perplexity(path: str, ids: Tensor, description: str) -> float:
     """
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
     total = 0.0
-    for batch in track(ids.split(4), description, transient=True):
+    for batch in tqdm(ids.split(4), description, leave=False):
         logits = model(batch).logits[:, :-1].float()
         labels = batch[:, 1:]
         total += torch.nn.functional.cross_entropy(
@@ -48,34 +47,56 @@ def size(path: str) -> int:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.strip().partition("\n\n")[0])
-    parser.add_argument("models", nargs="+", metavar="NAME=PATH")
-    parser.add_argument(
-        "--dataset", default=EMBEDDED, help="id on the Hub, or id:configuration"
+    parser = argparse.ArgumentParser(
+        description=__doc__.strip().partition("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--split", default="test")
+    parser.add_argument(
+        "models",
+        nargs="+",
+        metavar="[NAME=]MODEL",
+        help="folder, or id on the Hugging Face Hub; with a name for the table",
+    )
+    parser.add_argument(
+        "--dataset",
+        default=EMBEDDED,
+        help="id on the Hub (or id:configuration); a .txt, .md, .json, .jsonl, .csv or "
+        ".parquet file; or pydoc-topics, the documentation of Python",
+    )
+    parser.add_argument(
+        "--split",
+        default="test",
+        help="split of a dataset on the Hub; of pydoc-topics, train and test are one half each",
+    )
     parser.add_argument("--column", default="text", help="column that holds the text")
     parser.add_argument("--samples", type=int, default=48, help="windows to evaluate on")
     parser.add_argument("--length", type=int, default=512, help="tokens per window")
     parser.add_argument("--json", type=Path, help="file for the numbers")
     args = parser.parse_args()
 
-    models = dict(model.split("=", 1) for model in args.models)
+    models = {}
+    for model in args.models:
+        name, _, path = model.partition("=")
+        models[name] = path or name
+    try:
+        for path in models.values():
+            check_model(path)
+    except OSError as error:
+        parser.error(str(error))
     tokenizer = AutoTokenizer.from_pretrained(next(iter(models.values())))
     texts = load_texts(args.dataset, args.split, args.column)
     ids = windows(texts, tokenizer, args.length, args.samples)
 
-    rows = {
-        name: {"perplexity": perplexity(path, ids, name), "bytes": size(path)}
-        for name, path in models.items()
-    }
-    table = Table(title=f"{ids.numel()} held-out tokens")
-    table.add_column("model")
-    table.add_column("perplexity", justify="right")
-    table.add_column("MB", justify="right")
-    for name, row in rows.items():
-        table.add_row(name, f"{row['perplexity']:.2f}", f"{row['bytes'] / 1e6:.0f}")
-    Console().print(table)
+    # each row takes minutes: print it when it is known
+    rows = {}
+    title = f"{ids.numel():,} held-out tokens"
+    width = max(map(len, [*models, title]))
+    print(f"| {title:<{width}} | perplexity |     MB |")
+    print(f"| {'':-<{width}} | ---------: | -----: |", flush=True)
+    for name, path in models.items():
+        row = rows[name] = {"perplexity": perplexity(path, ids, name), "bytes": size(path)}
+        numbers = f"{row['perplexity']:10.2f} | {row['bytes'] / 1e6:6.0f}"
+        print(f"| {name:<{width}} | {numbers} |", flush=True)
 
     if args.json:
         versions = {

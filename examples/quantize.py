@@ -17,25 +17,49 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cat_modifier
 from cat_modifier.calibration.texts import EMBEDDED, load_texts, windows
+from cat_modifier.model_path import check_model
+
+
+def find_recipe(name: str) -> str:
+    """Find a recipe by its name or the name of a YAML file"""
+    if Path(name).is_file():
+        return name
+    if Path(name).suffix in (".yaml", ".yml"):
+        raise FileNotFoundError(f"There is no file {name}")
+    return cat_modifier.recipe(name)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.strip().partition("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.strip().partition("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("model", help="folder, or id on the Hugging Face Hub")
     parser.add_argument(
         "--recipe", required=True, help="name of a recipe in recipes/, as w4a4, or a YAML file"
     )
     parser.add_argument("--output", required=True, help="folder for the checkpoint")
     parser.add_argument(
-        "--dataset", default=EMBEDDED, help="id on the Hub, or id:configuration"
+        "--dataset",
+        default=EMBEDDED,
+        help="id on the Hub (or id:configuration); a .txt, .md, .json, .jsonl, .csv or "
+        ".parquet file; or pydoc-topics, the documentation of Python",
     )
-    parser.add_argument("--split", default="train")
+    parser.add_argument(
+        "--split",
+        default="train",
+        help="split of a dataset on the Hub; of pydoc-topics, train and test are one half each",
+    )
     parser.add_argument("--column", default="text", help="column that holds the text")
     parser.add_argument("--samples", type=int, default=64, help="windows to calibrate on")
     parser.add_argument("--length", type=int, default=512, help="tokens per window")
     args = parser.parse_args()
 
-    recipe = args.recipe if Path(args.recipe).is_file() else cat_modifier.recipe(args.recipe)
+    try:
+        check_model(args.model)
+        recipe = find_recipe(args.recipe)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     device_map = "auto" if torch.cuda.is_available() else None
     model = AutoModelForCausalLM.from_pretrained(
         args.model, dtype="auto", device_map=device_map

@@ -36,16 +36,16 @@ if [ ! -f "$MODEL/config.json" ]; then
 fi
 
 for recipe in w4a4_no_transform w4a4_hadamard w4a4; do
-    say "Quantizing with the recipe $recipe to $OUTPUT/$recipe (a minute or two; log: $LOG/$recipe.log)"
+    say "Quantizing with the recipe $recipe to $OUTPUT/$recipe (minutes; log: $LOG/$recipe.log)"
     run "$recipe" "$COMPRESS" "$EXAMPLES/quantize.py" "$MODEL" \
         --recipe "$recipe" --output "$OUTPUT/$recipe"
 done
 
-say "Evaluating the checkpoints (two or three minutes)"
+say "Evaluating the checkpoints (minutes; a row each)"
 "$COMPRESS" "$EXAMPLES/evaluate.py" "bf16=$MODEL" \
-    "W4A4 RTN=$OUTPUT/w4a4_no_transform" \
-    "W4A4 RTN, Hadamard=$OUTPUT/w4a4_hadamard" \
-    "W4A4 RTN, CAT=$OUTPUT/w4a4" \
+    "W4A4, no transform=$OUTPUT/w4a4_no_transform" \
+    "W4A4, Hadamard=$OUTPUT/w4a4_hadamard" \
+    "W4A4, CAT=$OUTPUT/w4a4" \
     --json "$OUTPUT/table.json" 2> "$LOG/evaluate.log" \
     || fail "$(tail -n 5 "$LOG/evaluate.log")"
 
@@ -72,4 +72,5 @@ grep -o 'Using .*Int8Kernel.*' "$LOG/serve.log" || true
 say "Asking it"
 "$SERVE" "$EXAMPLES/ask.py" "http://127.0.0.1:$PORT/v1" "What is the capital of France?"
 
-say "Serve it yourself: $VENVS/serve/bin/vllm serve $OUTPUT/w4a4"
+say "Serve it yourself: OMP_WAIT_POLICY=$OMP_WAIT_POLICY" \
+    "VLLM_CPU_KVCACHE_SPACE=$VLLM_CPU_KVCACHE_SPACE $VENVS/serve/bin/vllm serve $OUTPUT/w4a4"

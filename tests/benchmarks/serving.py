@@ -38,7 +38,7 @@ def serve(folder: str, is_compiled: bool):
     llm = LLM(
         folder,
         dtype="bfloat16",
-        # a stock checkpoint of W4A4 would run as W4A16 otherwise, without saying so
+        # vLLM itself has no kernel for the activations of stock W4A4 checkpoints
         quantization="cat-modifier" if Path(folder).name == BASE else None,
         enforce_eager=not is_compiled,
         max_model_len=1024,
