@@ -2,8 +2,8 @@
 """
 Small random models of many architectures: transformed, quantized to W4A4 with the default
 recipe, saved, read back with Transformers, and served with vLLM. Each family runs in
-processes of its own; families that the JSON has are not run again. Takes over an hour on 2
-cores. Runs in the compress environment; vLLM in the serve environment beside it.
+processes of its own, 5 to 60 s on 2 cores; families that the JSON has are not run again. Runs
+in the compress environment; vLLM in the serve environment beside it.
 
     python tests/benchmarks/families.py --json tests/benchmarks/results/families.json
 """
