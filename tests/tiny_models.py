@@ -35,6 +35,7 @@ SERVED_FAMILIES = {
         "shared_expert_intermediate_size": 96,
     },
     "olmoe": {"model_type": "olmoe"},
+    "mixtral": {"model_type": "mixtral"},
     "granitemoe": {"model_type": "granitemoe"},
     "glm4-moe": {  # shared experts, and routing with a correction
         "model_type": "glm4_moe",

@@ -52,6 +52,7 @@ def find_experts_method(
     :return: None for experts without transforms that vLLM's own methods serve
     :raises NotImplementedError: if the experts have transforms, but cannot be served with them
     """
+    registry.adopt_experts(prefix)
     integers = _find_integers(config, layer, prefix)
     if integers is not None and current_platform.is_cpu():
         return Int8ExpertsMethod(integers, registry, layer, prefix)

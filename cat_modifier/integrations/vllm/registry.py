@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which transform belongs to which Linear of the model that vLLM builds."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,8 @@ from cat_modifier.integrations.vllm.compat import get_pp_group
 from cat_modifier.integrations.vllm.input_transform import InputTransform
 
 __all__ = ["TransformRegistry", "TransformedInput"]
+
+_EXPERTS = ".experts"
 
 
 class TransformedInput:
@@ -132,6 +135,26 @@ class TransformRegistry:
         ]
         found = [names for names in siblings if len(names) == count]
         return found[0] if len(found) == 1 else []
+
+    def adopt_experts(self, prefix: str):
+        """
+        Rename the experts of a decoder layer, where vLLM calls the module that holds them
+        otherwise than Transformers does (Mixtral's `block_sparse_moe` is its `mlp`).
+
+        :param prefix: name of the experts' layer; its decoder layer has no others
+        """
+        layer = re.match(r"(?:.*?\.)?\d+\.", prefix)
+        if layer is None or not prefix.endswith(_EXPERTS) or self.has_below(prefix):
+            return
+        names = [x for one in self._inputs for x in one.names if x.startswith(layer[0])]
+        holders = {x.partition(f"{_EXPERTS}.")[0] for x in names if f"{_EXPERTS}." in x}
+        if len(holders) == 1:
+            old, new = holders.pop() + _EXPERTS, prefix
+            for one in self._inputs:
+                one.names = [
+                    new + x.removeprefix(old) if x.startswith(f"{old}.") else x
+                    for x in one.names
+                ]
 
     def has_below(self, prefix: str) -> bool:
         """Whether a Linear inside a module has a transformed input"""

@@ -66,6 +66,7 @@ CASES = {
         {},
     ),
     "glm4-moe-w4a4": ("glm4-moe", W4A4, {}, {}),
+    "mixtral-w4a4": ("mixtral", W4A4, {}, {}),
     "stock-moe-w4a4": ("qwen3-moe", W4A4, None, {}),
 }
 

@@ -64,6 +64,8 @@ SERVED = {
     "olmoe-w4a8-symmetric": "W4A8 integers of experts (activations: 8 bits, per token, sym",
     "granitemoe-w8a8": "W8A8 integers of experts",
     "glm4-moe-w4a4": "W4A4 integers of experts",
+    # other names in the file and in vLLM than in Transformers
+    "mixtral-w4a4": "W4A4 integers of experts",
 }
 
 
