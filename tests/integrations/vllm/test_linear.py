@@ -200,9 +200,12 @@ def test_a_mapper_keeps_what_was_claimed(monkeypatch):
     config.registry.check_claimed()
 
 
-def test_experts_are_refused_but_not_what_stands_beside_them():
+def test_experts_of_16_bits_are_refused_but_not_what_stands_beside_them():
     experts = RoutedExperts.__new__(RoutedExperts)
     torch.nn.Module.__init__(experts)
+    experts.global_num_experts = 1
+    for name in ("gate", "up", "down"):
+        setattr(experts, f"ckpt_{name}_proj_name", f"{name}_proj")
     with pytest.raises(NotImplementedError, match="experts"):
         make_config(["a.mlp.experts.0.up_proj"]).get_quant_method(experts, "a.mlp.experts")
     registry = make_registry(["a.mlp.shared_expert.up_proj"])
