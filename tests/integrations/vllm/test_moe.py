@@ -45,10 +45,11 @@ def change(folder: Path, target: Path, function) -> Path:
     return target
 
 
-def exchange_blocks(name: str):
+def exchange_blocks(*names: str):
     def function(tensors: dict):
-        blocks = tensors[name]
-        tensors[name] = torch.cat([blocks[:2].flip(0), blocks[2:]])
+        for name in names:
+            blocks = tensors[name]
+            tensors[name] = torch.cat([blocks[:2].flip(0), blocks[2:]])
 
     return function
 
@@ -118,8 +119,13 @@ def test_two_ranks(checkpoints, tmp_path, expert_parallel):
     options = {"tensor_parallel_size": 2, "enable_expert_parallel": expert_parallel}
     sqnr, _ = measure(folder, TWO_RANKS, **options)
     assert sqnr > 15, f"{sqnr:.1f} dB"
-    name = "model.layers.1.mlp.experts.2.down_proj.cat_input.weight"
-    exchanged = change(folder, tmp_path / "exchanged", exchange_blocks(name))
+    names = [
+        f"model.layers.{layer}.mlp.experts.{expert}.down_proj.cat_input.weight"
+        for layer in range(2)
+        for expert in range(4)
+    ]
+    # as if both ranks took the blocks of the other
+    exchanged = change(folder, tmp_path / "exchanged", exchange_blocks(*names))
     worse, _ = measure(exchanged, TWO_RANKS, **options)
     assert worse < 15, f"{worse:.1f} dB"
 
