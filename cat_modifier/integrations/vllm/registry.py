@@ -91,6 +91,11 @@ class TransformRegistry:
             TransformedInput(scheme, list(args.targets)) for scheme, args in transforms.inputs()
         ]
         self._claimed: set[str] = set()
+        self._index_names()
+
+    def _index_names(self):
+        """Mixtures have tens of thousands of Linears, each of which is looked up"""
+        self._input_of = {name: one for one in self._inputs for name in one.names}
 
     def map_names(self, map_name: Callable[[str], str | None]):
         """
@@ -104,6 +109,7 @@ class TransformRegistry:
             mapped = [x if x in self._claimed else map_name(x) for x in one.names]
             one.names = [name for name in mapped if name is not None]
         self._inputs = [one for one in self._inputs if one.names]
+        self._index_names()
 
     def find(self, parts: list[str]) -> TransformedInput | None:
         """
@@ -112,7 +118,7 @@ class TransformRegistry:
         :param parts: Linears that vLLM merges into the layer
         :raises ValueError: if they do not share one transform
         """
-        found = [next((x for x in self._inputs if name in x.names), None) for name in parts]
+        found = [self._input_of.get(name) for name in parts]
         if any(one is not found[0] for one in found):
             raise ValueError(
                 f"vLLM merges {', '.join(parts)} into one layer, but they do not share one "
@@ -155,6 +161,7 @@ class TransformRegistry:
                     new + x.removeprefix(old) if x.startswith(f"{old}.") else x
                     for x in one.names
                 ]
+            self._index_names()
 
     def has_below(self, prefix: str) -> bool:
         """Whether a Linear inside a module has a transformed input"""
