@@ -183,6 +183,7 @@ class TransformRegistry:
             is_elsewhere = len(forgotten) == len(one.names) and get_pp_group().world_size > 1
             if forgotten and not is_elsewhere:
                 raise NotImplementedError(
-                    f"{forgotten[0]} has an input transform, but vLLM computes it in a layer "
-                    "that cannot be quantized: add it to `ignore` of CATModifier"
+                    f"{forgotten[0]} has an input transform, but vLLM has no layer to apply it "
+                    "in: the layer cannot be quantized, or has another name there. Add it to "
+                    "`ignore` of CATModifier"
                 )
