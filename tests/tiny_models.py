@@ -52,7 +52,6 @@ SERVED_FAMILIES = {
         "model_type": "deepseek_v3",
         "first_k_dense_replace": 2,
         "num_key_value_heads": 4,
-        "head_dim": 64,
         "q_lora_rank": 64,
         "kv_lora_rank": 512,
         "qk_nope_head_dim": 64,
@@ -88,7 +87,7 @@ def make_model(
         "pad_token_id": 1,
     }
     config = AutoConfig.for_model(
-        **(settings | overrides | (FAMILIES | SERVED_FAMILIES)[family])
+        **(settings | (FAMILIES | SERVED_FAMILIES)[family] | overrides)
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     randomize(model)

@@ -5,8 +5,8 @@ Replace the checkpoint in a folder by a new one, all of it or nothing.
 A save goes through folders inside the target, whose names are its state:
 
 1. ``.cat-save-writing``: files are being written. The older checkpoint is untouched, and an
-   error or a kill leaves it so. If all weights are written, they are kept until the next
-   save: a tokenizer or a recipe that cannot be written is no reason to lose hours.
+   error or a kill leaves it so. :class:`UnfinishedSaveError` keeps the files that are
+   written until the next save.
 2. ``.cat-save-finished``: all files are written, and on disk. Files of the older checkpoint
    are removed, ``config.json`` first: without it no reader loads the folder.
 3. ``.cat-save-moving``: files are being moved into the target, ``config.json`` last.
@@ -29,7 +29,7 @@ from loguru import logger
 from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-__all__ = ["UnfinishedSaveError", "atomic_folder", "finish_save"]
+__all__ = ["UnfinishedSaveError", "atomic_folder", "finish_save", "holds_weights"]
 
 _WRITING = ".cat-save-writing"
 _FINISHED = ".cat-save-finished"
@@ -73,16 +73,8 @@ def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
         writing.mkdir()
         try:
             yield writing
-        except Exception as error:
-            if not _holds_weights(writing):
-                shutil.rmtree(writing, ignore_errors=True)
-                raise
-            raise UnfinishedSaveError(
-                f"All weights are written, but not all that belongs to the checkpoint: "
-                f"{type(error).__name__}: {error}. Files of {folder} are as they were. The "
-                f"new ones are in {writing} until the next save to this folder: save again, "
-                "or move them to where you need them"
-            ) from error
+        except UnfinishedSaveError:
+            raise  # the files are worth keeping
         except BaseException:
             shutil.rmtree(writing, ignore_errors=True)
             raise
@@ -208,7 +200,7 @@ def _lock(folder: Path) -> Iterator[None]:
             lock.release()
 
 
-def _holds_weights(folder: Path) -> bool:
+def holds_weights(folder: Path) -> bool:
     """Whether a folder holds a config, and all weights of a checkpoint, whole"""
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     names = {SAFE_WEIGHTS_NAME}

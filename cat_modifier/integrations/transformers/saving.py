@@ -19,7 +19,11 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from cat_modifier.checkpoint.schema import mark_quantization_config
-from cat_modifier.integrations.transformers.atomic_folder import atomic_folder
+from cat_modifier.integrations.transformers.atomic_folder import (
+    UnfinishedSaveError,
+    atomic_folder,
+    holds_weights,
+)
 
 __all__ = ["mark_complete", "mark_incomplete", "save_atomically"]
 
@@ -47,7 +51,20 @@ def save_atomically(model: PreTrainedModel):
         _check(self, options)
         if is_source_process() and options.get("is_main_process", True):
             with atomic_folder(save_directory) as staging:
-                save(str(staging), **options)
+                try:
+                    save(str(staging), **options)
+                except Exception as error:
+                    if not holds_weights(staging):
+                        raise
+                    # a recipe or code that cannot be written is no reason to lose hours
+                    _edit_config(self, staging)
+                    raise UnfinishedSaveError(
+                        "All weights are written, but not all that belongs to the "
+                        f"checkpoint: {type(error).__name__}: {error}. Files of "
+                        f"{save_directory} are as they were. The new ones are in {staging} "
+                        "until the next save to this folder: save again, or move them to "
+                        "where you need them"
+                    ) from error
                 _edit_config(self, staging)
             logger.info(f"The checkpoint is in {save_directory}")
         else:  # helps to gather the weights, and keeps no file

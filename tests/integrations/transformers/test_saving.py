@@ -210,7 +210,8 @@ def test_weights_are_kept_if_what_follows_them_cannot_be_written(
     with pytest.raises(UnfinishedSaveError, match="All weights are written.*no such file"):
         compressed.save_pretrained(tmp_path)
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
-    assert {"config.json", "model.safetensors"} <= {path.name for path in folder.iterdir()}
+    # they are marked, and can be read where they are
+    assert relative_error(logits_of(load(folder)), compressed.logits) < 1e-5
     monkeypatch.undo()
     compressed.save_pretrained(tmp_path)
     assert not folder.exists()

@@ -92,11 +92,15 @@ TINY_CASES = {
     "stablelm-w4a8": ({"family": "stablelm"}, int_scheme(4, 8), {}),
     "gptj-w4a4": ({"family": "gptj"}, W4A4, {}),
     "deepseek-w4a4": (
-        {"family": "deepseek_v3"},
+        {"family": "deepseek_v3", "head_dim": 64},
         W4A4 | {"ignore": ["lm_head", "re:.*kv_b_proj"]},
         {"ignore": ["lm_head", "re:.*kv_b_proj"]},
     ),
-    "deepseek-w4a4-kv_b_proj": ({"family": "deepseek_v3"}, W4A4, {"ignore": ["lm_head"]}),
+    "deepseek-w4a4-kv_b_proj": (
+        {"family": "deepseek_v3", "head_dim": 64},
+        W4A4,
+        {"ignore": ["lm_head"]},
+    ),
     "stock-w4a4": ({}, W4A4, None),
     "stock-w8a8": ({}, int_scheme(8, 8, format="int-quantized"), None),
 }
@@ -121,7 +125,7 @@ def write_reference(folder: Path, ids: torch.Tensor):
 
 def make_tiny(folder: Path, name: str):
     options, scheme, cat = TINY_CASES[name]
-    model = make_model(folder / "originals" / name, **TINY, **options)
+    model = make_model(folder / "originals" / name, **(TINY | options))
     recipe = [QuantizationModifier(**scheme)]
     if cat is not None:
         recipe.insert(0, CATModifier(**cat))
