@@ -126,7 +126,7 @@ def without_fusing(
     """
     Leave out conversions that make fused parameters of the tensors of single experts.
 
-    :param conversions: of the model's loader
+    :param conversions: conversions of tensors in the loader of the model
     :param fused: names of parameters that the model no longer has
     """
     return [
