@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from cat_modifier.calibration.default_ignore import DEFAULT_IGNORE
 from cat_modifier.version import __version__
 
 __all__ = ["main"]
@@ -122,17 +123,7 @@ def analyze(
             metavar="PATTERN",
             help="Linears to leave out: name, class or re: pattern. Repeat for several.",
         ),
-    ] = [  # noqa: B006
-        "re:.*lm_head",
-        "re:.*decoder$",
-        r"re:.*(score|classifier)(\..*)?$",
-        "re:.*router.*",
-        "re:.*gate$",
-        "re:.*kv_b_proj",
-        "re:.*dt_proj",
-        "re:.*(vision|visual|audio).*",
-        "re:.*projector.*",
-    ],
+    ] = list(DEFAULT_IGNORE),  # noqa: B006
 ):
     """
     Show what limits the accuracy of each Linear.

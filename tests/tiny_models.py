@@ -13,8 +13,10 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSpeechSeq2Seq,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    WhisperConfig,
 )
 
 VOCABULARY = 128
@@ -94,6 +96,30 @@ def make_model(
     model.to(dtype).save_pretrained(folder)
     save_tokenizer(folder)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def make_whisper(folder: Path, decoder_layers: int) -> PreTrainedModel:
+    """A speech model of encoder and decoder, saved to the folder together with a tokenizer"""
+    config = WhisperConfig(
+        d_model=64,
+        encoder_layers=2,
+        decoder_layers=decoder_layers,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=96,
+        decoder_ffn_dim=96,
+        vocab_size=VOCABULARY,
+        num_mel_bins=8,
+        max_source_positions=20,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+    )
+    torch.manual_seed(0)
+    AutoModelForSpeechSeq2Seq.from_config(config).save_pretrained(folder)
+    save_tokenizer(folder)
+    return AutoModelForSpeechSeq2Seq.from_pretrained(folder).eval()
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ import yaml
 
 from cat_modifier.analysis.compared_transforms import TRANSFORMS
 from cat_modifier.analysis.schemes import Scheme
-from cat_modifier.calibration.shared_inputs import DEFAULT_IGNORE
+from cat_modifier.calibration.default_ignore import DEFAULT_IGNORE
 from cat_modifier.functional.knapsack import spend
 
 __all__ = ["allocate", "config_group", "make_recipe", "mean_bits", "run"]

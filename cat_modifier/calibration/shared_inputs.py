@@ -14,22 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Linear
 
-__all__ = ["DEFAULT_IGNORE", "SharedInput", "SharedInputObserver", "padding_mask"]
-
-DEFAULT_IGNORE = (
-    "re:.*lm_head",
-    "re:.*decoder$",
-    r"re:.*(score|classifier)(\..*)?$",
-    "re:.*router.*",
-    "re:.*gate$",
-    "re:.*kv_b_proj",
-    "re:.*dt_proj",
-    "re:.*(vision|visual|audio).*",
-    "re:.*projector.*",
-)
-"""Linears that are not transformed by default: the lm_head, heads of classifiers, routers of
-experts, weights that latent attention (MLA) and state spaces read without a call, towers for
-images and sound, and projectors that connect them"""
+__all__ = ["SharedInput", "SharedInputObserver", "padding_mask"]
 
 
 @dataclass

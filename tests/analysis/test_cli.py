@@ -15,7 +15,7 @@ from tiny_models import make_model
 from cat_modifier import cli
 from cat_modifier.analysis.compared_transforms import TRANSFORMS
 from cat_modifier.analysis.layers import DEFAULT_SCHEMES, DEFAULT_TRANSFORMS, analyze
-from cat_modifier.calibration.shared_inputs import DEFAULT_IGNORE
+from cat_modifier.calibration.default_ignore import DEFAULT_IGNORE
 from cat_modifier.calibration.texts import EMBEDDED
 from cat_modifier.modifiers.cat.base import CATModifier
 from cat_modifier.version import __version__

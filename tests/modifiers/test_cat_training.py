@@ -11,14 +11,13 @@ from tiny_models import (
     make_loader,
     make_model,
     make_tokens,
+    make_whisper,
     relative_error,
 )
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForSpeechSeq2Seq,
     AutoTokenizer,
-    WhisperConfig,
 )
 
 from cat_modifier import CATModifier, CATTrainingModifier
@@ -381,25 +380,7 @@ def test_one_batch_is_refused(tmp_path):
 
 def test_layers_of_an_encoder_that_cannot_be_cut_out_are_a_warning(tmp_path):
     """As of Whisper, whose encoder runs as one piece in the sequential pipeline"""
-    config = WhisperConfig(
-        d_model=64,
-        encoder_layers=1,
-        decoder_layers=2,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=96,
-        decoder_ffn_dim=96,
-        vocab_size=128,
-        num_mel_bins=8,
-        max_source_positions=20,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=1,
-    )
-    make_model(tmp_path)  # for its tokenizer
-    AutoModelForSpeechSeq2Seq.from_config(config).save_pretrained(tmp_path)
-    model = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path)
+    model = make_whisper(tmp_path, decoder_layers=2)
     samples = [
         {"input_features": torch.randn(8, 40), "decoder_input_ids": tokens}
         for tokens in make_tokens(4)

@@ -6,14 +6,20 @@ import torch
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from loguru import logger
-from tiny_models import int_scheme, make_loader, make_model, make_tokens, relative_error
+from tiny_models import (
+    int_scheme,
+    make_loader,
+    make_model,
+    make_tokens,
+    make_whisper,
+    relative_error,
+)
 from torch.nn.functional import linear
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    AutoModelForSpeechSeq2Seq,
     AutoTokenizer,
     GPT2Config,
     JambaConfig,
@@ -21,7 +27,6 @@ from transformers import (
     MBartConfig,
     PreTrainedConfig,
     SiglipVisionConfig,
-    WhisperConfig,
 )
 
 from cat_modifier import CATModifier
@@ -149,23 +154,7 @@ def test_weights_read_beside_a_call_are_an_error(tmp_path, pipeline):
 @pytest.mark.parametrize("pipeline", PIPELINES)
 def test_attention_to_an_encoder(tmp_path, logs, pipeline):
     """All decoder layers read the output of the encoder"""
-    config = WhisperConfig(
-        d_model=64,
-        encoder_layers=2,
-        decoder_layers=3,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=96,
-        decoder_ffn_dim=96,
-        vocab_size=128,
-        num_mel_bins=8,
-        max_source_positions=20,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=1,
-    )
-    model = make(tmp_path, AutoModelForSpeechSeq2Seq, config)
+    model = make_whisper(tmp_path, decoder_layers=3)
     sample = {"input_features": torch.randn(8, 40), "decoder_input_ids": TEXT["input_ids"]}
     before = outputs_of(model, **sample)
     transform(model, tmp_path, pipeline, **sample)

@@ -4,8 +4,10 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import yaml
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.recipe import Recipe
@@ -13,7 +15,9 @@ from tiny_models import int_scheme, make_loader, make_model, make_tokens
 
 import cat_modifier
 from cat_modifier import CATModifier
+from cat_modifier.calibration.default_ignore import DEFAULT_IGNORE
 
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 LIBRARIES = ["compressed_tensors", "llmcompressor", "pydantic", "torch", "transformers", "vllm"]
 
 RECIPE = """
@@ -159,6 +163,13 @@ def test_recipe_is_the_path_of_a_file():
     for name in ("w4a4", "w4a4_gptq", "nvfp4"):
         with open(cat_modifier.recipe(name)) as file:
             assert "CATModifier" in file.read()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_leave_alone_what_is_not_transformed(path):
+    modifiers = yaml.safe_load(path.read_text())["quant_stage"]["quant_modifiers"]
+    *_, quantization = modifiers.values()
+    assert tuple(quantization["ignore"]) == DEFAULT_IGNORE
 
 
 def test_an_unknown_recipe_is_refused_with_the_names_of_all():

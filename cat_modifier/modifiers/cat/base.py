@@ -20,7 +20,8 @@ from torch.nn import Linear, Module
 
 from cat_modifier.calibration.attention import ValueProjection, find_value_projections
 from cat_modifier.calibration.collector import InputCollector, InputStatistics
-from cat_modifier.calibration.shared_inputs import DEFAULT_IGNORE, SharedInput
+from cat_modifier.calibration.default_ignore import DEFAULT_IGNORE
+from cat_modifier.calibration.shared_inputs import SharedInput
 from cat_modifier.checkpoint.integers import suits_int8_product
 from cat_modifier.checkpoint.schema import CATTransformConfig
 from cat_modifier.checkpoint.token_batch import batch_tokens
@@ -465,8 +466,7 @@ class CATModifier(Modifier):
         ]
         known = {name for one in left for name in one.linears} | self._transformed
         left += [SharedInput({n: one}) for n, one in self._linears.items() if n not in known]
-        bypassed = [one for one in left if self._is_bypassed(one)]
-        unseen = [one for one in left if one not in bypassed]
+        bypassed, unseen = self._part_bypassed(left)
         total = len(self._linears)
         if unseen:
             rotated = [name for one in unseen for name in one.linears]
@@ -487,14 +487,22 @@ class CATModifier(Modifier):
             projections = {} if projection is None else {shared.first: projection}
             self._transform_unit(state, PlanningUnit([shared], is_seen=False), projections)
 
-    def _is_bypassed(self, shared: SharedInput) -> bool:
-        """Whether the modules that hold some Linears ran on any rank, and did not call them"""
-        called = self._collector.observer.called
+    def _part_bypassed(
+        self, inputs: list[SharedInput]
+    ) -> tuple[list[SharedInput], list[SharedInput]]:
+        """
+        Part inputs of Linears that were not called, while the modules that hold them ran on
+        any rank, from all others.
+        """
         # tracing replaces the calls of modules by those of the modules inside
-        ran = self._called | {name.rpartition(".")[0] for name in called}
-        holders = {name.rpartition(".")[0] for name in shared.linears}
-        votes = gather((not called.isdisjoint(shared.linears), not ran.isdisjoint(holders)))
-        return not any(called for called, _ in votes) and any(ran for _, ran in votes)
+        called = set().union(*gather(self._collector.observer.called))
+        ran = {name.rpartition(".")[0] for name in called}.union(*gather(self._called))
+        parts: tuple[list[SharedInput], list[SharedInput]] = ([], [])
+        for one in inputs:
+            holders = {name.rpartition(".")[0] for name in one.linears}
+            is_bypassed = called.isdisjoint(one.linears) and not ran.isdisjoint(holders)
+            parts[0 if is_bypassed else 1].append(one)
+        return parts
 
 
 def _some(names: list[str]) -> str:

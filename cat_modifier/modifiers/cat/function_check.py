@@ -9,7 +9,6 @@ batch.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -97,11 +96,9 @@ class FunctionCheck:
         changes = {}
         for name, expected in before.items():
             x = _tokens_of(self._calls[name])
-            outputs = self._run(name)
+            pairs = zip(expected, self._run(name), strict=True)
             del self._calls[name]
-            changes[name] = max(
-                map(partial(relative_change, x=x), expected, outputs), default=0
-            )
+            changes[name] = max((relative_change(*pair, x) for pair in pairs), default=0.0)
         of_ranks = gather(changes)
         for name in dict.fromkeys(name for one in of_ranks for name in one):
             change = max(one.get(name, 0.0) for one in of_ranks)
@@ -119,7 +116,12 @@ class FunctionCheck:
         # a cache would be filled twice
         args = tuple(None if isinstance(one, Cache) else one for one in args)
         kwargs = {k: None if isinstance(v, Cache) else v for k, v in kwargs.items()}
-        with HooksMixin.disable_hooks(), as_it_is_run(self._model), torch.random.fork_rng():
+        devices = range(torch.cuda.device_count())
+        with (
+            HooksMixin.disable_hooks(),
+            as_it_is_run(self._model),
+            torch.random.fork_rng(devices),
+        ):
             torch.manual_seed(0)
             outputs = self._modules[name](*args, **kwargs)
         return [_some_tokens(one) for one in _floats(outputs)]

@@ -9,7 +9,7 @@ from loguru import logger
 from torch.nn import Linear, Module
 from transformers.pytorch_utils import Conv1D
 
-from cat_modifier.calibration.shared_inputs import DEFAULT_IGNORE
+from cat_modifier.calibration.default_ignore import DEFAULT_IGNORE
 
 __all__ = ["match_linears", "match_mappings"]
 

@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linears that are left alone by default. Imports no library: the command line reads it."""
+
+__all__ = ["DEFAULT_IGNORE"]
+
+DEFAULT_IGNORE = (
+    "re:.*lm_head",
+    "re:.*decoder$",
+    r"re:.*(score|classifier)(\..*)?$",
+    "re:.*router.*",
+    "re:.*gate$",
+    "re:.*kv_b_proj",
+    "re:.*dt_proj",
+    "re:.*(vision|visual|audio).*",
+    "re:.*projector.*",
+)
+"""The lm_head, heads of classifiers, routers of experts, weights that latent attention (MLA)
+and state spaces read without a call, towers for images and sound, and projectors that connect
+them. Recipes repeat it for the modifier that quantizes"""
