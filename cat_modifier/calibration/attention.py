@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from compressed_tensors.modeling.kvcache import QuantizedKVCache
 from compressed_tensors.utils import get_execution_device
 from loguru import logger
 from torch import Tensor
@@ -201,7 +202,8 @@ class _Probe:
 
     def _probe(self, module: Module, args: tuple, kwargs: dict[str, Any]):
         # a cache would be filled twice when the module runs again
-        kwargs = {k: None if isinstance(v, Cache) else v for k, v in kwargs.items()}
+        caches = Cache, QuantizedKVCache
+        kwargs = {k: None if isinstance(v, caches) else v for k, v in kwargs.items()}
         run = partial(module, *args, **kwargs)
         before = self._inputs(run)
         for value, linear in self.linears.items():

@@ -158,6 +158,23 @@ def test_mappings_override_groups(tmp_path):
     assert relative_error(logits_of(model), before) < 1e-4
 
 
+def test_mappings_of_o_proj_with_another_linear(tmp_path):
+    """Values are not fused for a transform that the other Linear needs as well"""
+    model = make_model(tmp_path)
+    before = logits_of(model)
+    transform(model, CATModifier(mappings=[["re:.*o_proj", "re:.*q_proj"]]))
+    assert not model.transform_config.fused
+    assert relative_error(logits_of(model), before) < 1e-4
+
+
+def test_a_quantized_kv_cache(tmp_path):
+    model = make_model(tmp_path)
+    fp8 = {"num_bits": 8, "type": "float", "dynamic": False, "symmetric": True}
+    quantize = QuantizationModifier(**int_scheme(8, 8), kv_cache_scheme=fp8)
+    transform(model, CATModifier(), quantize)
+    assert model.transform_config.fused
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_does_not_count(tmp_path, side):
     tokens = make_tokens(4, 32)

@@ -383,8 +383,10 @@ class CATModifier(Modifier):
         return choose_layout(*sizes, self.transform_block_size, rotation)
 
     def _value_projection(self, shared: SharedInput) -> ValueProjection | None:
-        found = (self._value_projections.get(name) for name in shared.linears)
-        return next((one for one in found if one is not None), None)
+        # `mappings` may put o_proj with Linears that read another tensor than the values
+        if len(shared.linears) > 1:
+            return None
+        return self._value_projections.get(shared.first)
 
     ## Transforms ##
 
