@@ -28,7 +28,7 @@ from cat_modifier.analysis.compared_transforms import TRANSFORMS
 from cat_modifier.analysis.comparison import Comparison
 from cat_modifier.analysis.schemes import Scheme
 
-__all__ = ["Report", "comparison_report", "layer_report", "new_report"]
+__all__ = ["Report", "comparison_report", "layer_report", "new_report", "without_formulas"]
 
 _LAST = "layers.json"
 """File that is moved last. It completes the report, and lists the other files as `files`"""
@@ -36,6 +36,7 @@ _LAST = "layers.json"
 _WORST = 12  # Linears in the tables of the worst ones
 _DIAGNOSIS_LABELS = ["Linear", "SQNR", "noise of", "limited by", "lost to concentration"]
 _DIAGNOSIS_LABELS += ["lost to alignment", "gain by A8", "gain by W8", "gain by one block"]
+_STARTS_OF_FORMULAS = ("=", "+", "-", "@", "\t", "\r")
 _COMPARISON_LABELS = ["Linear", "scheme", "weights", "activations", "both", "accumulated"]
 _ONLY_ON_PAGE = ["noise of", "lost to concentration", "lost to alignment"]
 _NUMBERS = {"index": False, "float_format": "{:.2f}".format, "na_rep": "nan"}
@@ -102,12 +103,22 @@ class Report:
             ),
         )
         (folder / "report.html").write_text(html, encoding="utf-8")
-        self.rows.to_csv(folder / "layers.csv", index=False)
+        without_formulas(self.rows).to_csv(folder / "layers.csv", index=False)
         content = {"settings": self.settings, "versions": versions, **self.record}
         # nan and infinite values are null: JSON has neither
         content["layers"] = json.loads(self.rows.to_json(orient="records", double_precision=6))
         content["files"] = sorted(path.name for path in folder.iterdir())
         (folder / "layers.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def without_formulas(rows: pd.DataFrame) -> pd.DataFrame:
+    """Put an apostrophe before texts that a spreadsheet would compute"""
+
+    def escape(value: Any) -> Any:
+        is_formula = isinstance(value, str) and value.startswith(_STARTS_OF_FORMULAS)
+        return f"'{value}" if is_formula else value
+
+    return rows.map(escape)
 
 
 def layer_report(frame: pd.DataFrame, settings: dict[str, Any]) -> Report:

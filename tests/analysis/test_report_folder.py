@@ -4,8 +4,10 @@
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
+from cat_modifier.analysis import report
 from cat_modifier.analysis.report import new_report
 
 
@@ -73,3 +75,10 @@ def test_of_two_analyses_in_one_folder_the_second_is_refused(tmp_path):
         with new_report(tmp_path, False):
             write_report(tmp_path, False, "first.png")
     assert names(tmp_path) == {"first.png", "layers.json"}
+
+
+def test_names_are_no_formulas_in_a_spreadsheet(tmp_path):
+    rows = pd.DataFrame({"layer": ["=1+1", "@a", "model.layers.0"], "sqnr": [-1.5, 2.0, 3.0]})
+    report.without_formulas(rows).to_csv(tmp_path / "layers.csv", index=False)
+    lines = (tmp_path / "layers.csv").read_text().splitlines()
+    assert lines == ["layer,sqnr", "'=1+1,-1.5", "'@a,2.0", "model.layers.0,3.0"]

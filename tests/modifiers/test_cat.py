@@ -158,6 +158,44 @@ def test_mappings_override_groups(tmp_path):
     assert relative_error(logits_of(model), before) < 1e-4
 
 
+def test_alignment_that_would_lose_is_left_out(tmp_path, logs):
+    errors = {}
+    for strength in (0.0, 4.0, 30.0):
+        model = make_model(tmp_path / str(strength))
+        before = logits_of(model)
+        cat = CATModifier(alignment_strength=strength)
+        transform(model, cat, QuantizationModifier(**int_scheme(8, 8)))
+        errors[strength] = relative_error(logits_of(model), before)
+    warnings = [one for one in logs if "rotated without alignment" in one]
+    assert len(warnings) == 2 and all("model.layers.0" in one for one in warnings)
+    assert max(errors.values()) < 1.2 * errors[0.0], errors
+
+
+def test_the_advice_after_a_failed_run_is_to_load_the_model_anew(tmp_path):
+    model = transform(make_model(tmp_path), CATModifier())
+    with pytest.raises(ValueError, match="load the model anew"):
+        transform(model, CATModifier())
+
+
+def test_values_keep_their_size(tmp_path):
+    """An FP8 KV cache may have no scale but 1"""
+
+    def mean_square(model) -> float:
+        found = []
+        hook = lambda module, inputs, output: found.append(output.square().mean())  # noqa: E731
+        handle = model.model.layers[0].self_attn.v_proj.register_forward_hook(hook)
+        logits_of(model)
+        handle.remove()
+        return found[0].item()
+
+    model = make_model(tmp_path)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight.mul_(100)
+    before = mean_square(model)
+    transform(model, CATModifier())
+    assert 0.5 < mean_square(model) / before < 2
+
+
 def test_mappings_of_o_proj_with_another_linear(tmp_path):
     """Values are not fused for a transform that the other Linear needs as well"""
     model = make_model(tmp_path)

@@ -43,7 +43,12 @@ from cat_modifier.modifiers.cat.apply import LinearWeights, apply_transforms
 from cat_modifier.modifiers.cat.distributed import gather, rank
 from cat_modifier.modifiers.cat.function_check import FunctionCheck
 from cat_modifier.modifiers.cat.inputs import PlanningUnit, describe_input, planning_units
-from cat_modifier.modifiers.cat.log import log_overhead, log_transform
+from cat_modifier.modifiers.cat.log import (
+    log_overhead,
+    log_transform,
+    some_names,
+    warn_if_unaligned,
+)
 from cat_modifier.modifiers.cat.matching import match_linears, match_mappings
 from cat_modifier.modifiers.cat.pipeline import is_resident, run_batch
 from cat_modifier.modifiers.cat.plan import PlanOptions, plan_transforms
@@ -179,6 +184,7 @@ class CATModifier(Modifier):
     _called: set[str] = PrivateAttr(default_factory=set)
     _finished: set[Module] = PrivateAttr(default_factory=set)
     _transformed: set[str] = PrivateAttr(default_factory=set)
+    _unaligned: list[str] = PrivateAttr(default_factory=list)
     _is_resident: bool = PrivateAttr(default=False)
     _ranks: int = PrivateAttr(default=1)
 
@@ -283,6 +289,8 @@ class CATModifier(Modifier):
                 "CATModifier saw no tokens: pass a calibration `dataset` of more than padding"
             )
         self._rotate_unseen(state)
+        if is_source_process():
+            warn_if_unaligned(self._unaligned, self.alignment_strength)
         batch_tokens(state.model)
         mark_complete(state.model)
         del self._collector, self._check
@@ -456,6 +464,8 @@ class CATModifier(Modifier):
         apply_transforms(plan.transforms, self._linears, self._config, self.precision)
         for one in plan.transforms:
             self._transformed.update(one.source.names)
+            if one.is_rotation:
+                self._unaligned.append(one.source.first)
             if is_source_process():
                 log_transform(one)
         if plan.overhead is not None and self.max_overhead and is_source_process():
@@ -474,7 +484,7 @@ class CATModifier(Modifier):
             rotated = [name for one in unseen for name in one.linears]
             logger.warning(
                 f"{len(rotated)} of {total} Linears saw no calibration tokens, and are rotated "
-                f"without alignment: {_some(rotated)}"
+                f"without alignment: {some_names(rotated)}"
             )
         if bypassed:
             skipped = [name for one in bypassed for name in one.linears]
@@ -482,7 +492,7 @@ class CATModifier(Modifier):
                 f"{len(skipped)} of {total} Linears were not called, while the modules that "
                 "hold them ran. Their weights seem to be read in another way, so that their "
                 "inputs are not transformed. Add them to `ignore` of the modifier that "
-                f"quantizes, too: {_some(skipped)}"
+                f"quantizes, too: {some_names(skipped)}"
             )
         for shared in unseen:
             projection = self._value_projection(shared)
@@ -505,10 +515,6 @@ class CATModifier(Modifier):
             is_bypassed = called.isdisjoint(one.linears) and not ran.isdisjoint(holders)
             parts[0 if is_bypassed else 1].append(one)
         return parts
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
 
 
 def _size(model: Module) -> int:

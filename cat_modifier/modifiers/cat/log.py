@@ -8,7 +8,7 @@ from cat_modifier.functional.alignment import condition_number
 from cat_modifier.functional.sqnr import to_db
 from cat_modifier.modifiers.cat.plan import Overhead, PlannedTransform
 
-__all__ = ["log_overhead", "log_transform"]
+__all__ = ["log_overhead", "log_transform", "some_names", "warn_if_unaligned"]
 
 
 def log_transform(one: PlannedTransform):
@@ -57,6 +57,25 @@ def log_overhead(layer: str, overhead: Overhead, max_overhead: float):
         f"{layer}: transforms add {overhead.planned:.2%} to the multiply-adds, at most "
         f"{max_overhead:.2%}; the largest would add {overhead.largest:.2%}"
     )
+
+
+def warn_if_unaligned(names: list[str], alignment_strength: float):
+    """
+    Warn of inputs that alignment would make worse.
+
+    :param names: first Linear of each input
+    """
+    if names:
+        logger.warning(
+            f"{len(names)} inputs are rotated without alignment, since they would lose SQNR "
+            f"by it at `alignment_strength` {alignment_strength:g} (1 is optimal for "
+            f"integers): {some_names(names)}"
+        )
+
+
+def some_names(names: list[str]) -> str:
+    """List the first names"""
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
 
 
 def _bits(args: QuantizationArgs | None) -> int:

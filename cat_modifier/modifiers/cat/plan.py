@@ -10,7 +10,7 @@ once, also where block sizes are chosen under a limit.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
@@ -129,6 +129,7 @@ class PlannedTransform:
     :param clip_ratio: clipped range of a token over the range of its values; 1 does not clip
     :param before: prediction without the transform; None if no token was seen
     :param after: prediction with the transform; None if no token was seen
+    :param is_rotation: whether the rotation alone is used, since alignment would lose SQNR
     """
 
     source: InputToPlan
@@ -136,6 +137,7 @@ class PlannedTransform:
     clip_ratio: float
     before: Prediction | None
     after: Prediction | None
+    is_rotation: bool = False
 
     @property
     def layout(self) -> TransformLayout:
@@ -196,12 +198,14 @@ class _Choice:
     :param weight_count: number of weights of its Linears
     :param candidates: transforms to choose from, the largest first
     :param before: prediction without a transform; None if no token was seen
+    :param is_rotation: whether the candidates are rotations alone
     """
 
     source: InputToPlan
     weight_count: int
     candidates: list[_Candidate]
     before: Prediction | None
+    is_rotation: bool = False
 
 
 class _PlannedWeights(Mapping[str, Tensor]):
@@ -261,7 +265,7 @@ def plan_transforms(
     choices = []
     for one in ordered:
         try:
-            choice = _compute_candidates(one, planned, options)
+            choice = _choose_alignment(one, planned, options)
         except ValueError as error:
             raise ValueError(f"Cannot transform the input of {one.first}: {error}") from error
         if one.value_projection is not None:
@@ -275,6 +279,40 @@ def plan_transforms(
         _finish(choice, index, options) for choice, index in zip(choices, chosen, strict=True)
     ]
     return Plan(transforms, overhead)
+
+
+def _choose_alignment(
+    one: InputToPlan, weights: Mapping[str, Tensor], options: PlanOptions
+) -> _Choice:
+    """
+    Compute the transforms that the input can have, or the rotation alone if it is predicted
+    to be better.
+
+    The rotation leaves alignment as it is, so it is computed where a transform loses any.
+
+    :raises ValueError: if a prediction is not finite
+    """
+    aligned = _compute_candidates(one, weights, options)
+    before = aligned.before
+    after = [x.prediction for x in aligned.candidates if x.prediction is not None]
+    if before is None or not math.isfinite(before.alignment):
+        return aligned
+    if not all(math.isfinite(x.alignment) for x in after):
+        raise ValueError(
+            "the transformed weights or inputs are not finite: lower `alignment_strength`, or "
+            "raise `dampening_frac`"
+        )
+    if options.alignment_strength == 0 or after[0].alignment >= before.alignment:
+        return aligned
+    rotated = _compute_candidates(one, weights, replace(options, alignment_strength=0.0))
+    rotation = rotated.candidates[0].prediction
+    is_better = rotation is not None and _quality(rotation) > _quality(after[0])
+    return replace(rotated, is_rotation=True) if is_better else aligned
+
+
+def _quality(prediction: Prediction) -> float:
+    """SQNR; alignment if nothing is quantized"""
+    return prediction.sqnr if 0 < prediction.sqnr < math.inf else prediction.alignment
 
 
 def _compute_candidates(
@@ -450,5 +488,10 @@ def _finish(choice: _Choice, index: int, options: PlanOptions) -> PlannedTransfo
         tokens = candidate.transform.transform_tokens(one.tokens.to(torch.float64))
         clip_ratio = best_clip_ratio(tokens, args, one.token_weights)
     return PlannedTransform(
-        one, candidate.transform, clip_ratio, choice.before, candidate.prediction
+        one,
+        candidate.transform,
+        clip_ratio,
+        choice.before,
+        candidate.prediction,
+        choice.is_rotation,
     )

@@ -115,7 +115,8 @@ def check_earlier_transforms(
         ):
             raise ValueError(
                 f"The input of {name} has a transform already, and a second one cannot be "
-                "applied: leave one of the two modifiers out, or choose other `targets`"
+                "applied: load the model anew if an earlier run has failed or transformed "
+                "it, leave one of two modifiers out, or choose other `targets`"
             )
     return config if isinstance(config, CATTransformConfig) else CATTransformConfig.empty()
 
@@ -131,7 +132,8 @@ def check_quantized(linears: Mapping[str, Linear], modifier: Modifier):
         if status is not None and status > QuantizationStatus.CALIBRATION:
             raise ValueError(
                 f"{name} is quantized already: put {type(modifier).__name__} before the "
-                "quantization modifier in the recipe"
+                "quantization modifier in the recipe, or load the model anew if an earlier "
+                "run has quantized it"
             )
 
 
