@@ -24,6 +24,7 @@ __all__ = [
     "condition_number",
     "dampen",
     "diagonal_blocks",
+    "correlation_rank",
     "geometric_mean",
     "inner_blocks",
     "matrix_power",
@@ -49,6 +50,10 @@ def matrix_power(matrix: Tensor, exponent: float) -> Tensor:
     floor = values[..., -1:].clamp_min(torch.finfo(values.dtype).tiny) * 1e-14
     values = values.clamp_min(floor)
     return (vectors * values.pow(exponent).unsqueeze(-2)) @ vectors.mT
+
+
+_RANK_TOLERANCE = 1e-5
+"""Bound of the relative rounding of float32 means"""
 
 
 def geometric_mean(a: Tensor, b: Tensor) -> Tensor:
@@ -173,3 +178,20 @@ def inner_blocks(blocks: Tensor, size: int) -> Tensor:
     count = blocks.shape[-1] // size
     blocks = blocks.unflatten(-1, (count, size)).unflatten(1, (count, size))
     return blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1).flatten(0, 1)
+
+
+def correlation_rank(second_moments: Tensor) -> int:
+    """
+    Count the directions of a block that the tokens reach, at most over all blocks.
+
+    Channels are scaled to equal energy first: outliers would hide small channels.
+
+    :param second_moments: shape (d/k, k, k), float32 or float64
+    """
+    blocks = second_moments.to(torch.float64)
+    energies = blocks.diagonal(dim1=-2, dim2=-1)
+    scales = torch.where(energies > 0, energies, 1).rsqrt()
+    correlation = blocks * scales[:, :, None] * scales[:, None, :]
+    # second moments are float32 means: rounding looks like small eigenvalues
+    rank = torch.linalg.matrix_rank(correlation, hermitian=True, rtol=_RANK_TOLERANCE)
+    return int(rank.max())

@@ -177,6 +177,13 @@ def test_the_advice_after_a_failed_run_is_to_load_the_model_anew(tmp_path):
         transform(model, CATModifier())
 
 
+def test_alike_tokens_are_warned_of(tmp_path, logs):
+    transform(make_model(tmp_path / "a"), CATModifier())
+    assert not any("so alike" in one for one in logs)
+    transform(make_model(tmp_path / "b"), CATModifier(), tokens=make_tokens(1, 48).repeat(4, 1))
+    assert any("q_proj: the calibration tokens are so alike" in one for one in logs)
+
+
 def test_values_keep_their_size(tmp_path):
     """An FP8 KV cache may have no scale but 1"""
 
@@ -206,11 +213,16 @@ def test_mappings_of_o_proj_with_another_linear(tmp_path):
 
 
 def test_a_quantized_kv_cache(tmp_path):
-    model = make_model(tmp_path)
     fp8 = {"num_bits": 8, "type": "float", "dynamic": False, "symmetric": True}
-    quantize = QuantizationModifier(**int_scheme(8, 8), kv_cache_scheme=fp8)
-    transform(model, CATModifier(), quantize)
-    assert model.transform_config.fused
+    errors = []
+    for modifiers in ([CATModifier()], []):
+        model = make_model(tmp_path / str(len(modifiers)))
+        before = logits_of(model)
+        cache = QuantizationModifier(kv_cache_scheme=fp8, ignore=["lm_head"])
+        transform(model, *modifiers, cache)
+        errors.append(relative_error(logits_of(model), before))
+        assert not modifiers or model.transform_config.fused
+    assert 0 < errors[0] < 1.3 * errors[1], errors
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

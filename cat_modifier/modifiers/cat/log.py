@@ -4,7 +4,7 @@
 from compressed_tensors.quantization import QuantizationArgs, QuantizationType
 from loguru import logger
 
-from cat_modifier.functional.alignment import condition_number
+from cat_modifier.functional.alignment import condition_number, correlation_rank
 from cat_modifier.functional.sqnr import to_db
 from cat_modifier.modifiers.cat.plan import Overhead, PlannedTransform
 
@@ -44,6 +44,17 @@ def log_transform(one: PlannedTransform):
             f"{source.first}: {source.token_count} calibration tokens are too few for blocks "
             f"of {layout.block_size} channels, which now depend on `dampening_frac`: use more "
             "or longer samples"
+        )
+        return
+    if source.second_moments is None:
+        return
+    size = source.second_moments.shape[-1]
+    rank = correlation_rank(source.second_moments)
+    if rank < 0.75 * size:
+        logger.warning(
+            f"{source.first}: the calibration tokens are so alike that they determine {rank} "
+            f"of the {size} channels of a block; the rest depends on "
+            "`dampening_frac`: use more varied samples"
         )
 
 
