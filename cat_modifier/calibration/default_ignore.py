@@ -12,7 +12,7 @@ DEFAULT_IGNORE = (
     "re:.*kv_b_proj",
     "re:.*dt_proj",
     "re:.*(vision|visual|audio).*",
-    "re:.*projector.*",
+    "re:.*(projector|connector).*",
 )
 """The lm_head, heads of classifiers, routers of experts, weights that latent attention (MLA)
 and state spaces read without a call, towers for images and sound, and projectors that connect
