@@ -101,6 +101,10 @@ class CATCompressedTensorsConfig(CompressedTensorsConfig):
             base = self._parts(layer, prefix.removeprefix(_BASE))
             if (source := self.registry.find(base)) is not None:
                 parts, prefix = base, prefix.removeprefix(_BASE)
+        is_quantized = isinstance(layer, LinearBase) and self.get_scheme_dict(layer, prefix)
+        if source is None and is_quantized:
+            parts = self.registry.adopt(prefix, parts) or parts
+            source = self.registry.find(parts)
         if source is not None and not isinstance(layer, LinearBase):
             raise NotImplementedError(
                 f"{prefix} has an input transform, but vLLM computes it in a "
