@@ -6,14 +6,14 @@ __all__ = ["DEFAULT_IGNORE"]
 DEFAULT_IGNORE = (
     "re:.*lm_head",
     "re:.*decoder$",
-    r"re:.*(score|classifier)(\..*)?$",
+    r"re:.*(score|classifier|pooler)(\..*)?$",
     "re:.*router.*",
     "re:.*gate$",
     "re:.*kv_b_proj",
     "re:.*dt_proj",
     "re:.*(vision|visual|audio).*",
-    "re:.*projector.*",
+    "re:.*(projector|connector).*",
 )
-"""The lm_head, heads of classifiers, routers of experts, weights that latent attention (MLA)
-and state spaces read without a call, towers for images and sound, and projectors that connect
-them. Recipes repeat it for the modifier that quantizes"""
+"""The lm_head, heads of classifiers and poolers before them, routers of experts, weights that
+latent attention (MLA) and state spaces read without a call, towers for images and sound, and
+projectors that connect them. Recipes repeat it for the modifier that quantizes"""

@@ -630,6 +630,12 @@ def test_no_targets_is_an_error(tmp_path):
         transform(make_model(tmp_path), CATModifier(targets=["re:.*nothing"]))
 
 
+def test_targets_that_are_all_ignored_are_an_error_with_what_to_do(tmp_path):
+    message = "all 15 targets are ignored, for example .*Set `ignore` of CATModifier"
+    with pytest.raises(ValueError, match=message):
+        transform(make_model(tmp_path), CATModifier(ignore=["re:.*layers.*", "lm_head"]))
+
+
 def test_targets_that_are_no_linears_are_an_error(tmp_path):
     with pytest.raises(ValueError, match="embed_tokens is a Embedding"):
         transform(make_model(tmp_path), CATModifier(targets=["re:.*embed_tokens"]))

@@ -38,6 +38,9 @@ _LEAST_CAPABILITY = 80
 _DRAFT = "draft_model."
 """What vLLM puts before the names of a model that drafts for another one"""
 
+_BASE = "model."
+"""What vLLM puts before the names of a base model saved without a head, as embedding models"""
+
 _PROCESSED = ("runai_streamer_sharded", "sharded_state", "tensorizer")
 """Load formats whose files hold weights as kernels read them"""
 
@@ -94,6 +97,14 @@ class CATCompressedTensorsConfig(CompressedTensorsConfig):
             return method or super().get_quant_method(layer, prefix)
         parts = self._parts(layer, prefix)
         source = self.registry.find(parts)
+        if source is None and prefix.startswith(_BASE):
+            base = self._parts(layer, prefix.removeprefix(_BASE))
+            if (source := self.registry.find(base)) is not None:
+                parts, prefix = base, prefix.removeprefix(_BASE)
+        is_quantized = isinstance(layer, LinearBase) and self.get_scheme_dict(layer, prefix)
+        if source is None and is_quantized:
+            parts = self.registry.adopt(prefix, parts) or parts
+            source = self.registry.find(parts)
         if source is not None and not isinstance(layer, LinearBase):
             raise NotImplementedError(
                 f"{prefix} has an input transform, but vLLM computes it in a "

@@ -91,6 +91,7 @@ class TransformRegistry:
             TransformedInput(scheme, list(args.targets)) for scheme, args in transforms.inputs()
         ]
         self._claimed: set[str] = set()
+        self._adopted: set[str] = set()
         self._index_names()
 
     def _index_names(self):
@@ -142,6 +143,31 @@ class TransformRegistry:
         found = [names for names in siblings if len(names) == count]
         return found[0] if len(found) == 1 else []
 
+    def adopt(self, prefix: str, parts: list[str]) -> list[str]:
+        """
+        Find the Linears of a layer that vLLM names otherwise than by its path, as
+        `attention.output` for BERT's `attention.self`.
+
+        :param prefix: name of the layer
+        :param parts: Linears that vLLM merges into it, by vLLM's name of their module
+        :return: the Linears of the same names in the same decoder layer that share a transform
+            with no other, if there is one such transform; else nothing
+        """
+        layer = re.match(r"(?:.*?\.)?\d+\.", prefix)
+        if layer is None:
+            return []
+        ends = sorted(part.rpartition(".")[2] for part in parts)
+        found = [
+            one.names
+            for one in self._inputs
+            if sorted(name.rpartition(".")[2] for name in one.names) == ends
+            and all(name.startswith(layer[0]) for name in one.names)
+        ]
+        if len(found) != 1 or self._claimed.intersection(found[0]):
+            return []
+        self._adopted.update(found[0])
+        return list(found[0])
+
     def adopt_experts(self, prefix: str):
         """
         Rename the experts of a decoder layer, where vLLM calls the module that holds them
@@ -168,7 +194,16 @@ class TransformRegistry:
         return any(name.startswith(f"{prefix}.") for one in self._inputs for name in one.names)
 
     def claim(self, parts: list[str]):
-        """Note that Linears are part of a layer that applies their transform"""
+        """
+        Note that Linears are part of a layer that applies their transform.
+
+        :raises NotImplementedError: if another layer was taken for theirs
+        """
+        if twice := self._adopted & self._claimed & set(parts):
+            raise NotImplementedError(
+                f"{min(twice)} has an input transform, but vLLM has two layers that may be "
+                "this one: add it to `ignore` of CATModifier"
+            )
         self._claimed.update(parts)
 
     def check_claimed(self):

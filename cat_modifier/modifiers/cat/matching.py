@@ -30,7 +30,11 @@ def match_linears(model: Module, targets: list[str], ignore: list[str]) -> dict[
         )
         reason = "check the names with `model.named_modules()`"
         if ignored := [name for name, _ in match_named_modules(model, targets)]:
-            reason = f"all {len(ignored)} targets are ignored, for example {ignored[0]}"
+            reason = (
+                f"all {len(ignored)} targets are ignored, for example {ignored[0]}. Set "
+                "`ignore` of CATModifier, and of the modifier that quantizes, to what this "
+                "model must keep, as ['re:.*classifier.*']"
+            )
         if conv1d is not None:
             reason = (
                 f"the model holds its weights in Conv1D modules ({conv1d}), which neither "

@@ -27,7 +27,12 @@ from tiny_models import (  # noqa: E402
     make_tokens,
     make_vision_language_model,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+)
 
 from cat_modifier import CATModifier, CATTrainingModifier  # noqa: E402
 from cat_modifier.calibration.texts import EMBEDDED, load_texts, windows  # noqa: E402
@@ -157,6 +162,23 @@ def make_qwen2_5_vl(folder: Path):
         shutil.copy(file, folder / "qwen2_5_vl-w4a8")
 
 
+@torch.no_grad()
+def make_embedding(folder: Path):
+    """A base model without a head: its last token's hidden state is the embedding"""
+    original, target = folder / "originals" / "qwen3", folder / "qwen3-embedding-w4a4"
+    make_model(original, family="qwen3", **TINY)
+    model = AutoModel.from_pretrained(original)
+    recipe = [CATModifier(), QuantizationModifier(**W4A4)]
+    loader = make_loader(make_tokens())
+    oneshot(model=model, recipe=recipe, dataset=loader, output_dir=str(target))
+    model = AutoModel.from_pretrained(target, dtype="auto").eval()
+    ids = make_tokens(4, seed=1)
+    hidden = [model(row[None]).last_hidden_state[0, -1].float() for row in ids]
+    embeddings = torch.nn.functional.normalize(torch.stack(hidden), dim=-1)
+    reference = {"ids": ids.tolist(), "embeddings": embeddings.tolist()}
+    (target / "reference.json").write_text(json.dumps(reference))
+
+
 def pad_heads(source: Path, target: Path):
     """
     SmolLM2's 9 query and 3 key-value heads cannot be divided among 2 ranks. With heads of
@@ -212,6 +234,7 @@ def main(folder: Path):
     make_qwen2_5_vl(folder)
     for name in TINY_CASES:
         make_tiny(folder, name)
+    make_embedding(folder)
     make_mixtures(folder)
 
 

@@ -218,6 +218,19 @@ def test_a_mapper_keeps_what_was_claimed(monkeypatch):
     config.registry.check_claimed()
 
 
+def test_a_layer_that_vllm_names_otherwise_is_found_in_its_decoder_layer():
+    names = [f"layer.0.attention.self.{one}" for one in ("query", "key", "value")]
+    registry = make_registry(names, ["layer.1.a.out"], ["layer.2.a.out"], ["layer.2.b.out"])
+    parts = [f"layer.0.attention.output.{one}" for one in ("query", "key", "value")]
+    assert registry.adopt("layer.0.attention.output.qkv_proj", parts) == names
+    assert not registry.adopt("layer.1.attention.output.qkv_proj", parts)
+    assert not registry.adopt("layer.2.c.out", ["layer.2.c.out"])  # of two, neither
+    registry.claim(names)
+    assert not registry.adopt("layer.0.attention.output.qkv_proj", parts)
+    with pytest.raises(NotImplementedError, match="two layers that may be this one"):
+        registry.claim(names)
+
+
 def test_experts_of_16_bits_are_refused_but_not_what_stands_beside_them():
     experts = RoutedExperts.__new__(RoutedExperts)
     torch.nn.Module.__init__(experts)

@@ -20,6 +20,17 @@ def reference(folder) -> tuple[list, torch.Tensor]:
     return data["ids"], torch.tensor(data["logprobs"])
 
 
+def exchange_a_block(checkpoint, tmp_path):
+    """Copy a checkpoint, with one block of a transform damaged"""
+    folder = tmp_path / "damaged"
+    shutil.copytree(checkpoint, folder)
+    tensors = load_file(folder / "model.safetensors")
+    transform = next(one for key, one in tensors.items() if key.endswith("cat_input.weight"))
+    transform[0] = transform[0].flip(0)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 def logprobs(result: dict) -> torch.Tensor:
     return torch.tensor(result["logprobs"])
 
@@ -162,16 +173,22 @@ def test_families_that_vllm_builds_in_another_way(checkpoints, tmp_path, name):
     assert not result["error"], result["log"]
     sqnr = sqnr_db(logprobs(result), expected)
     assert sqnr > 25, f"{sqnr:.1f} dB"
-    # the same with one block exchanged
-    folder = tmp_path / "damaged"
-    shutil.copytree(checkpoints / name, folder)
-    tensors = load_file(folder / "model.safetensors")
-    transform = next(one for key, one in tensors.items() if key.endswith("cat_input.weight"))
-    transform[0] = transform[0].flip(0)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    result = serve(folder, ids, options=options)
+    result = serve(exchange_a_block(checkpoints / name, tmp_path), ids, options=options)
     assert not result["error"], result["log"]
     assert sqnr_db(logprobs(result), expected) < 20
+
+
+def test_embeddings_of_a_model_without_a_head_are_those_in_transformers(checkpoints, tmp_path):
+    folder = checkpoints / "qwen3-embedding-w4a4"
+    data = json.loads((folder / "reference.json").read_text())
+    options = {"dtype": "float32", "runner": "pooling"}
+    sqnr = []
+    for model in (folder, exchange_a_block(folder, tmp_path)):
+        result = serve(model, data["ids"], options=options)
+        assert not result["error"], result["log"]
+        found, expected = torch.tensor(result["embeddings"]), torch.tensor(data["embeddings"])
+        sqnr.append(sqnr_db(found, expected))
+    assert sqnr[0] > 40 and sqnr[1] < 20, sqnr
 
 
 def test_latent_attention_does_not_read_a_weight_through_quantized_inputs(checkpoints):
