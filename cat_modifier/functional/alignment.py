@@ -22,9 +22,9 @@ __all__ = [
     "DEFAULT_DAMPENING_FRAC",
     "alignment_transform",
     "condition_number",
+    "correlation_rank",
     "dampen",
     "diagonal_blocks",
-    "correlation_rank",
     "geometric_mean",
     "inner_blocks",
     "matrix_power",
@@ -33,6 +33,9 @@ __all__ = [
 
 DEFAULT_DAMPENING_FRAC = 1e-2
 """See :func:`dampen`"""
+
+_RANK_TOLERANCE = 1e-5
+"""Bound of the relative rounding of float32 means"""
 
 
 def matrix_power(matrix: Tensor, exponent: float) -> Tensor:
@@ -50,10 +53,6 @@ def matrix_power(matrix: Tensor, exponent: float) -> Tensor:
     floor = values[..., -1:].clamp_min(torch.finfo(values.dtype).tiny) * 1e-14
     values = values.clamp_min(floor)
     return (vectors * values.pow(exponent).unsqueeze(-2)) @ vectors.mT
-
-
-_RANK_TOLERANCE = 1e-5
-"""Bound of the relative rounding of float32 means"""
 
 
 def geometric_mean(a: Tensor, b: Tensor) -> Tensor:
@@ -182,7 +181,7 @@ def inner_blocks(blocks: Tensor, size: int) -> Tensor:
 
 def correlation_rank(second_moments: Tensor) -> int:
     """
-    Count the directions of a block that the tokens reach, at most over all blocks.
+    Count the directions of a block that the tokens reach. The largest count of all blocks.
 
     Channels are scaled to equal energy first: outliers would hide small channels.
 
