@@ -16,3 +16,12 @@ def embedded_model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("smollm2")
     write_embedded_model(folder)
     return folder
+
+
+# first: options that select by mark run after it
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark what analyzes the real model as slow"""
+    for item in items:
+        if "embedded_model" in item.fixturenames:
+            item.add_marker("slow")

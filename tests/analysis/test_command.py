@@ -202,6 +202,7 @@ def test_finished_reports_are_not_replaced_by_accident(command, folder, report):
     assert (report / "layers.json").read_text() == before
 
 
+@pytest.mark.slow
 def test_unused_experts_are_named_and_the_report_is_kept(command, folder):
     make_model(folder / "moe", "qwen3-moe", num_experts=64, num_experts_per_tok=1)
     arguments = ["moe", "--output", "moe-report", "--schemes", "W4A4", "--samples", "1"]
