@@ -41,6 +41,7 @@ from cat_modifier.functional.layout import TransformLayout
 from cat_modifier.version import __version__
 
 __all__ = [
+    "CATInput",
     "CATScheme",
     "CATTransformConfig",
     "TENSOR_SUFFIX",
@@ -71,13 +72,27 @@ _PRECISIONS = {
 _Size = Annotated[int, Strict(), Field(gt=0)]
 
 
+class CATInput(TransformArgs):
+    """
+    One transformed input.
+
+    :param targets: full names of the Linears that read the input; the first holds the tensor
+        ``<name>.cat_input.weight``
+    :param location: always ``input``
+    :param sha256: digest of the tensor's elements, see
+        :func:`cat_modifier.checkpoint.digest.tensor_digest`. None without blocks, and before
+        the checkpoint is saved
+    """
+
+    sha256: Annotated[str, Strict(), Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+
+
 class CATScheme(TransformScheme):
     """
     The inputs whose transforms have the same sizes and clipping.
 
     :param type: always ``cat``
-    :param apply: one entry per input. Its targets are the full names of the Linears that
-        read the input. The first target holds the tensor ``<name>.cat_input.weight``
+    :param apply: one entry per input
     :param block_size: k; the tensor has shape (d/k, k, k). None for no blocks and no tensor
     :param online_hadamard_size: p, order of the Hadamard matrix after the blocks; 1 for none
     :param interleave: q, distance of the channels that the Hadamard matrix multiplies, in
@@ -88,7 +103,7 @@ class CATScheme(TransformScheme):
     """
 
     type: Literal["cat"]
-    apply: list[TransformArgs]
+    apply: list[CATInput]
     block_size: _Size | None
     online_hadamard_size: _Size
     interleave: _Size
@@ -132,6 +147,8 @@ class CATScheme(TransformScheme):
                 raise ValueError("CAT transforms apply to inputs, without exceptions")
             if not args.targets or any(":" in target for target in args.targets):
                 raise ValueError("CAT transforms target Linears by their full names")
+            if args.sha256 is not None and self.block_size is None:
+                raise ValueError("`sha256` has no meaning without blocks")
         return self
 
     @model_serializer
@@ -139,16 +156,18 @@ class CATScheme(TransformScheme):
         # only the fields of version 1: compressed-tensors may add fields to its schemes
         return {
             "type": self.type,
-            "apply": [
-                {"targets": list(args.targets), "location": TransformLocation.INPUT.value}
-                for args in self.apply
-            ],
+            "apply": [_write_input(args) for args in self.apply],
             "block_size": self.block_size,
             "online_hadamard_size": self.online_hadamard_size,
             "interleave": self.interleave,
             "clip_ratio": self.clip_ratio,
             "precision": str(self.precision).removeprefix("torch."),
         }
+
+
+def _write_input(args: CATInput) -> dict[str, Any]:
+    entry = {"targets": list(args.targets), "location": TransformLocation.INPUT.value}
+    return entry if args.sha256 is None else entry | {"sha256": args.sha256}
 
 
 class CATTransformConfig(TransformConfig):
@@ -210,7 +229,7 @@ class CATTransformConfig(TransformConfig):
             raise ValueError(f"{repeated} is targeted by more than one transform")
         return self
 
-    def inputs(self) -> list[tuple[CATScheme, TransformArgs]]:
+    def inputs(self) -> list[tuple[CATScheme, CATInput]]:
         """List all transformed inputs, each as its scheme and its entry in the scheme"""
         return [
             (scheme, args) for scheme in self.config_groups.values() for args in scheme.apply
@@ -223,7 +242,7 @@ class CATTransformConfig(TransformConfig):
         has_blocks: bool,
         clip_ratio: float,
         precision: torch.dtype,
-    ) -> tuple[CATScheme, TransformArgs]:
+    ) -> tuple[CATScheme, CATInput]:
         """
         Add the transform of an input.
 
@@ -249,7 +268,7 @@ class CATTransformConfig(TransformConfig):
                 precision=precision,
             )
         scheme = self.config_groups[key]
-        args = TransformArgs(targets=list(names), location=TransformLocation.INPUT)
+        args = CATInput(targets=list(names), location=TransformLocation.INPUT)
         scheme.apply.append(args)
         return scheme, args
 
@@ -304,9 +323,16 @@ def read_quantization_config(
     for group in stock["config_groups"].values():
         group["format"] = group["format"].removeprefix(_FORMAT_PREFIX)
     try:
-        return stock, CATTransformConfig.model_validate(transform_config)
+        transforms = CATTransformConfig.model_validate(transform_config)
     except ValidationError as error:
         raise ValueError(
             f"The transform_config of this checkpoint cannot be read by cat-modifier "
             f"{__version__}: {error}"
         ) from error
+    for scheme, args in transforms.inputs():
+        if scheme.block_size is not None and args.sha256 is None:
+            raise ValueError(
+                "The transform_config of this checkpoint is damaged: it has no `sha256` for "
+                f"the transform of {args.targets[0]}"
+            )
+    return stock, transforms

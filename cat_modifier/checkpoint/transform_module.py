@@ -5,15 +5,16 @@ from typing import Any
 
 import torch
 from compressed_tensors.offload import register_offload_module
-from compressed_tensors.transform import TransformArgs
 from compressed_tensors.transform.factory.base import TransformBase
 from compressed_tensors.utils import get_offloaded_device
 from torch import Tensor
 from torch.nn import Linear, Module, Parameter
 
+from cat_modifier.checkpoint.digest import tensor_digest
 from cat_modifier.checkpoint.integers import suits_clipping
 from cat_modifier.checkpoint.schema import (
     TRANSFORM_NAME,
+    CATInput,
     CATScheme,
     CATTransformConfig,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "CATTransform",
     "attach_transforms",
     "online_hadamard",
+    "validate_stored_transform",
     "validate_transform",
 ]
 
@@ -46,7 +48,7 @@ def validate_transform(name: str, blocks: Tensor, shape: tuple[int, ...]):
     Check a loaded transform tensor.
 
     :param name: name of the tensor, for the error
-    :param blocks: T as loaded
+    :param blocks: T, or the part of it that a rank applies
     :param shape: shape that the model needs
     :raises ValueError: if the shape differs, or an element is not finite
     """
@@ -62,6 +64,37 @@ def validate_transform(name: str, blocks: Tensor, shape: tuple[int, ...]):
         )
 
 
+def validate_stored_transform(
+    name: str,
+    blocks: Tensor,
+    shape: tuple[int, ...],
+    precision: torch.dtype,
+    sha256: str | None,
+):
+    """
+    Check a transform tensor as it is stored.
+
+    :param name: name of the tensor, for the error
+    :param blocks: T as stored
+    :param shape: shape that the model needs
+    :param precision: dtype that the config promises
+    :param sha256: digest that the config promises; None to skip the check
+    :raises ValueError: if shape, dtype or digest differ, or an element is not finite
+    """
+    if blocks.dtype != precision:
+        raise ValueError(
+            f"Transform tensor {name} is stored as {blocks.dtype}, not {precision}: the "
+            "checkpoint is damaged"
+        )
+    validate_transform(name, blocks, shape)
+    if sha256 is not None and tensor_digest(blocks) != sha256:
+        raise ValueError(
+            f"Transform tensor {name} is not the one that was saved, by its SHA-256: the "
+            "checkpoint is damaged, or holds files of two checkpoints. Copy or download it "
+            "again"
+        )
+
+
 class CATTransform(TransformBase):
     """
     Transforms the input of one Linear, or of several Linears that share it.
@@ -73,7 +106,7 @@ class CATTransform(TransformBase):
     :param args: entry of the input in ``scheme.apply``
     """
 
-    def __init__(self, weight: Parameter | None, scheme: CATScheme, args: TransformArgs):
+    def __init__(self, weight: Parameter | None, scheme: CATScheme, args: CATInput):
         super().__init__()
         self.weight = weight
         self.scheme = scheme
@@ -142,7 +175,7 @@ def attach_transforms(model: Module, config: CATTransformConfig):
         _make_transform(linears[0], scheme, args).attach(linears)
 
 
-def _make_transform(linear: Linear, scheme: CATScheme, args: TransformArgs) -> CATTransform:
+def _make_transform(linear: Linear, scheme: CATScheme, args: CATInput) -> CATTransform:
     """
     Make the transform of an input, with a tensor to be loaded.
 

@@ -14,6 +14,8 @@ from cat_modifier.checkpoint.schema import (
 )
 from cat_modifier.functional.layout import TransformLayout
 
+DIGEST = "0f" * 32
+
 
 def make_transforms() -> CATTransformConfig:
     transforms = CATTransformConfig.empty()
@@ -25,6 +27,9 @@ def make_transforms() -> CATTransformConfig:
     transforms.add_input(["layers.1.q"], small, True, 1.0, bfloat16)
     transforms.add_input(["layers.1.down"], large, True, 1.0, float32)
     transforms.fused["layers.0.o"] = "layers.0.v"
+    for scheme, args in transforms.inputs():
+        if scheme.block_size is not None:
+            args.sha256 = DIGEST
     return transforms
 
 
@@ -86,8 +91,8 @@ def test_only_the_fields_of_version_1_are_written():
     assert scheme == {
         "type": "cat",
         "apply": [
-            {"targets": ["layers.0.q", "layers.0.k"], "location": "input"},
-            {"targets": ["layers.1.q"], "location": "input"},
+            {"targets": ["layers.0.q", "layers.0.k"], "location": "input", "sha256": DIGEST},
+            {"targets": ["layers.1.q"], "location": "input", "sha256": DIGEST},
         ],
         "block_size": 16,
         "online_hadamard_size": 4,
@@ -231,6 +236,9 @@ def test_without_requires_the_formats_are_refused():
         ({"location": "output"}, "apply to inputs"),
         ({"inverse": True}, "apply to inputs"),
         ({"ignore": ["layers.0.k"]}, "apply to inputs"),
+        ({"sha256": "0f"}, "sha256"),
+        ({"sha256": DIGEST.upper()}, "sha256"),
+        ({"sha256": 15}, "sha256"),
     ],
 )
 def test_entries_of_a_scheme(change, message):
@@ -238,3 +246,14 @@ def test_entries_of_a_scheme(change, message):
     scheme = config["transform_config"]["config_groups"]["cat_16_4_16_1.0_bfloat16"]
     scheme["apply"][0] |= change
     refuse(config, "cannot be read by cat-modifier", message)
+
+
+def test_digests_are_those_of_blocks():
+    config = mark_quantization_config(make_config())
+    groups = config["transform_config"]["config_groups"]
+    del groups["cat_16_4_16_1.0_bfloat16"]["apply"][1]["sha256"]
+    refuse(config, "has no `sha256` for the transform of layers.1.q")
+    config = mark_quantization_config(make_config())
+    scheme = config["transform_config"]["config_groups"]["cat_0_4_16_0.9_bfloat16"]
+    scheme["apply"][0]["sha256"] = DIGEST
+    refuse(config, "`sha256` has no meaning without blocks")

@@ -10,13 +10,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from compressed_tensors import TRANSFORM_CONFIG_NAME
 from compressed_tensors.compressors import compress_module
 from compressed_tensors.offload import from_accelerate
 from compressed_tensors.quantization import QuantizationStatus
 from compressed_tensors.quantization.utils import is_module_quantized
-from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightTransform
 from transformers.quantizers.auto import (
@@ -37,7 +35,7 @@ from cat_modifier.checkpoint.token_batch import batch_tokens
 from cat_modifier.checkpoint.transform_module import (
     CATTransform,
     attach_transforms,
-    validate_transform,
+    validate_stored_transform,
 )
 from cat_modifier.integrations.transformers.experts import linearize_experts, without_fusing
 from cat_modifier.integrations.transformers.heads import find_new_heads, rename_modules
@@ -125,7 +123,14 @@ class CATHfQuantizer(CompressedTensorsHfQuantizer):
             from_accelerate(model)
         for name, module in model.named_modules():
             if isinstance(module, CATTransform) and module.weight is not None:
-                _check_transform(f"{name}.weight", module.weight, module.scheme.precision)
+                blocks = module.weight
+                validate_stored_transform(
+                    f"{name}.weight",
+                    blocks,
+                    tuple(blocks.shape),
+                    module.scheme.precision,
+                    module.args.sha256,
+                )
         for part in model.modules():
             if isinstance(part, PreTrainedModel) and part is not model:
                 part.register_forward_pre_hook(partial(_decompress_all, model))
@@ -164,23 +169,6 @@ def _decompress_all(model: PreTrainedModel, part: PreTrainedModel, args: tuple):
     handle = getattr(model, "ct_decompress_hook", None)
     if handle is not None:
         model._forward_pre_hooks[handle.id](model, ())
-
-
-def _check_transform(name: str, blocks: Tensor, precision: torch.dtype):
-    """
-    Check a transform tensor as loaded.
-
-    :param name: name of the tensor, for the error
-    :param blocks: T as loaded
-    :param precision: dtype that the config promises
-    :raises ValueError: if the dtype differs, or if an element is not finite
-    """
-    if blocks.dtype != precision:
-        raise ValueError(
-            f"Transform tensor {name} is stored as {blocks.dtype}, not {precision}: the "
-            "checkpoint is damaged"
-        )
-    validate_transform(name, blocks, tuple(blocks.shape))
 
 
 def register():

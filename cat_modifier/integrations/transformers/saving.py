@@ -14,11 +14,14 @@ import torch.distributed as dist
 from compressed_tensors.distributed import is_distributed, is_source_process
 from compressed_tensors.quantization.utils import is_module_quantized
 from loguru import logger
+from torch import Tensor
 from torch.nn import Linear, Module
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
+from cat_modifier.checkpoint.digest import write_digests
 from cat_modifier.checkpoint.schema import mark_quantization_config
+from cat_modifier.checkpoint.transform_module import CATTransform
 from cat_modifier.integrations.transformers.atomic_folder import (
     UnfinishedSaveError,
     atomic_folder,
@@ -135,9 +138,10 @@ def _edit_config(model: PreTrainedModel, folder: Path):
     """
     Edit the ``quantization_config`` of a checkpoint that was just written.
 
-    Mark it, and add all Linears that are not quantized to `ignore`, by their names in the
-    model. compressed-tensors lists them by their names in the files, which differ for some
-    models, and leaves out subclasses of Linear: a reader would then take them for quantized.
+    Mark it, write the digests of its transforms, and add all Linears that are not quantized
+    to `ignore`, by their names in the model. compressed-tensors lists them by their names in
+    the files, which differ for some models, and leaves out subclasses of Linear: a reader
+    would then take them for quantized.
 
     :param folder: holds the checkpoint, or an adapter, which has no config
     :raises ValueError: if there are no weights, or if the transforms are lost
@@ -156,8 +160,18 @@ def _edit_config(model: PreTrainedModel, folder: Path):
     marked = mark_quantization_config(config["quantization_config"])
     ignore = marked.get("ignore") or []
     marked["ignore"] = [*ignore, *(name for name in _unquantized(model) if name not in ignore)]
+    write_digests(marked["transform_config"], _stored_transforms(model))
     config["quantization_config"] = marked
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _stored_transforms(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Find the blocks of all transforms, by the Linear that holds them"""
+    return {
+        module.args.targets[0]: module.weight
+        for module in model.modules()
+        if isinstance(module, CATTransform) and module.weight is not None
+    }
 
 
 def _unquantized(model: PreTrainedModel) -> list[str]:

@@ -5,7 +5,11 @@ import torch
 from torch import Tensor
 
 from cat_modifier.checkpoint.schema import CATScheme
-from cat_modifier.checkpoint.transform_module import online_hadamard, validate_transform
+from cat_modifier.checkpoint.transform_module import (
+    online_hadamard,
+    validate_stored_transform,
+    validate_transform,
+)
 from cat_modifier.kernels.ops import OnlineTransform
 
 __all__ = ["InputTransform"]
@@ -25,6 +29,7 @@ class InputTransform(OnlineTransform):
     :param shard_size: size of the input on this rank
     :param shard_rank: index of this rank
     :param dtype: dtype of the input
+    :param sha256: digest of the tensor; None to skip the check
     :raises ValueError: if a block, or the Hadamard matrix, does not fit on a rank
     """
 
@@ -36,6 +41,7 @@ class InputTransform(OnlineTransform):
         shard_size: int,
         shard_rank: int,
         dtype: torch.dtype,
+        sha256: str | None = None,
     ):
         size = scheme.block_size or 1
         if shard_size % size or shard_size % scheme.hadamard_size:
@@ -52,7 +58,7 @@ class InputTransform(OnlineTransform):
             blocks = torch.full((count, size, size), torch.nan, dtype=scheme.precision)
         hadamard = online_hadamard(scheme, torch.get_default_device())
         super().__init__(blocks, hadamard, scheme.interleave, dtype, scheme.clip_ratio)
-        self.name = name
+        self.name, self._precision, self._sha256 = name, scheme.precision, sha256
         self.full_shape = (input_size // size, size, size)
         self.first_block = shard_rank * count
         self._shard_id: int | str | None = None
@@ -73,7 +79,11 @@ class InputTransform(OnlineTransform):
                 "another Linear of the same merged layer: the checkpoint is damaged"
             )
         self._shard_id = shard_id
-        validate_transform(self.name, loaded, self.full_shape)
+        validate_stored_transform(
+            self.name, loaded, self.full_shape, self._precision, self._sha256
+        )
+        # a weight reload may bring another checkpoint, whose config vLLM does not read
+        self._sha256 = None
         blocks = loaded.narrow(0, self.first_block, param.shape[0]).to(param.dtype)
         if not torch.isfinite(blocks).all():
             raise ValueError(

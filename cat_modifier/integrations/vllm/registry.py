@@ -28,10 +28,11 @@ class TransformedInput:
     :param scheme: sizes and clipping of the transform
     :param names: Linears that read the input, by the names of vLLM; the checkpoint stores
         the tensor under the first
+    :param sha256: digest of the tensor; None without blocks
     """
 
-    def __init__(self, scheme: CATScheme, names: list[str]):
-        self.scheme, self.names = scheme, names
+    def __init__(self, scheme: CATScheme, names: list[str], sha256: str | None):
+        self.scheme, self.names, self._sha256 = scheme, names, sha256
         self._tensor = names[0] + TENSOR_SUFFIX  # as the checkpoint names it
         self._module: InputTransform | None = None
 
@@ -74,7 +75,13 @@ class TransformedInput:
         :param shard_rank: index of this rank
         """
         self._module = InputTransform(
-            self._tensor, self.scheme, input_size, shard_size, shard_rank, dtype
+            self._tensor,
+            self.scheme,
+            input_size,
+            shard_size,
+            shard_rank,
+            dtype,
+            self._sha256,
         )
         return self._module
 
@@ -88,7 +95,8 @@ class TransformRegistry:
 
     def __init__(self, transforms: CATTransformConfig):
         self._inputs = [
-            TransformedInput(scheme, list(args.targets)) for scheme, args in transforms.inputs()
+            TransformedInput(scheme, list(args.targets), args.sha256)
+            for scheme, args in transforms.inputs()
         ]
         self._claimed: set[str] = set()
         self._adopted: set[str] = set()

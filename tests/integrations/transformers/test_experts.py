@@ -9,7 +9,7 @@ import pytest
 import torch
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import QuantizationModifier
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny_models import (
     decibels,
     int_scheme,
@@ -17,6 +17,7 @@ from tiny_models import (
     make_loader,
     make_model,
     make_tokens,
+    replace_tensors,
 )
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -102,7 +103,7 @@ def change(folder, target, edit):
     shutil.copytree(folder, target)
     tensors = load_file(folder / "model.safetensors")
     edit(tensors)
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    replace_tensors(target / "model.safetensors", tensors)
     return target
 
 

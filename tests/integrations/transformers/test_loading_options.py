@@ -15,6 +15,7 @@ from tiny_models import (
     make_loader,
     make_model,
     make_tokens,
+    replace_tensors,
 )
 from transformers import (
     AutoModel,
@@ -62,7 +63,7 @@ def exchange_blocks(folder):
         for name in tensors:
             if "layers.0.mlp.gate_proj.cat_input" in name:
                 tensors[name] = tensors[name].flip(0).contiguous()
-        save_file(tensors, path, metadata={"format": "pt"})
+        replace_tensors(path, tensors)
 
 
 def test_shards(checkpoint, tmp_path):

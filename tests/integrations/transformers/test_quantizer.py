@@ -165,6 +165,16 @@ def change(folder, target, kind) -> str:
         tensors[name] = tensors[name][1:].contiguous()
     elif kind == "not finite":
         tensors[name][0, 0, 0] = torch.inf
+    elif kind == "exchanged":
+        other, name = name, "model.layers.0.mlp.down_proj.cat_input.weight"
+        tensors[name], tensors[other] = tensors[other], tensors[name]
+    elif kind == "one bit":
+        tensors[name].view(torch.uint8)[0, 0, 0] ^= 1
+    elif kind == "no digest":
+        name = "has no `sha256`"
+        for scheme in transforms["config_groups"].values():
+            for entry in scheme["apply"]:
+                entry.pop("sha256", None)
     elif kind == "integers":
         tensors[name] = tensors[name].to(torch.int8)
     elif kind == "renamed layer":
@@ -208,6 +218,9 @@ def change(folder, target, kind) -> str:
         "extra, of a Linear that does not exist",
         "misshapen",
         "not finite",
+        "exchanged",
+        "one bit",
+        "no digest",
         "integers",
         "renamed layer",
         "no scale",

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs, preset_name_to_scheme
-from compressed_tensors.transform import TransformArgs
 
-from cat_modifier.checkpoint.schema import CATScheme, CATTransformConfig
+from cat_modifier.checkpoint.digest import tensor_digest
+from cat_modifier.checkpoint.schema import CATInput, CATScheme, CATTransformConfig
 from cat_modifier.functional.hadamard import hadamard_matrix
 from cat_modifier.functional.transform import apply_transform
 from cat_modifier.integrations.vllm import registry as registry_module
@@ -101,18 +101,31 @@ def test_a_tensor_that_was_never_loaded_is_named():
 @pytest.mark.parametrize("shape", [(5, 16, 16), (6, 8, 16), (96, 16)])
 def test_a_tensor_of_another_shape_is_named(shape):
     with pytest.raises(ValueError, match=f"{NAME} has shape"):
-        make(loaded=torch.ones(shape))
+        make(loaded=torch.ones(shape).bfloat16())
 
 
 def test_a_tensor_that_is_not_finite_is_named():
-    blocks = torch.ones(6, 16, 16)
+    blocks = torch.ones(6, 16, 16).bfloat16()
     blocks[5, 1, 2] = torch.inf
     with pytest.raises(ValueError, match=f"{NAME} .*not finite"):
         make(loaded=blocks)
 
 
+def test_a_tensor_that_is_not_the_one_saved_is_refused():
+    blocks = torch.randn(6, 16, 16).bfloat16()
+    digest = tensor_digest(blocks)
+    transform = InputTransform(NAME, make_scheme(), 96, 96, 0, torch.float32, digest)
+    with pytest.raises(ValueError, match=f"{NAME} is not the one that was saved"):
+        transform.load(transform.weight, blocks.flip(0))
+    with pytest.raises(ValueError, match=f"{NAME} is stored as torch.float32"):
+        transform.load(transform.weight, blocks.float())
+    transform.load(transform.weight, blocks)
+    # a weight reload brings another checkpoint
+    transform.load(transform.weight, blocks.flip(0))
+
+
 def test_a_tensor_under_a_second_part_of_a_merged_layer_is_refused():
-    blocks = torch.ones(6, 16, 16)
+    blocks = torch.ones(6, 16, 16).bfloat16()
     transform = make()
     for _ in range(2):  # a reload of weights loads the same part again
         transform.load(transform.weight, blocks, "q")
@@ -131,7 +144,7 @@ def test_blocks_beyond_the_range_of_the_dtype_are_refused():
 
 def make_registry(*inputs: list[str]) -> TransformRegistry:
     config = CATTransformConfig.empty()
-    apply = [TransformArgs(targets=list(names), location="input") for names in inputs]
+    apply = [CATInput(targets=list(names), location="input") for names in inputs]
     config.config_groups["cat"] = make_scheme(apply=apply)
     return TransformRegistry(config)
 

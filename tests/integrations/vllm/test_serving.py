@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import serve, sqnr_db
 from safetensors.torch import load_file, save_file
+from tiny_models import replace_tensors
 
 TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 
@@ -27,7 +28,7 @@ def exchange_a_block(checkpoint, tmp_path):
     tensors = load_file(folder / "model.safetensors")
     transform = next(one for key, one in tensors.items() if key.endswith("cat_input.weight"))
     transform[0] = transform[0].flip(0)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    replace_tensors(folder / "model.safetensors", tensors)
     return folder
 
 
@@ -261,7 +262,7 @@ def test_weights_are_reloaded_in_place(checkpoints, tmp_path, weights):
     for name in tensors:
         if name.endswith(("weight_scale", "weight_packed", "cat_input.weight")):
             tensors[name] = tensors[name].flip(0).contiguous()
-    save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
+    replace_tensors(changed / "model.safetensors", tensors)
     ids, _ = reference(source)
     options = {"dtype": "float32", "additional_config": {"cat_weights": weights}}
     reloaded = serve(source, ids, options=options, reload=str(changed))

@@ -4,7 +4,6 @@
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-from compressed_tensors.transform import TransformArgs
 from torch.nn import Module
 from vllm.config import (
     LoadConfig,
@@ -26,7 +25,7 @@ from vllm.model_executor.model_loader.reload import (
     record_metadata_for_reloading,
 )
 
-from cat_modifier.checkpoint.schema import CATScheme, CATTransformConfig
+from cat_modifier.checkpoint.schema import CATInput, CATScheme, CATTransformConfig
 from cat_modifier.integrations.vllm.compat import QuantizeMethodBase
 from cat_modifier.integrations.vllm.config import CATCompressedTensorsConfig
 from cat_modifier.integrations.vllm.int8_linear import Int8LinearMethod
@@ -94,7 +93,7 @@ def make_model(
     transforms.config_groups["cat"] = CATScheme(
         type="cat",
         apply=[
-            TransformArgs(targets=targets, location="input")
+            CATInput(targets=targets, location="input")
             for targets in (names, *([list(others)] if others else []))
         ],
         block_size=16,
