@@ -7,8 +7,8 @@ A save goes through folders inside the target, whose names are its state:
 1. ``.cat-save-writing``: files are being written. The older checkpoint is untouched, and an
    error or a kill leaves it so. :class:`UnfinishedSaveError` keeps the files that are
    written until the next save.
-2. ``.cat-save-finished``: all files are written, and on disk. Files of the older checkpoint
-   are removed, ``config.json`` first: without it no reader loads the folder.
+2. ``.cat-save-finished``: all files are written. Once they are on disk, files of the older
+   checkpoint are removed, ``config.json`` first: without it no reader loads the folder.
 3. ``.cat-save-moving``: files are being moved into the target, ``config.json`` last.
 
 An error or a kill in 2 or 3 loses nothing: :func:`finish_save`, or the next save to the same
@@ -79,12 +79,7 @@ def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
             shutil.rmtree(writing, ignore_errors=True)
             raise
         with _kept_files(folder):
-            try:
-                _make_readable(writing)
-                _sync_all(writing)
-            finally:  # an error here does not make the files any less complete
-                writing.rename(folder / _FINISHED)
-            _sync(folder)
+            writing.rename(folder / _FINISHED)
             _finish(folder)
 
 
@@ -111,6 +106,10 @@ def _finish(folder: Path):
     if finished.exists():
         files = [path.relative_to(finished) for path in _files(finished)]
         _check_targets(folder, files)
+        _make_readable(finished)
+        # also when a save is continued: an error may have left files in memory alone
+        _sync_all(finished)
+        _sync(folder)
         if (finished / CONFIG_NAME).exists():
             _remove_checkpoint(folder)
         finished.rename(moving)

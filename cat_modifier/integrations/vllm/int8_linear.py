@@ -24,6 +24,7 @@ from cat_modifier.checkpoint.schema import CATScheme
 from cat_modifier.integrations.vllm.compat import (
     BasevLLMParameter,
     ChannelQuantScaleParameter,
+    LinearBase,
     LinearMethodBase,
     ModelWeightParameter,
     PackedvLLMParameter,
@@ -33,6 +34,7 @@ from cat_modifier.integrations.vllm.compat import (
 )
 from cat_modifier.integrations.vllm.kernels import Int8Kernel, choose_kernel
 from cat_modifier.integrations.vllm.registry import TransformedInput, TransformRegistry
+from cat_modifier.integrations.vllm.unloaded import check_loaded, fill_unloaded
 from cat_modifier.kernels.ops import quantize, warm_up
 
 __all__ = ["Int8LinearMethod", "Integers", "keeps_packed"]
@@ -209,8 +211,10 @@ class Int8LinearMethod(LinearMethodBase):
         if self.integers.is_packed:
             pack_factor = self.integers.pack_factor
             weight = PackedvLLMParameter(
-                data=torch.empty(
-                    rows, input_size_per_partition // pack_factor, dtype=torch.int32
+                data=fill_unloaded(
+                    torch.empty(
+                        rows, input_size_per_partition // pack_factor, dtype=torch.int32
+                    )
                 ),
                 input_dim=1,
                 output_dim=0,
@@ -224,14 +228,16 @@ class Int8LinearMethod(LinearMethodBase):
             layer.register_parameter("weight_shape", shape)
         else:
             weight = ModelWeightParameter(
-                data=torch.empty(rows, input_size_per_partition, dtype=torch.int8),
+                data=fill_unloaded(
+                    torch.empty(rows, input_size_per_partition, dtype=torch.int8)
+                ),
                 input_dim=1,
                 output_dim=0,
                 weight_loader=weight_loader,
             )
         layer.register_parameter(self.integers.weight_name, weight)
         scale = ChannelQuantScaleParameter(
-            data=torch.empty(rows, 1, dtype=torch.float32),
+            data=fill_unloaded(torch.empty(rows, 1, dtype=torch.float32)),
             output_dim=0,
             weight_loader=weight_loader,
         )
@@ -243,7 +249,7 @@ class Int8LinearMethod(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: Any):
         """
-        :raises ValueError: if the transform was not loaded
+        :raises ValueError: if the transform or the weight was not loaded
         """
         integers = self.integers
         transform = None
@@ -253,6 +259,8 @@ class Int8LinearMethod(LinearMethodBase):
             if self.is_first:
                 transform.check_loaded()
         weight = getattr(layer, integers.weight_name).data
+        if isinstance(layer, LinearBase):  # an lm_head has rows of padding
+            check_loaded(layer.prefix, integers.weight_name, weight, layer.weight_scale.data)
         # `weight_shape` stays: a weight reload brings it once more for each merged part
         self.kernel.process_weights(layer, integers.unpack(weight, *self.shape))
         inputs = layer.weight_scale.new_empty((0, self.shape[1]), dtype=self.dtype)

@@ -28,6 +28,7 @@ from cat_modifier.integrations.vllm.expert_inputs import ExpertInputs
 from cat_modifier.integrations.vllm.int8_linear import Integers, keeps_packed
 from cat_modifier.integrations.vllm.kernels import Int8Kernel, choose_kernel
 from cat_modifier.integrations.vllm.registry import TransformedInput, TransformRegistry
+from cat_modifier.integrations.vllm.unloaded import check_loaded, fill_unloaded
 
 __all__ = ["Int8ExpertsMethod", "find_experts_method"]
 
@@ -219,7 +220,7 @@ class Int8ExpertsMethod(FusedMoEMethodBase):
         if self.integers.is_packed:
             tensors["weight_shape"] = torch.empty(experts, 2, dtype=torch.int64)
         for suffix, data in tensors.items():
-            parameter = Parameter(data, requires_grad=False)
+            parameter = Parameter(fill_unloaded(data), requires_grad=False)
             set_weight_attrs(parameter, attributes)
             layer.register_parameter(f"{name}_{suffix}", parameter)
             if suffix == "weight_scale":
@@ -228,7 +229,7 @@ class Int8ExpertsMethod(FusedMoEMethodBase):
 
     def process_weights_after_loading(self, layer: RoutedExperts):
         """
-        :raises ValueError: if a transform was not loaded
+        :raises ValueError: if a transform or a weight was not loaded
         """
         self.registry.check_claimed()
         for inputs in (self.w13_inputs, self.w2_inputs):
@@ -250,6 +251,7 @@ class Int8ExpertsMethod(FusedMoEMethodBase):
         weight_name = f"{name}_{self.integers.weight_name}"
         weights = getattr(layer, weight_name).data
         scales = getattr(layer, f"{name}_weight_scale").data
+        check_loaded(self.prefix, weight_name, weights, scales)
         kernel = choose_kernel(self._keeps_packed)
         products = [
             _Product(

@@ -110,8 +110,12 @@ def make_model(
     return model
 
 
-def load(model: Attention, seed: int, transform_first: bool = True):
-    """Load random weights with the weight loaders of parameters, like models of vLLM"""
+def load(model: Attention, seed: int, transform_first: bool = True, without=()):
+    """
+    Load random weights with the weight loaders of parameters, like models of vLLM.
+
+    :param without: name and part of a tensor that is not loaded
+    """
     generator = torch.Generator().manual_seed(seed)
     is_quantized = isinstance(model.qkv_proj.quant_method, Int8LinearMethod)
     tensors = []
@@ -131,6 +135,8 @@ def load(model: Attention, seed: int, transform_first: bool = True):
     transform = (model.qkv_proj, "cat_input.weight", blocks, "q")
     tensors.insert(0 if transform_first else len(tensors), transform)
     for layer, name, loaded, part in tensors:
+        if (name, part) == without:
+            continue
         # by name, as vLLM does: a layer may be processed before its last tensor comes
         param = layer.get_parameter(name)
         param.weight_loader(param, loaded, *([] if part is None else [part]))
@@ -178,6 +184,26 @@ def test_a_merged_layer_that_a_model_does_not_declare(keeps_packed, is_quantized
         found.append(model(X))
     assert torch.equal(found[0], found[1])
     assert not torch.allclose(found[0], found[2])
+
+
+@pytest.mark.parametrize("keeps_packed", [False, True])
+@pytest.mark.parametrize("part", ["q", "v", None])
+@pytest.mark.parametrize("name", ["weight_packed", "weight_scale"])
+def test_a_tensor_that_the_checkpoint_lacks_is_named(keeps_packed, name, part):
+    model = make_model(keeps_packed, True)
+    load(model, 0, without=(name, part))
+    layer = "gate" if part is None else "qkv_proj"
+    with pytest.raises(ValueError, match=f"{LAYER}.{layer}: `{name}`.* is missing"):
+        process(model)
+
+
+@pytest.mark.parametrize("value", [0.0, -0.1, torch.inf])
+def test_scales_that_no_weight_has_are_refused(value):
+    model = make_model(False, True)
+    load(model, 0)
+    model.gate.weight_scale.data[3] = value
+    with pytest.raises(ValueError, match="gate: `weight_scale`.* not positive and finite"):
+        process(model)
 
 
 def test_a_merged_layer_whose_parts_cannot_be_told_is_refused():
