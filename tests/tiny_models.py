@@ -257,7 +257,7 @@ def replace_tensors(path: Path, tensors: dict[str, torch.Tensor]):
     config = path.parent / "config.json"
     text = config.read_text()
     for name, before in load_file(path).items():
-        if name.endswith(TENSOR_SUFFIX):
+        if name.endswith(TENSOR_SUFFIX) and name in tensors:
             text = text.replace(tensor_digest(before), tensor_digest(tensors[name]))
     config.write_text(text)
     save_file(tensors, path, metadata={"format": "pt"})
