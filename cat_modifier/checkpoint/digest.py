@@ -26,7 +26,7 @@ def write_digests(transform_config: dict[str, Any], transforms: Mapping[str, Ten
     """
     Write the digest of each stored transform into a ``transform_config``.
 
-    :param transform_config: as in ``config.json``
+    :param transform_config: config of the transforms in ``config.json``; changed in place
     :param transforms: stored blocks by the name of the Linear that holds them
     """
     for scheme in transform_config["config_groups"].values():
