@@ -190,6 +190,5 @@ def run(report: Path, bits: float, transform: str, output: Path, overwrite: bool
     sizes = _linears(frame)["size"]
     for name, layers in allocation.items():
         share = sizes[layers].sum() / sizes.sum()
-        count = f"{len(layers)} of {len(sizes)} Linears"
-        print(f"{name}: {count}, {share:.0%} of the multiply-adds")
+        print(f"{name}: {len(layers)} of {len(sizes)} Linears, {share:.0%} of multiply-adds")
     print(f"The recipe, of {mean:.2f} bits, is in {output}")

@@ -35,8 +35,7 @@ def run(
     Run `cat-modifier analyze`; see its help for the parameters.
 
     :param options: further arguments of :func:`cat_modifier.analysis.layers.analyze`
-    :raises ValueError: if the arguments do not fit each other, the model or the data; after
-        the report is written, if some Linears saw no tokens
+    :raises ValueError: if the arguments do not fit each other, the model or the data
     :raises OSError: if a file cannot be read or written
     """
     # check everything that can be checked before a model is loaded
@@ -66,27 +65,20 @@ def run(
         "tokens": f"{ids.shape[0]} windows of {ids.shape[1]}",
     }
     with new_report(output, overwrite) as folder:
-        unseen = None
-        try:
-            if original is not None:
-                settings["original"] = original
-                results = compare(_load(original), _load(model), batches)
-            else:
-                settings |= options
-                loaded = _load(model)
-                make_experts_linears(loaded)
-                inputs = [layers.without_predictions(loaded, batch) for batch in batches]
-                results = layers.analyze(loaded, inputs, **options)
-        except layers.UnseenLinearsError as error:
-            if error.results is None:
-                raise
-            unseen, results = error, error.results
-        report = (comparison_report if is_quantized else layer_report)(results, settings)
+        if original is not None:
+            settings["original"] = original
+            report = comparison_report(
+                compare(_load(original), _load(model), batches), settings
+            )
+        else:
+            settings |= options
+            loaded = _load(model)
+            make_experts_linears(loaded)
+            inputs = [layers.without_predictions(loaded, batch) for batch in batches]
+            report = layer_report(layers.analyze(loaded, inputs, **options), settings)
         report.print()
         report.write(folder)
     print(f"\nThe report is in {output / 'report.html'}")
-    if unseen is not None:
-        raise unseen
 
 
 def _load(model: str) -> PreTrainedModel:

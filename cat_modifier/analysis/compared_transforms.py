@@ -18,6 +18,7 @@ from cat_modifier.calibration.shared_inputs import SharedInput
 from cat_modifier.functional.alignment import DEFAULT_DAMPENING_FRAC as DAMPENING
 from cat_modifier.functional.alignment import diagonal_blocks, inner_blocks
 from cat_modifier.functional.layout import Rotation, choose_layout
+from cat_modifier.functional.smoothing import smoothing_scales
 from cat_modifier.functional.transform import FusedTransform, StoredTransform, compute_transform
 
 __all__ = ["TRANSFORMS", "WHOLE", "AnalysisStatistics", "AnalyzedInput"]
@@ -121,17 +122,9 @@ def _cat(
 
 
 def _smooth_scaling(data: AnalyzedInput) -> FusedTransform:
-    """
-    Scale each channel by ``1 / s_i`` with ``s_i = sqrt(max|x_i| / max|w_i|)``.
-
-    This is SmoothQuant (arXiv 2211.10438, equation 4) with its default strength 0.5.
-    """
+    """Divide each channel by its scale of SmoothQuant"""
     weights = torch.stack([w.abs().amax(0) for w in data.weights.values()]).amax(0).double()
-    inputs = data.maxima.to(weights)
-    # a channel that is zero in all tokens or in all weights needs no scale
-    floor = torch.finfo(torch.float32).tiny
-    alive = (inputs > floor) & (weights > floor)
-    scales = torch.where(alive, (inputs / weights.clamp_min(floor)).sqrt(), 1.0)
+    scales = smoothing_scales(data.maxima.to(weights), weights)
     layout = choose_layout(data.shared.first, data.shared.in_features, 1, 1, Rotation.NONE)
     return StoredTransform((1 / scales)[:, None, None].to(_PRECISION), layout).invert()
 

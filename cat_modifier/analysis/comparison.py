@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Linear, Module
 from tqdm import tqdm
 
-from cat_modifier.analysis.layers import UnseenLinearsError, call
+from cat_modifier.analysis.layers import call, warn_of_unseen
 from cat_modifier.calibration.experts import find_fused_experts
 from cat_modifier.functional.sqnr import to_db
 
@@ -63,8 +63,8 @@ def compare(original: Module, quantized: Module, batches: Sequence[Tensor]) -> C
     :param original: a causal language model
     :param quantized: the same model, with Linears quantized by compressed-tensors
     :param batches: token ids, each of shape (batch, length), without padding
-    :raises ValueError: if nothing is quantized, or the models do not have the same Linears
-    :raises UnseenLinearsError: if some Linears saw no tokens; holds the other results
+    :raises ValueError: if nothing is quantized, the models do not have the same Linears, or no
+        Linear saw tokens. Linears that saw none are not in the result, with a warning
     """
     pairs = _match(original, quantized)
     energies: dict[str, dict[str, float]] = {name: defaultdict(float) for name in pairs}
@@ -85,14 +85,12 @@ def compare(original: Module, quantized: Module, batches: Sequence[Tensor]) -> C
         logits = call(original, ids, add).logits
         _add_predictions(totals, ids.to(logits.device), logits, other.to(logits.device))
 
+    warn_of_unseen(energies, [name for name, sums in energies.items() if sums])
     rows = [_row(name, pairs[name][1], sums) for name, sums in energies.items() if sums]
     means = {key: total / totals["tokens"] for key, total in totals.items()}
     perplexity = {key: math.exp(means[key]) for key in ("original", "checkpoint")}
     scalars = perplexity, means["divergence"], means["agreement"], int(totals["tokens"])
-    comparison = Comparison(pd.DataFrame(rows), *scalars)
-    if unseen := [name for name, sums in energies.items() if not sums]:
-        raise UnseenLinearsError(unseen, comparison if rows else None)
-    return comparison
+    return Comparison(pd.DataFrame(rows), *scalars)
 
 
 def _match(original: Module, quantized: Module) -> dict[str, tuple[Any, Linear]]:

@@ -2,11 +2,10 @@
 """
 The figures of arXiv 2603.04359 for any model, drawn from the rows of an analysis.
 
-The colours of Okabe and Ito differ for any colour vision. Each colour has its own marker and
-line style, for print without colour.
+Colours differ for any colour vision. Each has its own marker and line style, for print
+without colour.
 """
 
-import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -15,39 +14,35 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+import seaborn as sns
+from matplotlib import pyplot
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from cat_modifier.analysis.compared_transforms import TRANSFORMS
 from cat_modifier.analysis.schemes import Scheme
-from cat_modifier.analysis.summary import joint_db
 from cat_modifier.functional.distributions import expected_concentration
-from cat_modifier.functional.sqnr import to_db
+from cat_modifier.functional.sqnr import joint_db, to_db
 
 __all__ = ["COMPARISON_FIGURES", "FIGURES", "Draw", "write_figures"]
 
-Draw = Callable[[pd.DataFrame], Figure]
-"""Function from the rows of an analysis to a figure; its docstring is the caption"""
+Draw = Callable[[pd.DataFrame], object]
+"""Function that draws the rows of an analysis in a new figure; its docstring is the caption"""
 
-Look = dict[str, Any]  # arguments of `plot` and its like
+Style = dict[str, Any]  # arguments of a function that draws
 
-_COLORS = ["#000000", "#E69F00", "#0072B2", "#009E73", "#CC79A7"]
-_COLORS += ["#D55E00", "#56B4E9", "#8C8C00", "#7F7F7F"]
-_MARKERS = "os^vPDX<>"
-_LINES = ["-", ":", "-.", "-", ":", "--", "-.", (0, (1, 3)), (0, (6, 2))]
-_SCHEME_MARKERS = "osD^vPX"
-
+_LABELS = {name: transform.label for name, transform in TRANSFORMS.items()}
+_COLORS = dict(zip(_LABELS.values(), sns.color_palette("colorblind"), strict=False))
 _MAIN = ("none", "scaling", "hadamard", "cat")
 """Transforms to draw in figures that have no room for all"""
 
 _SETTINGS: dict[Any, Any] = {
-    "figure.constrained_layout.use": True,
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.alpha": 0.25,
     "legend.frameon": False,
+    "savefig.bbox": "tight",
     "svg.fonttype": "none",
     "svg.hashsalt": "cat-modifier",
 }
@@ -59,20 +54,25 @@ class MissingDataError(ValueError):
 
 def _with_roles(frame: pd.DataFrame) -> pd.DataFrame:
     """
-    Add columns from the Linear's name.
+    Add columns from the Linear's name, and replace infinite values.
 
     `role` is the last part, such as `q_proj`. `depth` is the first number in the name, or
-    the position of the Linear if there is no number.
+    the position of the Linear if there is no number. `label` is the transform's.
     """
     names = frame["layer"]
     position = pd.Series(pd.factorize(names)[0], frame.index)
     depth = names.str.extract(r"(?:^|\.)(\d+)(?:\.|$)")[0].fillna(position).astype(int)
-    return frame.assign(role=names.str.rpartition(".")[2], depth=depth)
+    frame = frame.assign(role=names.str.rpartition(".")[2], depth=depth)
+    if "transform" in frame:
+        frame = frame.assign(label=frame["transform"].map(_LABELS))
+    return frame.replace([math.inf, -math.inf], math.nan)
 
 
-def _main_transforms(frame: pd.DataFrame) -> list[str]:
-    found = list(frame["transform"].unique())
-    return [name for name in _MAIN if name in found] or found[:4]
+def _main_transforms(frame: pd.DataFrame, names: tuple[str, ...] = _MAIN) -> pd.DataFrame:
+    """Keep the rows of these transforms, or of the first four if there are none"""
+    if not frame["transform"].isin(names).any():
+        names = tuple(frame["transform"].unique()[:4])
+    return frame[frame["transform"].isin(names)]
 
 
 def _schemes(frame: pd.DataFrame, accept: Callable[[Scheme], bool], need: str) -> list[Scheme]:
@@ -82,164 +82,123 @@ def _schemes(frame: pd.DataFrame, accept: Callable[[Scheme], bool], need: str) -
     return found
 
 
-def _look(index: int, label: str) -> Look:
-    index = index % len(_COLORS)
-    look = {"color": _COLORS[index], "marker": _MARKERS[index], "linestyle": _LINES[index]}
-    return look | {"label": label}
+def _by_depth(rows: pd.DataFrame, panels: dict[str, str], title: str | None):
+    """
+    Draw columns over depth, with one panel per column and role, and one line per `label`.
+
+    :param panels: columns to draw, and the labels of their axes
+    """
+    common = rows["role"].value_counts().index[:8]  # as many as there is room for
+    rows = rows[rows["role"].isin(common)].melt(["role", "depth", "label"], list(panels))
+    style: Style = {"hue": "label", "style": "label", "palette": _palette(rows["label"])}
+    style |= {"kind": "line", "errorbar": None, "height": 1.65, "aspect": 1.05}
+    sharing = {"sharey": "row", "sharex": "col"}
+    grid = sns.relplot(
+        rows, x="depth", y="value", row="variable", col="role", facet_kws=sharing, **style
+    )
+    grid.set_titles("").set_xlabels("layer")
+    for axis, role in zip(grid.axes[0], grid.col_names, strict=True):
+        axis.set_title(role)
+    for axis, label in zip(grid.axes[:, 0], panels.values(), strict=True):
+        axis.set_ylabel(label)
+    sns.move_legend(grid, "lower center", bbox_to_anchor=(0.5, 1), ncols=8, title=title)
 
 
-def _look_of(transform: str) -> Look:
-    return _look(list(TRANSFORMS).index(transform), TRANSFORMS[transform].label)
+def _palette(labels: pd.Series) -> dict[str, Any]:
+    others = dict(zip(labels.unique(), sns.color_palette("colorblind"), strict=False))
+    return {label: _COLORS.get(label, others[label]) for label in labels.unique()}
 
 
-def _dots(axis: Axes, x: pd.Series, y: pd.Series, look: Look):
-    style: Look = {
-        "marker": look["marker"],
-        "facecolors": "none",
-        "edgecolors": look["color"],
-    }
-    axis.scatter(x, y, s=14, linewidths=0.8, label=look["label"], **style)
-
-
-def _diagonal(axis: Axes, x: pd.Series, y: pd.Series):
-    values = pd.concat([x, y]).replace(math.inf, math.nan)
-    ends = values.min() - 1, values.max() + 1
-    axis.plot(ends, ends, color="grey", linewidth=0.8, zorder=0)
+def _diagonal(axis: Axes, *columns: pd.Series):
+    values = pd.concat(columns)
+    axis.axline((values.min(),) * 2, slope=1, color="grey", linewidth=0.8, zorder=0)
 
 
 def _legend_beside(axis: Axes, title: str | None = None):
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), title=title)
+    sns.move_legend(axis, "center left", bbox_to_anchor=(1, 0.5), title=title)
 
 
-def _by_depth(
-    frame: pd.DataFrame, labels: dict[str, str], looks: dict[str, Look], title: str = ""
-) -> Figure:
-    """
-    Draw columns over depth, with one panel per column and role.
-
-    :param labels: columns to draw, and their labels
-    :param looks: lines of a panel, by the `line` of a row
-    """
-    common = frame["role"].value_counts().index[:8]  # as many as there is room for
-    roles = [role for role in frame["role"].unique() if role in common]
-    figure = Figure(figsize=(1.2 + 1.75 * len(roles), round(1.55 + 1.65 * len(labels), 2)))
-    axes = figure.subplots(len(labels), len(roles), sharex="col", sharey="row", squeeze=False)
-    for panels, role in zip(axes.T, roles, strict=True):
-        for line, look in looks.items():
-            rows = frame[(frame["role"] == role) & (frame["line"] == line)]
-            rows = rows.groupby("depth")[list(labels)].mean()
-            style: Look = {"markersize": 3, "markevery": max(1, len(rows) // 6)}
-            for axis, name in zip(panels, labels, strict=True):
-                axis.plot(rows.index, rows[name], **look, **style)
-        panels[0].set_title(role)
-        panels[-1].set_xlabel("layer")
-    for axis, label in zip(axes[:, 0], labels.values(), strict=True):
-        axis.set_ylabel(label)
-    handles = axes[0, 0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside upper center", ncols=len(looks), title=title or None)
-    return figure
-
-
-def factors(frame: pd.DataFrame) -> Figure:
+def factors(frame: pd.DataFrame):
     """
     The predicted SQNR of each Linear and its factors. A rotation changes concentration only.
     To change alignment takes a transform that is not a rotation.
     """
     need = "a scheme with as many bits for weights as for activations"
     scheme = _schemes(frame, lambda s: s.bits[0] == s.bits[1], need)[0]
-    frame = frame[frame["scheme"] == scheme.name]
+    frame = _main_transforms(frame[frame["scheme"] == scheme.name])
     concentrations = frame["weight_concentration_db"], frame["activation_concentration_db"]
-    frame = frame.assign(line=frame["transform"], concentration_db=joint_db(*concentrations))
     bits = to_db(12 * (2 ** (scheme.bits[0] or 16) - 1) ** 2)
-    labels = {
+    panels = {
         "concentration_db": "concentration\nC(x) || C(W), dB",
         "alignment_db": "alignment\nA(x, W), dB",
         "predicted_db": f"{scheme.name} SQNR, dB\n(both + {bits:.1f})",
     }
-    looks = {name: _look_of(name) for name in _main_transforms(frame)}
-    return _by_depth(frame, labels, looks)
+    _by_depth(frame.assign(concentration_db=joint_db(*concentrations)), panels, None)
 
 
-def predicted_against_measured(frame: pd.DataFrame) -> Figure:
+def predicted_against_measured(frame: pd.DataFrame):
     """
     Predicted (theorem 2.4) and measured SQNR, one dot per Linear. Names mark the Linears
     farthest off the diagonal.
     """
-    schemes = list(frame["scheme"].unique())
-    transforms = [t for t in ("none", "hadamard", "cat") if t in set(frame["transform"])]
-    transforms = transforms or _main_transforms(frame)
-    columns = min(4, len(schemes))
-    lines = math.ceil(len(schemes) / columns)
-    figure = Figure(figsize=(3.3 * columns, 3.6 * lines))
-    for position, scheme in enumerate(schemes, 1):
-        axis = figure.add_subplot(lines, columns, position)
-        shown = frame[(frame["scheme"] == scheme) & frame["transform"].isin(transforms)]
-        for name in transforms:
-            rows = shown[shown["transform"] == name]
-            _dots(axis, rows["predicted_db"], rows["measured_db"], _look_of(name))
-        _diagonal(axis, shown["predicted_db"], shown["measured_db"])
-        _name_outliers(axis, shown)
-        axis.set(title=scheme, xlabel="predicted SQNR, dB")
-    figure.axes[0].set_ylabel("measured SQNR, dB")
-    figure.axes[0].legend(loc="upper left", fontsize=8)
-    return figure
+    frame = _main_transforms(frame, ("none", "hadamard", "cat"))
+    style: Style = {"hue": "label", "style": "label", "palette": _palette(frame["label"])}
+    style |= {"height": 3.4, "facet_kws": {"sharex": False, "sharey": False}, "s": 18}
+    wrap = min(4, frame["scheme"].nunique())
+    grid = sns.relplot(
+        frame, x="predicted_db", y="measured_db", col="scheme", col_wrap=wrap, **style
+    )
+    grid.set_titles("{col_name}").set_axis_labels("predicted SQNR, dB", "measured SQNR, dB")
+    for scheme, axis in grid.axes_dict.items():
+        rows = frame[frame["scheme"] == scheme]
+        _diagonal(axis, rows["predicted_db"], rows["measured_db"])
+        _name_outliers(axis, rows)
+    grid.legend.set_title(None)
 
 
 def _name_outliers(axis: Axes, frame: pd.DataFrame):
     """Write names below the diagonal, where there is room: the outliers are above it"""
     off = (frame["measured_db"] - frame["predicted_db"]).abs()
     outliers = frame.loc[off[off > 3].nlargest(3).index].sort_values("measured_db")
-    arrow: Look = {"arrowstyle": "-", "color": "grey", "linewidth": 0.5}
-    text: Look = {"horizontalalignment": "right", "fontsize": 7, "arrowprops": arrow}
+    arrow: Style = {"arrowstyle": "-", "color": "grey", "linewidth": 0.5}
+    text: Style = {"horizontalalignment": "right", "fontsize": 7, "arrowprops": arrow}
     for position, row in enumerate(outliers.itertuples()):
         ends = (row.predicted_db, row.measured_db), (0.98, 0.03 + 0.07 * position)
         axis.annotate(f"{row.depth} {row.role}", *ends, textcoords="axes fraction", **text)
 
 
-def activations_against_weights(frame: pd.DataFrame) -> Figure:
+def activations_against_weights(frame: pd.DataFrame):
     """
     The error of weights against the error of activations, per scheme. Small dots are Linears,
     large dots are their mean.
     """
     need = "a scheme that quantizes both weights and activations"
     schemes = [scheme.name for scheme in _schemes(frame, lambda s: None not in s.bits, need)]
-    markers = dict(zip(schemes, itertools.cycle(_SCHEME_MARKERS), strict=False))
-    figure = Figure(figsize=(6.2, 5.2))
-    axis = figure.subplots()
-    for transform in _main_transforms(frame):
-        color, label = _look_of(transform)["color"], TRANSFORMS[transform].label
-        text: Look = {"textcoords": "offset points", "fontsize": 7, "color": color}
-        for scheme, marker in markers.items():
-            rows = frame[(frame["transform"] == transform) & (frame["scheme"] == scheme)]
-            x, y = rows["measured_weights_db"], rows["measured_activations_db"]
-            axis.scatter(x, y, s=5, marker=marker, color=color, alpha=0.18, linewidths=0)
-            mean = x.mean(), y.mean()
-            white: Look = {"edgecolors": "white", "zorder": 3}
-            axis.scatter(*mean, s=60, marker=marker, color=color, **white)
-            if scheme == schemes[0]:
-                axis.annotate(label, mean, xytext=(6, -3), **text)
-        axis.plot([], [], linestyle="none", marker="s", color=color, label=label)
-    for scheme, marker in markers.items():
-        axis.plot([], [], " ", marker=marker, color="grey", label=scheme)
+    frame = _main_transforms(frame[frame["scheme"].isin(schemes)])
+    x, y = "measured_weights_db", "measured_activations_db"
+    axis = pyplot.figure(figsize=(6.2, 5.2)).subplots()
+    style: Style = {"hue": "label", "style": "scheme", "palette": _palette(frame["label"])}
+    sns.scatterplot(frame, x=x, y=y, ax=axis, s=8, alpha=0.3, legend=False, **style)
+    means = frame.groupby(["label", "scheme"], sort=False)[[x, y]].mean().reset_index()
+    sns.scatterplot(means, x=x, y=y, ax=axis, s=70, zorder=3, **style)
     low, high = axis.get_xlim(), axis.get_ylim()
-    x, y = np.meshgrid(np.linspace(*low, 200), np.linspace(*high, 200))
-    joint = joint_db(x, y)
+    grid = np.meshgrid(np.linspace(*low, 200), np.linspace(*high, 200))
+    joint = joint_db(*grid)
     levels = np.arange(math.ceil(joint.min() / 6) * 6, joint.max(), 6)
-    lines = axis.contour(x, y, joint, levels, colors="grey", linewidths=0.6, zorder=0)
+    lines = axis.contour(*grid, joint, levels, colors="grey", linewidths=0.6, zorder=0)
     axis.clabel(lines, fmt="%d dB", fontsize=7)
     bits = 20 * math.log10((2**8 - 1) / (2**4 - 1))
     start = low[0] + 0.05 * (low[1] - low[0]), high[0] + 0.04 * (high[1] - high[0])
-    arrow: Look = {"arrowstyle": "->", "color": "grey"}
+    arrow: Style = {"arrowstyle": "->", "color": "grey"}
     axis.annotate("", (start[0] + bits, start[1]), start, arrowprops=arrow)
     label = f"8 weight bits and not 4: {bits:.1f} dB"
     axis.annotate(label, start, (0, 4), textcoords="offset points")
     axis.set(xlim=low, xlabel="SQNR with quantized weights, dB")
     axis.set(ylim=high, ylabel="SQNR with quantized activations, dB")
     _legend_beside(axis, "(joint SQNR: grey lines)")
-    return figure
 
 
-def concentrations(frame: pd.DataFrame) -> Figure:
+def concentrations(frame: pd.DataFrame):
     """
     How well weights and activations fill their range, over all Linears: quartiles, and the
     levels of known distributions.
@@ -248,37 +207,30 @@ def concentrations(frame: pd.DataFrame) -> Figure:
     scheme = _schemes(frame, lambda s: None not in s.bits, need)[0]
     frame = frame[frame["scheme"] == scheme.name]
     sizes = sorted({int(frame["in_features"].min()), int(frame["in_features"].max())})
-    figure = Figure(figsize=(9, 4.2))
-    left, right = figure.subplots(1, 2, sharey=True)
+    figure = pyplot.figure(figsize=(9, 4.2))
+    axes = figure.subplots(1, 2, sharey=True)
+    style: Style = {"hue": "label", "palette": _palette(frame["label"]), "fliersize": 2}
     args: Any
     for axis, column, args, title in (
-        (left, "weight_concentration_db", scheme.weights, "weights C(W)"),
-        (right, "activation_concentration_db", scheme.activations, "activations C(x)"),
+        (axes[0], "weight_concentration_db", scheme.weights, "weights C(W)"),
+        (axes[1], "activation_concentration_db", scheme.activations, "activations C(x)"),
     ):
-        groups = dict(list(frame.groupby("transform", sort=False)[column]))
-        style: Look = {"patch_artist": True, "flierprops": {"markersize": 2}}
-        boxes = axis.boxplot([group.dropna() for group in groups.values()], widths=0.6, **style)
-        for box, median, name in zip(boxes["boxes"], boxes["medians"], groups, strict=True):
-            box.set(facecolor=_look_of(name)["color"], alpha=0.45)
-            median.set(color="black")
-        labels = [TRANSFORMS[name].label for name in groups]
-        axis.set_xticks(range(1, len(groups) + 1), labels, rotation=35, ha="right")
+        sns.boxplot(frame, x="label", y=column, ax=axis, boxprops={"alpha": 0.5}, **style)
+        axis.set_xticks(axis.get_xticks(), frame["label"].unique(), rotation=35, ha="right")
         for data, hatch in (("normal", "///"), ("laplace", "...")):
             levels = [
                 to_db(expected_concentration(data, size, args.symmetric, args.group_size))
                 for size in sizes
             ]
-            style = {"facecolor": "none", "edgecolor": "grey", "hatch": hatch, "linewidth": 0}
+            band: Style = {"facecolor": "none", "edgecolor": "grey", "hatch": hatch}
             label = f"{data.capitalize()} data, d = {' to '.join(map(str, sizes))}"
             ends = min(levels) - 0.04, max(levels) + 0.04
-            axis.axhspan(*ends, zorder=0, label=label, **style)
-        axis.set_title(title)
+            axis.axhspan(*ends, zorder=0, linewidth=0, label=label, **band)
+        axis.set(title=title, xlabel="", ylabel="concentration, dB")
         axis.legend(loc="lower right", fontsize=7)
-    left.set_ylabel("concentration, dB")
-    return figure
 
 
-def alignments(frame: pd.DataFrame) -> Figure:
+def alignments(frame: pd.DataFrame):
     """
     Alignment of all Linears, and the region that transforms can reach if no other Linear
     reads the input. Rotations do not change alignment: equal lines are drawn once.
@@ -286,32 +238,28 @@ def alignments(frame: pd.DataFrame) -> Figure:
     frame = frame[frame["scheme"] == frame["scheme"].iloc[0]]
     first = frame[frame["transform"] == frame["transform"].iloc[0]]
     share = np.linspace(0, 100, len(first))
-    figure = Figure(figsize=(6.8, 4.4))
-    axis = figure.subplots()
+    axis = pyplot.figure(figsize=(6.8, 4.4)).subplots()
     lower = floor = min(frame["alignment_db"].min(), first["achievable_block_db"].min()) - 1
-    for column, color, alpha, label in (
-        ("achievable_block_db", "#009E73", 0.13, "achievable with blocks"),
-        ("achievable_full_db", "#56B4E9", 0.18, "achievable at all"),
+    for column, color, label in (
+        ("achievable_block_db", "#009E73", "achievable with blocks"),
+        ("achievable_full_db", "#56B4E9", "achievable at all"),
     ):
         if first[column].notna().any():
             values = np.sort(first[column])
-            axis.fill_between(share, lower, values, color=color, alpha=alpha, linewidth=0)
-            axis.plot(share, values, color=color, linewidth=0.8, label=label)
+            axis.fill_between(
+                share, lower, values, color=color, alpha=0.15, linewidth=0, label=label
+            )
             lower = values
-    drawn: list[np.ndarray] = []
-    for transform in frame["transform"].unique():
-        values = np.sort(frame.loc[frame["transform"] == transform, "alignment_db"])
-        if not any(np.allclose(values, other, atol=0.02) for other in drawn):
-            drawn.append(values)
-            style: Look = {"markersize": 4, "markevery": max(1, len(share) // 12)}
-            axis.plot(share, values, **_look_of(transform), **style)
+    groups = frame.groupby("label", sort=False)["alignment_db"]
+    lines = pd.DataFrame({label: np.sort(values) for label, values in groups}, share)
+    lines = lines.T.round(1).drop_duplicates().T
+    sns.lineplot(lines, ax=axis, palette=_palette(pd.Series(lines.columns)))
     axis.set(xlabel="Linears, sorted by alignment, %", ylabel="alignment A(x, W), dB")
     axis.set_ylim(bottom=floor)
     _legend_beside(axis)
-    return figure
 
 
-def fewer_bits(frame: pd.DataFrame) -> Figure:
+def fewer_bits(frame: pd.DataFrame):
     """Few bits with CAT against more bits without a transform."""
     need = "the transforms none and cat, and schemes such as W4A4 and W6A6"
     schemes = _schemes(frame, lambda s: s.bits[0] == s.bits[1] and (s.bits[0] or 16) < 8, need)
@@ -322,33 +270,32 @@ def fewer_bits(frame: pd.DataFrame) -> Figure:
     with_cat = frame[(frame["scheme"] == few) & (frame["transform"] == "cat")]
     without = frame[(frame["scheme"] == many) & (frame["transform"] == "none")]
     y, x = with_cat["measured_db"], without["measured_db"]
-    figure = Figure(figsize=(5.8, 4.4))
-    axis = figure.subplots()
-    for index, (role, rows) in enumerate(with_cat.groupby("role", sort=False)):
-        _dots(axis, x[rows.index], rows["measured_db"], _look(index, role))
+    axis = pyplot.figure(figsize=(5.8, 4.4)).subplots()
+    roles: Style = {"hue": with_cat["role"], "style": with_cat["role"]}
+    sns.scatterplot(x=x, y=y, ax=axis, palette=_palette(with_cat["role"]), **roles)
     _diagonal(axis, x, y)
     title = f"{few} with CAT is better for {(y > x).mean():.0%} of the Linears"
     axis.set_title(title, fontsize=9)
     axis.set(xlabel=f"measured SQNR at {many} without a transform, dB")
     axis.set(ylabel=f"measured SQNR at {few} with CAT, dB")
     _legend_beside(axis)
-    return figure
 
 
-def checkpoint_layers(frame: pd.DataFrame) -> Figure:
+def checkpoint_layers(frame: pd.DataFrame):
     """
     SQNR of each Linear of the checkpoint, with the input of its original. Accumulated: inside
     the quantized model, after the errors of the Linears before it.
     """
-    looks = {
-        "measured_weights_db": _look(1, "weights"),
-        "measured_activations_db": _look(2, "activations"),
-        "measured_db": _look(0, "both"),
-        "accumulated_db": _look(5, "both, accumulated"),
+    labels = {
+        "measured_weights_db": "weights",
+        "measured_activations_db": "activations",
+        "measured_db": "both",
+        "accumulated_db": "both, accumulated",
     }
-    looks = {line: look | {"marker": None} for line, look in looks.items()}
-    rows = frame.replace(math.inf, math.nan).melt(["role", "depth"], list(looks), "line", "db")
-    return _by_depth(rows, {"db": "SQNR of the output, dB"}, looks, "quantized:")
+    rows = frame.rename(columns=labels).melt(
+        ["role", "depth"], list(labels.values()), "label", "db"
+    )
+    _by_depth(rows, {"db": "SQNR of the output, dB"}, "quantized:")
 
 
 FIGURES: dict[str, Draw] = {
@@ -371,10 +318,11 @@ def write_figures(
     for name, draw in figures.items():
         with mpl.rc_context(_SETTINGS):
             try:
-                figure = draw(frame)
+                draw(frame)
             except MissingDataError as error:
                 missing[name] = str(error)
-            else:
-                figure.savefig(folder / f"{name}.png", dpi=160)
-                figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+                continue
+            pyplot.savefig(folder / f"{name}.png", dpi=160)
+            pyplot.savefig(folder / f"{name}.svg", metadata={"Date": None})
+            pyplot.close()
     return missing

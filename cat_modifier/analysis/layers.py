@@ -2,7 +2,7 @@
 """The analysis of a model: from data to a table of numbers."""
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from compressed_tensors import match_named_modules
 from compressed_tensors.utils import get_execution_device
+from loguru import logger
 from torch import Tensor
 from torch.nn import Linear, Module
 from tqdm import tqdm
@@ -23,8 +24,8 @@ from cat_modifier.calibration.experts import find_fused_experts
 from cat_modifier.calibration.shared_inputs import SharedInput
 from cat_modifier.functional.layout import Rotation, choose_layout
 
-__all__ = ["DEFAULT_SCHEMES", "DEFAULT_TRANSFORMS", "Batch", "UnseenLinearsError"]
-__all__ += ["analyze", "call", "parse_names", "without_predictions"]
+__all__ = ["DEFAULT_SCHEMES", "DEFAULT_TRANSFORMS", "Batch"]
+__all__ += ["analyze", "call", "parse_names", "warn_of_unseen", "without_predictions"]
 
 Batch = Tensor | Mapping[str, Any]  # first argument of the model, or keyword arguments
 
@@ -32,18 +33,6 @@ DEFAULT_SCHEMES = ("W4A4", "W4A8", "W8A8", "W6A6")
 DEFAULT_TRANSFORMS = tuple(name for name in TRANSFORMS if name != WHOLE)
 
 _SAMPLE_SIZE = 128  # tokens of each input on which SQNR is measured
-
-
-class UnseenLinearsError(ValueError):
-    """Some Linears saw no tokens; `results` covers the others, None if there are no others"""
-
-    def __init__(self, names: list[str], results: Any):
-        self.results = results
-        super().__init__(
-            f"{len(names)} Linears saw no tokens and are not in the results: "
-            f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}. Use more data, or add "
-            "them to `ignore`"
-        )
 
 
 @torch.no_grad()
@@ -68,8 +57,8 @@ def analyze(
     :param transform_block_size: k of CAT, as in CATModifier
     :return: one row per Linear, transform and scheme; columns as in
         :func:`cat_modifier.analysis.measure.measure_input`
-    :raises ValueError: if the arguments do not fit the model, or values are not finite
-    :raises UnseenLinearsError: if some Linears saw no tokens; holds the other results
+    :raises ValueError: if the arguments do not fit the model, values are not finite, or no
+        Linear saw tokens. Linears that saw none are not in the result, with a warning
     """
     parsed = parse_names(schemes, transforms)
     if not parsed or not transforms or not len(batches):
@@ -105,11 +94,22 @@ def analyze(
             rows += measure_input(shared, statistics, block_size(shared), parsed, transforms)
 
     position = {name: index for index, name in enumerate(linears)}
-    frame = pd.DataFrame(sorted(rows, key=lambda row: position[row["layer"]]))
-    seen = {row["layer"] for row in rows}
-    if unseen := [name for name in linears if name not in seen]:
-        raise UnseenLinearsError(unseen, frame if rows else None)
-    return frame
+    warn_of_unseen(linears, {row["layer"] for row in rows})
+    return pd.DataFrame(sorted(rows, key=lambda row: position[row["layer"]]))
+
+
+def warn_of_unseen(names: Iterable[str], seen: Collection[str]):
+    """
+    Warn of the Linears that saw no tokens.
+
+    :raises ValueError: if there are no others
+    """
+    if unseen := [name for name in names if name not in seen]:
+        message = f"{len(unseen)} Linears saw no tokens and are not in the results: "
+        message += f"{', '.join(unseen[:5])}{', ...' if len(unseen) > 5 else ''}. Use more data"
+        if not seen:
+            raise ValueError(message)
+        logger.warning(message)
 
 
 def _find_linears(model: Module, targets: list[str], ignore: list[str]) -> dict[str, Linear]:

@@ -6,9 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.utils import align_module_device, get_execution_device
-from torch import Tensor
 
 from cat_modifier.analysis.compared_transforms import (
     TRANSFORMS,
@@ -71,9 +69,7 @@ def measure_input(
             weights[name] = linear.weight.detach().to(device, torch.float32)
     second_moments, maxima = statistics.second_moments.mean, statistics.maxima
     sample = statistics.sample
-    assert second_moments is not None and maxima is not None and sample.tokens is not None, (
-        "no tokens"
-    )
+    assert second_moments is not None and maxima is not None and sample.tokens is not None
     x = sample.tokens.to(device)
     token_weights = sample.weights.to(device)
     for name, tensor in {f"The input of {shared.first}": x, **weights}.items():
@@ -105,8 +101,10 @@ def measure_input(
             aligned = sqnr.alignment(outputs[name], weight_energy, input_energy)
             for scheme, measured in zip(schemes, measurements, strict=True):
                 concentrations = (
-                    _concentration(weight, scheme.weights, token_channels),
-                    _concentration(tokens, scheme.activations, weight_channels, token_weights),
+                    sqnr.concentration(weight, scheme.weights, None, token_channels),
+                    sqnr.concentration(
+                        tokens, scheme.activations, token_weights, weight_channels
+                    ),
                 )
                 predicted = sqnr.predicted_sqnr(*scheme.bits, *concentrations, aligned)
                 yield {
@@ -131,24 +129,6 @@ def measure_input(
                     "tokens": sample.count,
                     "largest_token": largest / mean if mean else math.nan,
                 }
-
-
-def _concentration(
-    x: Tensor,
-    args: QuantizationArgs | None,
-    channel_energies: Tensor,
-    row_weights: Tensor | None = None,
-) -> float:
-    """
-    Compute C(x), or C(W).
-
-    :param channel_energies: energy of each channel of the other factor, shape (d,)
-    :return: nan if x is not quantized
-    """
-    if args is None:
-        return math.nan
-    shares = channel_energies.unflatten(0, (-1, args.group_size or x.shape[-1])).sum(-1)
-    return sqnr.concentration(x, args, row_weights, shares)
 
 
 def _achievable(

@@ -10,7 +10,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -38,6 +38,7 @@ _DIAGNOSIS_LABELS = ["Linear", "SQNR", "noise of", "limited by", "lost to concen
 _DIAGNOSIS_LABELS += ["lost to alignment", "gain by A8", "gain by W8", "gain by one block"]
 _STARTS_OF_FORMULAS = ("=", "+", "-", "@", "\t", "\r")
 _COMPARISON_LABELS = ["Linear", "scheme", "weights", "activations", "both", "accumulated"]
+_SHOWN_FIRST = ["layer", "transform", "scheme", "measured_db", "predicted_db"]
 _ONLY_ON_PAGE = ["noise of", "lost to concentration", "lost to alignment"]
 _NUMBERS = {"index": False, "float_format": "{:.2f}".format, "na_rep": "nan"}
 
@@ -91,7 +92,9 @@ class Report:
             missing=missing,
             scripts=generate_init_offline_itables_html(itables.options.dt_bundle),
             rows=itables.to_html_datatable(
-                _shown_first(self.rows),
+                self.rows[sorted(self.rows, key=lambda name: name not in _SHOWN_FIRST)].round(
+                    2
+                ),
                 connected=False,
                 display_logo_when_loading=False,
                 maxBytes=0,
@@ -137,9 +140,8 @@ def layer_report(frame: pd.DataFrame, settings: dict[str, Any]) -> Report:
 def comparison_report(comparison: Comparison, settings: dict[str, Any]) -> Report:
     """Make the report of a comparison of a checkpoint with its original."""
     layers = comparison.layers
-    worst = layers.nsmallest(_WORST, "measured_db").drop(
-        columns=["in_features", "out_features"]
-    )
+    sizes = ["in_features", "out_features"]
+    worst = layers.nsmallest(_WORST, "measured_db").drop(columns=sizes)
     end_to_end = {
         "": ["original", "checkpoint"],
         "perplexity": comparison.perplexity.values(),
@@ -156,13 +158,6 @@ def comparison_report(comparison: Comparison, settings: dict[str, Any]) -> Repor
     return Report(layers, settings, words, tables, figures.COMPARISON_FIGURES, record)
 
 
-def _shown_first(frame: pd.DataFrame) -> pd.DataFrame:
-    """Move the most important columns to the left"""
-    first = ["layer", "transform", "scheme", "measured_db", "predicted_db"]
-    first = [name for name in first if name in frame]
-    return frame[first + [name for name in frame if name not in first]].round(2)
-
-
 @contextmanager
 def new_report(folder: Path, overwrite: bool) -> Iterator[Path]:
     """
@@ -171,33 +166,21 @@ def new_report(folder: Path, overwrite: bool) -> Iterator[Path]:
 
     :param folder: output folder; created if it does not exist
     :param overwrite: whether to replace an older report. Other files stay
-    :raises FileExistsError: if the folder holds a report or other files
+    :raises FileExistsError: if the folder holds files
+    :raises NotADirectoryError: if it is a file
     """
-    _check(folder, overwrite)
-    is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with TemporaryDirectory(prefix=".unfinished-", dir=folder) as staging:
-            yield Path(staging)
-            _check(folder, overwrite)  # another analysis may have ended meanwhile
-            last = folder / _LAST
-            older = json.loads(last.read_text()).get("files", []) if last.exists() else []
-            for name in [*older, _LAST]:
-                (folder / Path(name).name).unlink(missing_ok=True)
-            for path in sorted(Path(staging).iterdir(), key=lambda path: path.name == _LAST):
-                os.replace(path, folder / path.name)
-    finally:
-        if is_new:
-            with suppress(OSError):  # it holds a report
-                folder.rmdir()
-
-
-def _check(folder: Path, overwrite: bool):
-    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    # an analysis that was killed leaves a hidden folder
-    if not overwrite and any(not name.startswith(".") for name in names):
-        found = "a finished report" if _LAST in names else "other files"
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise FileExistsError(
-            f"{folder} holds {found}: choose another --output, or replace a report and keep "
-            "other files with --overwrite"
+            f"{folder} holds files: choose another --output, or replace an older report and "
+            "keep other files with --overwrite"
         )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".unfinished-", dir=folder.parent) as staging:
+        yield Path(staging)
+        folder.mkdir(exist_ok=True)
+        last = folder / _LAST
+        older = json.loads(last.read_text()).get("files", []) if last.exists() else []
+        for name in [*older, _LAST]:
+            (folder / Path(name).name).unlink(missing_ok=True)
+        for path in sorted(Path(staging).iterdir(), key=lambda path: path.name == _LAST):
+            os.replace(path, folder / path.name)

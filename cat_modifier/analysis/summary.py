@@ -2,7 +2,6 @@
 """The summary: the Linears that lose most, the cause, and what would help."""
 
 import math
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,10 +10,9 @@ from cat_modifier.analysis.compared_transforms import TRANSFORMS
 from cat_modifier.analysis.comparison import Comparison
 from cat_modifier.analysis.schemes import Scheme
 from cat_modifier.functional.distributions import expected_concentration
-from cat_modifier.functional.sqnr import to_db
+from cat_modifier.functional.sqnr import joint_db, to_db
 
-__all__ = ["best_transform", "diagnose", "joint_db", "mean_table", "unpredictable"]
-__all__ += ["comparison_sentences", "sentences"]
+__all__ = ["best_transform", "comparison_sentences", "diagnose", "mean_table", "sentences"]
 
 _DOMINANT = to_db(2)
 """Difference of two noises, dB. Above it, only the larger noise is named"""
@@ -34,11 +32,6 @@ def best_transform(frame: pd.DataFrame, scheme: str) -> str:
     """Find the transform with the highest mean SQNR"""
     means = mean_table(frame)[scheme]
     return means.index[0] if means.isna().all() else means.idxmax()
-
-
-def joint_db(a: Any, b: Any) -> Any:
-    """Compute the SQNR with two independent errors from the SQNR with each error, dB"""
-    return -10 * np.log10(10 ** (-a / 10) + 10 ** (-b / 10))
 
 
 def diagnose(frame: pd.DataFrame, scheme: Scheme, transform: str) -> pd.DataFrame:
@@ -98,12 +91,6 @@ def diagnose(frame: pd.DataFrame, scheme: Scheme, transform: str) -> pd.DataFram
     return pd.DataFrame(columns).sort_values("sqnr").reset_index(drop=True)
 
 
-def unpredictable(frame: pd.DataFrame) -> pd.DataFrame:
-    """Find the rows with measured SQNR far from predicted SQNR, the farthest first"""
-    off = (frame["measured_db"] - frame["predicted_db"]).abs().sort_values(ascending=False)
-    return frame.loc[off[off > _UNPREDICTABLE].index]
-
-
 def sentences(frame: pd.DataFrame, scheme: Scheme) -> list[str]:
     """Write the summary of an analysis"""
     means = mean_table(frame)[scheme.name].rename(index=lambda name: TRANSFORMS[name].label)
@@ -127,7 +114,9 @@ def sentences(frame: pd.DataFrame, scheme: Scheme) -> list[str]:
         f"The worst tenth then has {worst['sqnr']:.1f} dB on average."
         + (f" It would gain {', '.join(helpful)}." if helpful else "")
     )
-    off = unpredictable(frame[frame["scheme"] == scheme.name])
+    frame = frame[frame["scheme"] == scheme.name]
+    error = (frame["measured_db"] - frame["predicted_db"]).abs().sort_values(ascending=False)
+    off = frame.loc[error[error > _UNPREDICTABLE].index]
     is_above = off["measured_db"] > off["predicted_db"]
     above = "most values round to zero, and their small error is less than uniform noise"
     below = "a few tokens hold most of the energy, and their errors do not average out"

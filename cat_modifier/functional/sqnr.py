@@ -11,8 +11,9 @@ All results are ratios of energies, without a unit. :func:`to_db` converts a rat
 import math
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from compressed_tensors.quantization import (
     QuantizationArgs,
@@ -28,6 +29,7 @@ __all__ = [
     "alignment",
     "concentration",
     "energy",
+    "joint_db",
     "measured_sqnr",
     "parallel_sum",
     "predicted_sqnr",
@@ -57,6 +59,11 @@ def to_db(ratio: float) -> float:
     if math.isnan(ratio):
         return math.nan
     return 10 * math.log10(ratio) if ratio > 0 else -math.inf
+
+
+def joint_db(a: Any, b: Any) -> Any:
+    """Compute the SQNR with two independent errors from the SQNR with each error, dB"""
+    return -10 * np.log10(10 ** (-a / 10) + 10 ** (-b / 10))
 
 
 def energy(x: Tensor, token_weights: Tensor | None = None) -> float:
@@ -180,9 +187,9 @@ def quantize_by_range(x: Tensor, args: QuantizationArgs, ratio: float | Tensor =
 
 def concentration(
     x: Tensor,
-    args: QuantizationArgs,
+    args: QuantizationArgs | None,
     row_weights: Tensor | None = None,
-    noise_shares: Tensor | None = None,
+    channel_energies: Tensor | None = None,
 ) -> float:
     """
     Compute how well values fill their range r: ``C(x) = E||x||^2 / E[r(x)^2]`` for
@@ -190,22 +197,26 @@ def concentration(
     [lemmas 2.2, 2.3].
 
     A row may have several ranges, one per group of channels. The noise in a group is
-    multiplied by the same channels of the other factor of the product. ``noise_shares``
+    multiplied by the same channels of the other factor of the product. Its energies
     therefore weight the squared ranges, so that :func:`predicted_sqnr` stays valid.
 
     :param x: tokens or rows of a weight, shape (rows, d), floating point
-    :param args: see :func:`range_ends`
+    :param args: see :func:`range_ends`; None for no quantization
     :param row_weights: weights of the tokens, shape (rows,); None for equal weights
-    :param noise_shares: energy of the other factor in each group of channels, shape (d/g,):
-        ``||W_g||^2`` for activations, ``E||x_g||^2`` for weights. Only their ratios matter;
-        None for equal shares
-    :return: nan if x is zero
+    :param channel_energies: energy of each channel of the other factor, shape (d,): the
+        squared column norms of W for activations, ``E[x_i^2]`` for weights. Only their ratios
+        matter; None for equal energies
+    :return: nan if x is zero or not quantized
     """
+    if args is None:
+        return math.nan
     squared = quantization_range(x, args).to(torch.float64).square()
-    if noise_shares is None:
+    if channel_energies is None:
         squared = squared.mean(-1)
     else:
-        shares = noise_shares.to(squared)
+        _, width = _tile(x.shape, args)
+        padded = _padded(channel_energies[None].to(squared), 1, width)
+        shares = padded.unflatten(-1, (-1, width)).sum((0, -1))
         squared = squared @ (shares / shares.sum())
     if row_weights is not None:
         squared = squared * (row_weights.to(squared) / row_weights.sum())

@@ -197,17 +197,17 @@ def test_datasets_that_cannot_be_used_are_one_line(folder, monkeypatch, dataset,
 
 def test_finished_reports_are_not_replaced_by_accident(command, folder, report):
     before = (report / "layers.json").read_text()
-    with pytest.raises(SystemExit, match="holds a finished report"):
+    with pytest.raises(SystemExit, match="holds files"):
         command("model", "--output", "report")
     assert (report / "layers.json").read_text() == before
 
 
 @pytest.mark.slow
-def test_unused_experts_are_named_and_the_report_is_kept(command, folder):
+def test_unused_experts_are_named_and_not_in_the_report(command, folder, logs):
     make_model(folder / "moe", "qwen3-moe", num_experts=64, num_experts_per_tok=1)
     arguments = ["moe", "--output", "moe-report", "--schemes", "W4A4", "--samples", "1"]
-    with pytest.raises(SystemExit, match=r"Linears saw no tokens.*experts\.\d+"):
-        command(*arguments, "--transforms", "none,cat")
+    command(*arguments, "--transforms", "none,cat")
+    assert re.search(r"Linears saw no tokens.*experts\.\d+", "".join(logs))
     page = (folder / "moe-report" / "report.html").read_text()
     assert re.search(r"layers\.0\.mlp\.experts\.\d+\.gate_proj", page)
 

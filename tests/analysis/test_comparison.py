@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import re
+
 import pytest
 import torch
 from llmcompressor import oneshot
@@ -8,7 +10,6 @@ from transformers import AutoModelForCausalLM
 
 from cat_modifier import CATModifier
 from cat_modifier.analysis import compare
-from cat_modifier.analysis.layers import UnseenLinearsError
 from cat_modifier.functional.sqnr import measured_sqnr, to_db
 
 
@@ -107,16 +108,14 @@ def test_errors_accumulate(checkpoint):
     assert (layers["measured_db"] > 10).all()
 
 
-def test_linears_that_saw_nothing_are_named_and_the_others_kept(tmp_path):
+def test_linears_that_saw_nothing_are_named_and_the_others_kept(tmp_path, logs):
     original, quantized = quantize(tmp_path, "llama", int_scheme(4, 8))
     for model in (original, quantized):
         model.model.layers[1].mlp.forward = torch.zeros_like
-    with pytest.raises(
-        UnseenLinearsError, match="3 Linears saw no tokens.*layers.1.mlp"
-    ) as caught:
-        compare(original, quantized, [make_tokens(2, 32)])
-    assert len(caught.value.results.layers) == 11
-    assert caught.value.results.layers["measured_db"].max() < 100
+    layers = compare(original, quantized, [make_tokens(2, 32)]).layers
+    assert re.search("3 Linears saw no tokens.*layers.1.mlp", "".join(logs))
+    assert len(layers) == 11
+    assert layers["measured_db"].max() < 100
 
 
 def test_models_that_do_not_belong_together_are_an_error(checkpoint, tmp_path):

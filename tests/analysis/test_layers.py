@@ -7,9 +7,8 @@ from torch.nn import Linear, ReLU, Sequential
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cat_modifier.analysis import TRANSFORMS, analyze
-from cat_modifier.analysis.layers import UnseenLinearsError
 from cat_modifier.analysis.schemes import Scheme
-from cat_modifier.analysis.summary import best_transform, diagnose, sentences, unpredictable
+from cat_modifier.analysis.summary import best_transform, diagnose, sentences
 from cat_modifier.calibration.experts import make_experts_linears
 from cat_modifier.calibration.texts import EMBEDDED, load_texts, windows
 from cat_modifier.functional.sqnr import alignment, energy, to_db
@@ -66,7 +65,8 @@ def test_outliers_of_the_prediction_are_explained_by_their_rounding_noise(real, 
     Lemma 2.2 assumes uniform rounding noise. Where most values round to zero, the noise is
     smaller. The measurement is above the prediction by the same factor.
     """
-    off = unpredictable(results[results["transform"] == "none"])
+    rows = results[results["transform"] == "none"]
+    off = rows[(rows["measured_db"] - rows["predicted_db"]).abs() > 3]
     assert len(off) > 0
     assert (off["measured_db"] > off["predicted_db"]).all()
 
@@ -267,17 +267,18 @@ def test_weights_and_inputs_that_are_not_finite_are_an_error():
         analyze(model, [torch.randn(5, 24)])
 
 
-def test_linears_that_saw_nothing_are_an_error_which_holds_the_other_results():
+def test_linears_that_saw_nothing_are_named_and_the_others_kept(logs):
     class Model(Sequential):
         def forward(self, x):
             return self[0](x)
 
     model = Model(Linear(24, 8), Linear(24, 8))
-    with pytest.raises(
-        UnseenLinearsError, match="1 Linears saw no tokens.*: 1. Use more"
-    ) as caught:
+    results = analyze(model, [torch.randn(50, 24)], ["W4A4"], ["none"])
+    assert list(results["layer"]) == ["0"]
+    assert "1 Linears saw no tokens and are not in the results: 1. Use more" in logs[0]
+    model.forward = lambda x: x
+    with pytest.raises(ValueError, match="2 Linears saw no tokens"):
         analyze(model, [torch.randn(50, 24)], ["W4A4"], ["none"])
-    assert list(caught.value.results["layer"]) == ["0"]
 
 
 def test_inputs_of_zeros_have_no_sqnr():

@@ -41,17 +41,12 @@ def ranges(bits: int, strategy: str, symmetric: bool) -> QuantizationArgs:
 
 def predict(x, w, weight_args, input_args, token_weights=None):
     """Predict SQNR by theorem 2.4 from tensors"""
-
-    def shares(channels, args):
-        size = args.group_size or channels.numel()
-        return channels.unflatten(0, (-1, size)).sum(-1)
-
     weighted = x if token_weights is None else x * token_weights.sqrt()[:, None]
     return predicted_sqnr(
         weight_args.num_bits,
         input_args.num_bits,
-        concentration(w, weight_args, None, shares(weighted.square().sum(0), weight_args)),
-        concentration(x, input_args, token_weights, shares(w.square().sum(0), input_args)),
+        concentration(w, weight_args, None, weighted.square().sum(0)),
+        concentration(x, input_args, token_weights, w.square().sum(0)),
         alignment(
             energy(x @ w.T, token_weights),
             w.square().sum().item(),

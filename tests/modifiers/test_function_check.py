@@ -5,7 +5,6 @@ import pytest
 import torch
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import QuantizationModifier
-from loguru import logger
 from tiny_models import (
     int_scheme,
     make_loader,
@@ -34,14 +33,6 @@ from cat_modifier.modifiers.cat import base
 from cat_modifier.modifiers.cat.function_check import relative_change
 
 PIPELINES = ["independent", "sequential"]
-
-
-@pytest.fixture
-def logs():
-    messages = []
-    sink = logger.add(lambda message: messages.append(str(message)), level="WARNING")
-    yield messages
-    logger.remove(sink)
 
 
 def make(folder, kind: type, config: PreTrainedConfig):
