@@ -64,6 +64,18 @@ SERVED_FAMILIES = {
         "qk_rope_head_dim": 64,
         "v_head_dim": 64,
     },
+    # a state space and attention, one layer each; no experts
+    "granite-hybrid": {
+        "model_type": "granitemoehybrid",
+        "layer_types": ["mamba", "attention"],
+        "num_local_experts": 0,
+        "shared_intermediate_size": 192,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 32,
+        "mamba_d_state": 16,
+    },
+    # vLLM does not quantize its mixers
+    "mamba": {"model_type": "mamba", "state_size": 16, "time_step_rank": 64},
 }
 """Families in which vLLM differs from Transformers"""
 

@@ -8,7 +8,7 @@ DEFAULT_IGNORE = (
     "re:.*decoder$",
     r"re:.*(score|classifier|pooler)(\..*)?$",
     "re:.*router.*",
-    "re:.*gate$",
+    r"re:.*gate(\..*)?$",
     "re:.*kv_b_proj",
     "re:.*dt_proj",
     "re:.*(vision|visual|audio).*",

@@ -26,7 +26,8 @@ FAMILIES = {
         deepseek_v2 deepseek_v3 glm4_moe ernie4_5_moe hunyuan_v1_moe dots1 minimax_m2 jetmoe
         dbrx llama4_text
         mamba mamba2 falcon_mamba jamba bamba falcon_h1 zamba2 nemotron_h granitemoehybrid
-        qwen3_next qwen3_5_text lfm2 lfm2_moe minimax kimi_linear recurrent_gemma rwkv xlstm""",
+        granitemoehybrid@dense qwen3_next qwen3_5_text lfm2 lfm2_moe minimax kimi_linear
+        recurrent_gemma rwkv xlstm""",
     "AutoModelForSeq2SeqLM": "t5 mt5 bart mbart m2m_100 pegasus marian led t5gemma",
     "AutoModelForImageTextToText": """
         llava llava_next mistral3 gemma3 paligemma qwen2_vl qwen2_5_vl qwen3_vl internvl mllama
@@ -142,6 +143,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "glm4v_text": {"rope_parameters": _HALF_MROPE},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "granitemoehybrid@dense": {"num_local_experts": 0},
     "hiera": {"depths": [1, 1], "num_heads": [2, 4], "num_query_pool": 1, "embed_dim": 32},
     "jamba": {
         "attn_layer_period": 2,
@@ -178,7 +180,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     | {"patch_size": 4},
     "wav2vec2-bert": {"vocab_size": 32},
 }
-"""What else a config needs, by model type: lists of sizes, and fields that are None"""
+"""What else a config needs, by model type or family: lists of sizes, fields that are None"""
 
 SPECIAL_TOKENS = 20
 """Token ids below are special ones"""
@@ -189,9 +191,9 @@ def families() -> dict[str, str]:
     return {name: auto for auto, names in FAMILIES.items() for name in names.split()}
 
 
-def small_config(model_type: str) -> PreTrainedConfig:
-    kind = CONFIG_MAPPING[model_type]
-    return kind(**_small_fields(kind(), {}))
+def small_config(family: str) -> PreTrainedConfig:
+    kind = CONFIG_MAPPING[family.partition("@")[0]]
+    return kind(**_small_fields(kind(), {}) | EXCEPTIONS.get(family, {}))
 
 
 def _small_fields(config: PreTrainedConfig, token_ids: dict[str, int]) -> dict[str, Any]:
@@ -232,7 +234,7 @@ def make_model(family: str, seed: int = 0) -> PreTrainedModel:
     """A float32 model whose every part contributes to its outputs"""
     torch.manual_seed(seed)
     auto = getattr(transformers, families()[family])
-    model = auto.from_config(small_config(family.partition("@")[0]), dtype=torch.float32).eval()
+    model = auto.from_config(small_config(family), dtype=torch.float32).eval()
     linears = {id(p) for m in model.modules() if isinstance(m, Linear) for p in [m.weight]}
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -35,6 +35,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.transform.linear
     get_layer_partition_names,
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.model_executor.parameter import (
     BasevLLMParameter,
@@ -47,6 +48,7 @@ from vllm.platforms import current_platform
 
 __all__ = [
     "ApplyMoEActivationConfig",
+    "BaseModelLoader",
     "BasevLLMParameter",
     "ChannelQuantScaleParameter",
     "CompressedTensorsConfig",

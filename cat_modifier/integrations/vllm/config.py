@@ -79,14 +79,6 @@ class CATCompressedTensorsConfig(CompressedTensorsConfig):
         super().apply_vllm_mapper(hf_to_vllm_mapper)
         self.registry.map_names(lambda name: map_name(hf_to_vllm_mapper, name))
 
-    def get_checkpoint_weight_mapper(self) -> WeightsMapper:
-        """
-        Check that each transform has a layer. vLLM's loader asks for this mapper first, when
-        all layers are made: the reason comes before an error about a tensor without a place.
-        """
-        self.registry.check_claimed()
-        return super().get_checkpoint_weight_mapper()
-
     def get_quant_method(
         self, layer: torch.nn.Module, prefix: str
     ) -> QuantizeMethodBase | None:

@@ -26,19 +26,32 @@ class TransformedInput:
     A transformed input, and the module of its transform once vLLM has made it.
 
     :param scheme: sizes and clipping of the transform
-    :param names: Linears that read the input, by the names of vLLM; the checkpoint stores
-        the tensor under the first
+    :param names: Linears that read the input, as the checkpoint names them; it stores the
+        tensor under the first
     :param sha256: digest of the tensor; None without blocks
+
+    Attributes:
+        names: names of vLLM, with the names of the checkpoint
     """
 
     def __init__(self, scheme: CATScheme, names: list[str], sha256: str | None):
-        self.scheme, self.names, self._sha256 = scheme, names, sha256
+        self.scheme, self._sha256 = scheme, sha256
+        self.names = {name: name for name in names}
         self._tensor = names[0] + TENSOR_SUFFIX  # as the checkpoint names it
         self._module: InputTransform | None = None
 
     @property
     def first(self) -> str:
-        return self.names[0]
+        return next(iter(self.names))
+
+    def rename(self, map_name: Callable[[str], str | None]):
+        """
+        Rename Linears.
+
+        :param map_name: function from an old name to a new one; None to leave the Linear out
+        """
+        mapped = {map_name(old): original for old, original in self.names.items()}
+        self.names = {new: original for new, original in mapped.items() if new is not None}
 
     @property
     def module(self) -> InputTransform:
@@ -115,8 +128,7 @@ class TransformRegistry:
             leaves out
         """
         for one in self._inputs:
-            mapped = [x if x in self._claimed else map_name(x) for x in one.names]
-            one.names = [name for name in mapped if name is not None]
+            one.rename(lambda name: name if name in self._claimed else map_name(name))
         self._inputs = [one for one in self._inputs if one.names]
         self._index_names()
 
@@ -166,7 +178,7 @@ class TransformRegistry:
             return []
         ends = sorted(part.rpartition(".")[2] for part in parts)
         found = [
-            one.names
+            list(one.names)
             for one in self._inputs
             if sorted(name.rpartition(".")[2] for name in one.names) == ends
             and all(name.startswith(layer[0]) for name in one.names)
@@ -174,7 +186,7 @@ class TransformRegistry:
         if len(found) != 1 or self._claimed.intersection(found[0]):
             return []
         self._adopted.update(found[0])
-        return list(found[0])
+        return found[0]
 
     def adopt_experts(self, prefix: str):
         """
@@ -191,10 +203,9 @@ class TransformRegistry:
         if len(holders) == 1:
             old, new = holders.pop() + _EXPERTS, prefix
             for one in self._inputs:
-                one.names = [
-                    new + x.removeprefix(old) if x.startswith(f"{old}.") else x
-                    for x in one.names
-                ]
+                one.rename(
+                    lambda x: new + x.removeprefix(old) if x.startswith(f"{old}.") else x
+                )
             self._index_names()
 
     def has_below(self, prefix: str) -> bool:
@@ -226,7 +237,7 @@ class TransformRegistry:
             is_elsewhere = len(forgotten) == len(one.names) and get_pp_group().world_size > 1
             if forgotten and not is_elsewhere:
                 raise NotImplementedError(
-                    f"{forgotten[0]} has an input transform, but vLLM has no layer to apply it "
-                    "in: the layer cannot be quantized, or has another name there. Add it to "
-                    "`ignore` of CATModifier"
+                    f"{one.names[forgotten[0]]} has an input transform, but vLLM has no layer "
+                    "to apply it in: the layer cannot be quantized, or has another name there. "
+                    "Add it to `ignore` of CATModifier and of the quantization modifier"
                 )

@@ -30,6 +30,7 @@ from tiny_models import (  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     LlamaForCausalLM,
 )
@@ -106,6 +107,8 @@ TINY_CASES = {
         W4A4,
         {"ignore": ["lm_head"]},
     ),
+    "granite-hybrid-w4a4": ({"family": "granite-hybrid"}, W4A4, {}),
+    "mamba-w4a4": ({"family": "mamba"}, W4A4, {}),
     "stock-w4a4": ({}, W4A4, None),
     "stock-w8a8": ({}, int_scheme(8, 8, format="int-quantized"), None),
 }
@@ -163,19 +166,31 @@ def make_qwen2_5_vl(folder: Path):
 
 
 @torch.no_grad()
-def make_embedding(folder: Path):
-    """A base model without a head: its last token's hidden state is the embedding"""
-    original, target = folder / "originals" / "qwen3", folder / "qwen3-embedding-w4a4"
+def make_pooling(folder: Path, task: str):
+    """
+    A base model without a head, whose last token's hidden state is the embedding, or a
+    classifier. `reference.json` holds embeddings, or probabilities of classes, as `values`.
+    """
+    original, target = folder / "originals" / f"qwen3-{task}", folder / f"qwen3-{task}-w4a4"
     make_model(original, family="qwen3", **TINY)
-    model = AutoModel.from_pretrained(original)
+    auto = {"embed": AutoModel, "classify": AutoModelForSequenceClassification}[task]
+    model = auto.from_pretrained(original)
+    if task == "classify":
+        model.score.weight.normal_(std=0.1)
+        # llm-compressor copies the name of the class from the original's config
+        model.save_pretrained(original)
+        model = auto.from_pretrained(original)
     recipe = [CATModifier(), QuantizationModifier(**W4A4)]
     loader = make_loader(make_tokens())
     oneshot(model=model, recipe=recipe, dataset=loader, output_dir=str(target))
-    model = AutoModel.from_pretrained(target, dtype="auto").eval()
+    model = auto.from_pretrained(target, dtype="auto").eval()
     ids = make_tokens(4, seed=1)
-    hidden = [model(row[None]).last_hidden_state[0, -1].float() for row in ids]
-    embeddings = torch.nn.functional.normalize(torch.stack(hidden), dim=-1)
-    reference = {"ids": ids.tolist(), "embeddings": embeddings.tolist()}
+    if task == "embed":
+        values = torch.stack([model(row[None]).last_hidden_state[0, -1] for row in ids])
+        values = torch.nn.functional.normalize(values.float(), dim=-1)
+    else:
+        values = torch.stack([model(row[None]).logits[0] for row in ids]).float().softmax(-1)
+    reference = {"ids": ids.tolist(), "values": values.tolist()}
     (target / "reference.json").write_text(json.dumps(reference))
 
 
@@ -234,7 +249,8 @@ def main(folder: Path):
     make_qwen2_5_vl(folder)
     for name in TINY_CASES:
         make_tiny(folder, name)
-    make_embedding(folder)
+    for task in ("embed", "classify"):
+        make_pooling(folder, task)
     make_mixtures(folder)
 
 

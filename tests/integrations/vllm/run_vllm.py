@@ -38,9 +38,12 @@ def main(job: dict, file: Path):
     for one in job.get("prompts", ()):
         picture = Image.open(one["image"])
         prompts.append({"prompt": one["prompt"], "multi_modal_data": {"image": picture}})
-    if job["options"].get("runner") == "pooling":
-        outputs = llm.embed(prompts, use_tqdm=False)
-        file.write_text(json.dumps({"embeddings": [one.outputs.embedding for one in outputs]}))
+    if "task" in job:
+        if job["task"] == "embed":
+            values = [one.outputs.embedding for one in llm.embed(prompts, use_tqdm=False)]
+        else:
+            values = [one.outputs.probs for one in llm.classify(prompts, use_tqdm=False)]
+        file.write_text(json.dumps({"values": values}))
         os._exit(0)
     compiled_in_advance = count_compiled_kernels()
     if "reload" in job:

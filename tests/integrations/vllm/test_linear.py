@@ -203,15 +203,6 @@ def test_a_linear_that_vllm_makes_without_asking_us_is_refused(monkeypatch):
         registry.check_claimed()
 
 
-def test_the_loader_meets_the_refusal_before_tensors_without_a_place(monkeypatch):
-    monkeypatch.setattr(registry_module, "get_pp_group", lambda: SimpleNamespace(world_size=1))
-    config = make_config(["a.o_proj"])
-    with pytest.raises(NotImplementedError, match="a.o_proj has an input transform"):
-        config.get_checkpoint_weight_mapper()
-    config.registry.claim(["a.o_proj"])
-    assert isinstance(config.get_checkpoint_weight_mapper(), WeightsMapper)
-
-
 def test_a_mapper_keeps_what_was_claimed(monkeypatch):
     """vLLM maps names again for nested models, when their layers may be made already"""
     monkeypatch.setattr(registry_module, "get_pp_group", lambda: SimpleNamespace(world_size=1))

@@ -163,6 +163,7 @@ FAMILIES = {
     "glm4-w4a4": {},
     "stablelm-w4a8": {},
     "gptj-w4a4": {},
+    "granite-hybrid-w4a4": {},
 }
 
 
@@ -179,15 +180,16 @@ def test_families_that_vllm_builds_in_another_way(checkpoints, tmp_path, name):
     assert sqnr_db(logprobs(result), expected) < 20
 
 
-def test_embeddings_of_a_model_without_a_head_are_those_in_transformers(checkpoints, tmp_path):
-    folder = checkpoints / "qwen3-embedding-w4a4"
+@pytest.mark.parametrize("task", ["embed", "classify"])
+def test_embeddings_and_classes_are_those_in_transformers(checkpoints, tmp_path, task):
+    folder = checkpoints / f"qwen3-{task}-w4a4"
     data = json.loads((folder / "reference.json").read_text())
     options = {"dtype": "float32", "runner": "pooling"}
     sqnr = []
     for model in (folder, exchange_a_block(folder, tmp_path)):
-        result = serve(model, data["ids"], options=options)
+        result = serve(model, data["ids"], options=options, task=task)
         assert not result["error"], result["log"]
-        found, expected = torch.tensor(result["embeddings"]), torch.tensor(data["embeddings"])
+        found, expected = torch.tensor(result["values"]), torch.tensor(data["values"])
         sqnr.append(sqnr_db(found, expected))
     assert sqnr[0] > 40 and sqnr[1] < 20, sqnr
 
@@ -196,6 +198,12 @@ def test_latent_attention_does_not_read_a_weight_through_quantized_inputs(checkp
     result = serve(checkpoints / "deepseek-w4a4-kv_b_proj", [[3, 4, 5]])
     assert result["error"]
     assert "add 're:.*kv_b_proj' to `ignore` of CATModifier" in result["log"]
+
+
+def test_a_model_whose_layers_vllm_does_not_quantize_is_refused(checkpoints):
+    result = serve(checkpoints / "mamba-w4a4", [[3, 4, 5]])
+    assert result["error"]
+    assert "_proj has an input transform, but vLLM has no layer to apply it in" in result["log"]
 
 
 @pytest.mark.parametrize("kind", ["offloaded", "drafted"])
