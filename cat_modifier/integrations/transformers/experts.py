@@ -6,16 +6,15 @@ Transformers holds the experts of a layer in one parameter for each projection. 
 checkpoint holds a matrix, its scales and its transform for each expert.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Linear, Module
 from transformers import PreTrainedModel
-from transformers.core_model_loading import WeightConverter, WeightTransform
 
-__all__ = ["LinearExperts", "linearize_experts", "without_fusing"]
+__all__ = ["LinearExperts", "linearize_experts"]
 
 _LAYOUT = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 """Attributes of experts that Transformers' `use_experts_implementation` prepared"""
@@ -117,23 +116,6 @@ def linearize_experts(model: PreTrainedModel) -> list[str]:
         f"{name}.{parameter}"
         for name, experts in fused.items()
         for parameter, _ in experts.named_parameters(recurse=False)
-    ]
-
-
-def without_fusing(
-    conversions: Iterable[WeightTransform], fused: Iterable[str]
-) -> list[WeightTransform]:
-    """
-    Leave out conversions that make fused parameters of the tensors of single experts.
-
-    :param conversions: conversions of tensors in the loader of the model
-    :param fused: names of parameters that the model no longer has
-    """
-    return [
-        conversion
-        for conversion in conversions
-        if not isinstance(conversion, WeightConverter)
-        or not any(pattern in name for pattern in conversion.target_patterns for name in fused)
     ]
 
 

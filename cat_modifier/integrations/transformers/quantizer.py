@@ -37,7 +37,11 @@ from cat_modifier.checkpoint.transform_module import (
     attach_transforms,
     validate_stored_transform,
 )
-from cat_modifier.integrations.transformers.experts import linearize_experts, without_fusing
+from cat_modifier.integrations.transformers.conversions import (
+    without_fusing,
+    without_splitting,
+)
+from cat_modifier.integrations.transformers.experts import linearize_experts
 from cat_modifier.integrations.transformers.heads import find_new_heads, rename_modules
 from cat_modifier.integrations.transformers.loading import LoadingCheck
 from cat_modifier.integrations.transformers.saving import save_atomically
@@ -107,9 +111,10 @@ class CATHfQuantizer(CompressedTensorsHfQuantizer):
     def update_weight_conversions(
         self, weight_conversions: list[WeightTransform]
     ) -> list[WeightTransform]:
-        return super().update_weight_conversions(
-            without_fusing(weight_conversions, self._fused)
-        )
+        if self._transforms is not None:
+            weight_conversions = without_fusing(weight_conversions, self._fused)
+            weight_conversions = without_splitting(weight_conversions)
+        return super().update_weight_conversions(weight_conversions)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):
         if self._transforms is not None:

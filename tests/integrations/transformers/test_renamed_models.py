@@ -14,6 +14,7 @@ from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
     AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
     AutoTokenizer,
     PreTrainedConfig,
 )
@@ -96,6 +97,11 @@ CONFIGS = {
         ),
         "swin.encoder.layers.",
     ),
+    # with q, k and v merged in the file
+    "nomic_bert": (
+        lambda: AutoConfig.for_model("nomic_bert", **TEXT),
+        "nomic_bert.encoder.layers.",
+    ),
 }
 
 
@@ -104,6 +110,8 @@ def test_a_checkpoint_with_older_names_is_read_back(tmp_path, name):
     make_config, prefix = CONFIGS[name]
     is_vision = name in ("vit", "swin")
     auto = AutoModelForImageClassification if is_vision else AutoModelForImageTextToText
+    if name == "nomic_bert":
+        auto = AutoModelForMaskedLM
     torch.manual_seed(0)
     auto.from_config(make_config()).save_pretrained(tmp_path / "original")
     model = auto.from_pretrained(tmp_path / "original").eval()
@@ -111,7 +119,7 @@ def test_a_checkpoint_with_older_names_is_read_back(tmp_path, name):
         samples = [{"pixel_values": torch.randn(3, 32, 32)} for _ in range(8)]
     else:
         samples = [{"input_ids": ids, "attention_mask": ids > 0} for ids in make_tokens(8)]
-    ignore = ["lm_head", "re:.*classifier", "re:.*vision_tower.*", "re:.*visual.*"]
+    ignore = ["lm_head", "re:.*(classifier|decoder)$", "re:.*(vision_tower|visual).*"]
     scheme = int_scheme(4, 4) | {"ignore": ignore}
     oneshot(
         model=model,
@@ -129,6 +137,8 @@ def test_a_checkpoint_with_older_names_is_read_back(tmp_path, name):
     modules = dict(model.named_modules())
     renamed = [key for key in names if key.removesuffix(".weight") not in modules]
     assert sum(key.startswith(prefix) for key in renamed) >= 4
+    if name == "nomic_bert":
+        assert sum("Wqkv" in key for key in renamed) == 2
 
     def logits(one):
         batch = next(iter(DataLoader(samples, batch_size=2)))
