@@ -186,6 +186,26 @@ def allocate(
     run(report, bits, transform, output, overwrite)
 
 
+@app.command()
+def verify(
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="FOLDER", exists=True, file_okay=False, help="A checkpoint."),
+    ],
+):
+    """
+    Check that a CAT checkpoint is the one that was saved.
+
+    Compares its config and all files of weights with the digests in the config and in
+    SHA256SUMS. Loading checks the config and the transforms only.
+    """
+    from cat_modifier.checkpoint.verify import find_damage
+
+    if damage := find_damage(folder):
+        raise ValueError("; ".join(damage) + ". Copy or download it again")
+    print(f"{folder} is the checkpoint that was saved")
+
+
 def main():
     """Run the command; an error that a user can mend is one line, without a traceback"""
     try:

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from cat_modifier.checkpoint.digest import tensor_digest
-from cat_modifier.checkpoint.schema import TENSOR_SUFFIX
+from cat_modifier.checkpoint.schema import TENSOR_SUFFIX, mark_quantization_config
 
 VOCABULARY = 128
 
@@ -271,7 +271,9 @@ def replace_tensors(path: Path, tensors: dict[str, torch.Tensor]):
     for name, before in load_file(path).items():
         if name.endswith(TENSOR_SUFFIX) and name in tensors:
             text = text.replace(tensor_digest(before), tensor_digest(tensors[name]))
-    config.write_text(text)
+    content = json.loads(text)
+    content["quantization_config"] = mark_quantization_config(content["quantization_config"])
+    config.write_text(json.dumps(content))
     save_file(tensors, path, metadata={"format": "pt"})
 
 

@@ -1,14 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Digests of stored transforms: a reader notices tensors that are damaged or exchanged."""
+"""Digests of transforms and of the config: a reader notices what is damaged or exchanged."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["tensor_digest", "write_digests"]
+__all__ = ["changed_field", "config_digests", "tensor_digest", "write_digests"]
+
+_FIELDS = (
+    "config_groups",
+    "format",
+    "ignore",
+    "kv_cache_scheme",
+    "quant_method",
+    "quantization_status",
+    "sparsity_config",
+    "transform_config",
+)
+"""Fields of a `quantization_config` that decide what is computed; readers add others"""
 
 
 def tensor_digest(tensor: Tensor) -> str:
@@ -22,6 +35,38 @@ def tensor_digest(tensor: Tensor) -> str:
     return hashlib.sha256(elements.numpy().tobytes()).hexdigest()
 
 
+def config_digests(quantization_config: Mapping[str, Any]) -> dict[str, str]:
+    """
+    Compute the SHA-256 of the fields of a config: of compact JSON in ASCII, with sorted keys
+    and without what is null or empty.
+
+    :param quantization_config: object of this name in ``config.json``; its digests of fields
+        are left out
+    :return: 64 hexadecimal digits by the name of the field
+    """
+    digests = {}
+    for name in _FIELDS:
+        value = quantization_config.get(name)
+        if name == "transform_config" and value:
+            value = {key: part for key, part in value.items() if key != "sha256"}
+        if (value := _without_nulls(value)) is not None:
+            text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+            digests[name] = hashlib.sha256(text.encode()).hexdigest()
+    return digests
+
+
+def changed_field(quantization_config: Mapping[str, Any], digests: Mapping[str, str]) -> str:
+    """
+    Find a field that is not the one that was saved.
+
+    :param digests: result of :func:`config_digests` when the config was saved
+    :return: its name; empty if there is none
+    """
+    found = config_digests(quantization_config)
+    changed = [name for name in _FIELDS if found.get(name) != digests.get(name)]
+    return changed[0] if changed else ""
+
+
 def write_digests(transform_config: dict[str, Any], transforms: Mapping[str, Tensor]):
     """
     Write the digest of each stored transform into a ``transform_config``.
@@ -33,3 +78,11 @@ def write_digests(transform_config: dict[str, Any], transforms: Mapping[str, Ten
         if scheme["block_size"] is not None:
             for entry in scheme["apply"]:
                 entry["sha256"] = tensor_digest(transforms[entry["targets"][0]])
+
+
+def _without_nulls(value: Any) -> Any:
+    """Leave out nulls and empty values, which libraries add and drop; None for nothing"""
+    if isinstance(value, dict):
+        value = {key: _without_nulls(part) for key, part in value.items()}
+        value = {key: part for key, part in value.items() if part is not None}
+    return None if value in ({}, []) else value

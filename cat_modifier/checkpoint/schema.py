@@ -35,6 +35,7 @@ from pydantic import (
     model_validator,
 )
 
+from cat_modifier.checkpoint.digest import changed_field, config_digests
 from cat_modifier.checkpoint.marker import METHOD_NAME, has_transform
 from cat_modifier.functional.hadamard import is_hadamard_order
 from cat_modifier.functional.layout import TransformLayout
@@ -275,8 +276,8 @@ class CATTransformConfig(TransformConfig):
 
 def mark_quantization_config(quantization_config: dict[str, Any]) -> dict[str, Any]:
     """
-    Mark a quantization config that holds CAT transforms. Readers that do not know this
-    package then refuse it.
+    Mark a quantization config that holds CAT transforms, and write the digests of its fields.
+    Readers that do not know this package then refuse it.
 
     :param quantization_config: ``quantization_config`` of ``config.json``
     :return: a marked copy; the config itself if it holds no CAT transforms
@@ -288,6 +289,7 @@ def mark_quantization_config(quantization_config: dict[str, Any]) -> dict[str, A
         group_format = group.get("format") or marked["format"]
         if not group_format.startswith(_FORMAT_PREFIX):
             group["format"] = _FORMAT_PREFIX + group_format
+    marked["transform_config"]["sha256"] = config_digests(marked)
     return marked
 
 
@@ -320,6 +322,7 @@ def read_quantization_config(
 
     stock = deepcopy(config)
     transform_config = stock.pop("transform_config")
+    digests = transform_config.pop("sha256", "missing")
     for group in stock["config_groups"].values():
         group["format"] = group["format"].removeprefix(_FORMAT_PREFIX)
     try:
@@ -329,10 +332,33 @@ def read_quantization_config(
             f"The transform_config of this checkpoint cannot be read by cat-modifier "
             f"{__version__}: {error}"
         ) from error
+    _check_digests(config, transforms, digests)
+    return stock, transforms
+
+
+def _check_digests(config: dict[str, Any], transforms: CATTransformConfig, digests: Any):
+    """
+    :param config: quantization config with all fields
+    :param digests: digests of the fields
+    :raises ValueError: if a digest is missing, or a field is not the one that was saved
+    """
     for scheme, args in transforms.inputs():
         if scheme.block_size is not None and args.sha256 is None:
             raise ValueError(
                 "The transform_config of this checkpoint is damaged: it has no `sha256` for "
                 f"the transform of {args.targets[0]}"
             )
-    return stock, transforms
+    if digests is None:
+        return
+    if not isinstance(digests, dict):
+        raise ValueError(
+            "The transform_config of this checkpoint is damaged: it has no `sha256` of the "
+            "fields of the quantization_config"
+        )
+    if field := changed_field(config, digests):
+        raise ValueError(
+            f"`{field}` in the quantization_config of config.json is not the one that was "
+            "saved, by its SHA-256: the file is damaged, or belongs to another checkpoint. "
+            "Copy or download it again. If you changed it and know that the weights suit it, "
+            "set `sha256` of `transform_config` to null"
+        )

@@ -20,7 +20,7 @@ from cat_modifier.calibration.texts import EMBEDDED
 from cat_modifier.modifiers.cat.base import CATModifier
 from cat_modifier.version import __version__
 
-COMMANDS = ([], ["analyze"], ["allocate"])
+COMMANDS = ([], ["analyze"], ["allocate"], ["verify"])
 
 
 def defaults(function) -> dict:

@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from cat_modifier import CATModifier  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
-KEPT = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+KEPT = {"config.json", "model.safetensors", "SHA256SUMS"}
+KEPT |= {"tokenizer.json", "tokenizer_config.json"}
 
 # Hadamard matrices of Paley orders; heads that vLLM's attention has
 SIZES = {

@@ -8,11 +8,13 @@ renames tensors while it loads them, so that their names in the files prove noth
 the loader knows which tensor went where.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import transformers
 from compressed_tensors.quantization.utils import is_module_quantized
+from safetensors import SafetensorError, safe_open
 from torch.nn import Linear, Module
 from transformers import PreTrainedModel
 
@@ -20,7 +22,7 @@ from cat_modifier.checkpoint.schema import TRANSFORM_NAME
 from cat_modifier.checkpoint.transform_module import CATTransform
 from cat_modifier.integrations.transformers.experts import LinearExperts
 
-__all__ = ["LoadingCheck"]
+__all__ = ["LoadingCheck", "check_files"]
 
 _REPORT_METHOD = "_adjust_missing_and_unexpected_keys"
 """Method of a model to which the loader hands its report; there is no public one"""
@@ -43,8 +45,11 @@ class LoadingCheck:
             )
         self._model = model
         self._pass_on = getattr(model, _REPORT_METHOD)
-        self._shapes = {name: tensor.shape for name, tensor in _needed(model).items()}
+        self._needed = set(_needed(model))
+        self._shapes = {name: one.shape for name, one in model.named_parameters()}
+        self._shapes |= {name: one.shape for name, one in model.named_buffers()}
         self._missing: set[str] | None = None
+        self._new: set[str] = set()
         _add_placeholders(model)
         self._unexpected: set[str] = set()
         setattr(model, _REPORT_METHOD, self._receive)
@@ -54,13 +59,15 @@ class LoadingCheck:
         # before the model strikes out names that it can do without
         self._missing = set(report.missing_keys)
         self._pass_on(report)
+        self._new = set(report.missing_keys)
         self._unexpected = set(report.unexpected_keys)
 
     def finish(self):
         """
         Check the tensors after they are loaded.
 
-        :raises ValueError: if a tensor is missing, unexpected, or of another shape
+        :raises ValueError: if a tensor is missing, unexpected, or of another shape, or if a
+            scale is not positive and finite
         """
         delattr(self._model, _REPORT_METHOD)
         _remove_placeholders(self._model)
@@ -70,21 +77,32 @@ class LoadingCheck:
                 "so that missing tensors would go unnoticed: load CAT checkpoints with a "
                 "version that this release of cat-modifier supports"
             )
-        loaded = _needed(self._model)
-        problems = [
-            f"{name} is missing" for name in sorted(self._shapes.keys() & self._missing)
-        ]
+        loaded = dict(self._model.named_parameters()) | dict(self._model.named_buffers())
+        missing = self._needed & self._missing
+        # a model of another class may have parts that the checkpoint lacks, but no layers
+        is_saved_class = type(self._model).__name__ in (self._model.config.architectures or ())
+        missing |= {
+            name
+            for name in self._new
+            if is_saved_class or any(part.isdigit() for part in name.split("."))
+        }
+        problems = [f"{name} is missing" for name in sorted(missing)]
         problems += [
             f"{name} has shape {tuple(loaded[name].shape)}, not {tuple(shape)}"
             for name, shape in sorted(self._shapes.items())
-            if loaded[name].shape != shape
+            if name in loaded and loaded[name].shape != shape
+        ]
+        problems += [
+            f"{name} holds values that are not positive and finite"
+            for name in sorted(self._needed - missing)
+            if name.endswith("_scale") and not _is_scale(loaded[name])
         ]
         problems += [
             f"{name} belongs to no transform of the config"
             for name in sorted(self._unexpected)
             if f".{TRANSFORM_NAME}." in f".{name}"
         ]
-        owners = {name.rpartition(".")[0] for name in self._shapes}
+        owners = {name.rpartition(".")[0] for name in self._needed}
         problems += [
             f"{name} has no place in the model"
             for name in sorted(self._unexpected)
@@ -93,8 +111,33 @@ class LoadingCheck:
         if problems:
             raise ValueError(
                 "The tensors of this checkpoint do not fit the model and its "
-                "quantization_config:\n" + "\n".join(problems)
+                "quantization_config: it is damaged, or incomplete. Copy or download it "
+                "again:\n" + "\n".join(problems)
             )
+
+
+def check_files(files: Iterable[str]):
+    """
+    :param files: safetensors files of a checkpoint
+    :raises ValueError: if one cannot be read
+    """
+    for path in files:
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is damaged or incomplete ({error}): copy or download it again"
+            ) from error
+
+
+def _is_scale(scale: torch.Tensor) -> bool:
+    """Whether values are finite and positive. Those of 8 bits can round to zero"""
+    if scale.is_meta or not scale.is_floating_point():
+        return True
+    values = scale.float()
+    is_positive = values >= 0 if scale.itemsize == 1 else values > 0
+    return bool((torch.isfinite(values) & is_positive).all())
 
 
 def _add_placeholders(model: PreTrainedModel):

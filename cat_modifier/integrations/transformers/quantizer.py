@@ -43,7 +43,7 @@ from cat_modifier.integrations.transformers.conversions import (
 )
 from cat_modifier.integrations.transformers.experts import linearize_experts
 from cat_modifier.integrations.transformers.heads import find_new_heads, rename_modules
-from cat_modifier.integrations.transformers.loading import LoadingCheck
+from cat_modifier.integrations.transformers.loading import LoadingCheck, check_files
 from cat_modifier.integrations.transformers.saving import save_atomically
 
 __all__ = ["CATHfQuantizer", "CompressedTensorsConfig", "register"]
@@ -96,6 +96,7 @@ class CATHfQuantizer(CompressedTensorsHfQuantizer):
         if self._transforms is not None:
             if checkpoint_files is None:
                 raise ValueError("CAT checkpoints are loaded from files, not from a state_dict")
+            check_files(checkpoint_files)
             self._fused = linearize_experts(model)
             quantization = self.compressor.quantization_config
             rename_modules(model, quantization, self._transforms)

@@ -22,6 +22,7 @@ from transformers.utils import CONFIG_NAME
 from cat_modifier.checkpoint.digest import write_digests
 from cat_modifier.checkpoint.schema import mark_quantization_config
 from cat_modifier.checkpoint.transform_module import CATTransform
+from cat_modifier.checkpoint.verify import write_sums
 from cat_modifier.integrations.transformers.atomic_folder import (
     UnfinishedSaveError,
     atomic_folder,
@@ -138,10 +139,10 @@ def _edit_config(model: PreTrainedModel, folder: Path):
     """
     Edit the ``quantization_config`` of a checkpoint that was just written.
 
-    Mark it, write the digests of its transforms, and add all Linears that are not quantized
-    to `ignore`, by their names in the model. compressed-tensors lists them by their names in
-    the files, which differ for some models, and leaves out subclasses of Linear: a reader
-    would then take them for quantized.
+    Mark it, write its digests and those of its transforms, and add all Linears that are not
+    quantized to `ignore`, by their names in the model. compressed-tensors lists them by their
+    names in the files, which differ for some models, and leaves out subclasses of Linear: a
+    reader would then take them for quantized.
 
     :param folder: holds the checkpoint, or an adapter, which has no config
     :raises ValueError: if there are no weights, or if the transforms are lost
@@ -157,12 +158,14 @@ def _edit_config(model: PreTrainedModel, folder: Path):
             "The model has CAT transforms, but its quantization config was removed, as "
             "`dequantize=True` does: it cannot be saved without losing its transforms"
         )
-    marked = mark_quantization_config(config["quantization_config"])
-    ignore = marked.get("ignore") or []
-    marked["ignore"] = [*ignore, *(name for name in _unquantized(model) if name not in ignore)]
-    write_digests(marked["transform_config"], _stored_transforms(model))
-    config["quantization_config"] = marked
+    quantization = config["quantization_config"]
+    ignore = quantization.get("ignore") or []
+    others = [name for name in _unquantized(model) if name not in ignore]
+    quantization["ignore"] = [*ignore, *others]
+    write_digests(quantization["transform_config"], _stored_transforms(model))
+    config["quantization_config"] = mark_quantization_config(quantization)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_sums(folder)
 
 
 def _stored_transforms(model: PreTrainedModel) -> dict[str, Tensor]:

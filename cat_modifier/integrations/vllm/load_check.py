@@ -4,25 +4,34 @@ Checks in vLLM's model loader: it asks no quantization config between the making
 and the loading of their weights.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from json import JSONDecodeError
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.nn import Module
 from wrapt import wrap_function_wrapper
 
-from cat_modifier.checkpoint.schema import TRANSFORM_NAME
-from cat_modifier.integrations.vllm.compat import BaseModelLoader
+from cat_modifier.checkpoint.schema import TENSOR_SUFFIX
+from cat_modifier.integrations.vllm.compat import BaseModelLoader, LinearBase
 from cat_modifier.integrations.vllm.config import CATCompressedTensorsConfig
 
 __all__ = ["add_load_checks"]
+
+_MISFIT = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError)
+"""What vLLM raises for a tensor that has no place, or another shape"""
 
 
 def add_load_checks():
     """
     Let vLLM's loaders refuse, with a reason, a model that has no layer or no place for a
-    transform. Other models load as before.
+    transform, and a CAT checkpoint with tensors that are missing or do not fit. Other models
+    load as before.
     """
     wrap_function_wrapper(BaseModelLoader, "create_model", _create_model)
-    wrap_function_wrapper(BaseModelLoader, "load_model", _load_model)
 
 
 def _create_model(create: Callable, loader: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -30,16 +39,64 @@ def _create_model(create: Callable, loader: Any, args: tuple, kwargs: dict[str, 
     vllm_config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
     if isinstance(vllm_config.quant_config, CATCompressedTensorsConfig):
         vllm_config.quant_config.registry.check_claimed()
+        # vLLM's own check for tensors that a checkpoint lacks, by default only without
+        # quantization
+        if getattr(loader, "enable_weights_track", True) is None:
+            loader.enable_weights_track = True
+        model.load_weights = partial(_load_weights, model, model.load_weights)
     return model
 
 
-def _load_model(load: Callable, loader: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+def _load_weights(
+    model: Module, load: Callable, weights: Iterable[tuple[str, Tensor]], **options: Any
+) -> Any:
+    """
+    Load weights, with errors that name the tensor.
+
+    :param load: ``model.load_weights`` of vLLM, which loads again in a weight reload
+    :raises NotImplementedError: if vLLM has no place for a transform
+    :raises ValueError: if a tensor or a file is damaged, or a bias is missing
+    """
+    del model.load_weights
+    biases = {
+        name: module.bias
+        for name, module in model.named_modules()
+        if isinstance(module, LinearBase) and module.bias is not None
+    }
+    for bias in biases.values():
+        bias.data.fill_(torch.nan)
+    name = ""
+
+    def remember() -> Iterator[tuple[str, Tensor]]:
+        nonlocal name
+        for name_and_tensor in weights:
+            name = name_and_tensor[0]
+            yield name_and_tensor
+
     try:
-        return load(*args, **kwargs)
-    except (AttributeError, KeyError) as error:
-        if TRANSFORM_NAME not in str(error):
-            raise
-        raise NotImplementedError(
-            f"vLLM has no place for an input transform where it loads this model ({error}): "
-            "add the Linears of that name to `ignore` of CATModifier"
+        loaded = load(remember(), **options)
+    except NotImplementedError:
+        raise
+    except (SafetensorError, JSONDecodeError) as error:
+        raise ValueError(
+            f"A file of the checkpoint is damaged or incomplete ({error}): `cat-modifier "
+            "verify FOLDER` names it"
         ) from error
+    except _MISFIT as error:
+        reason = f"{type(error).__name__}: {error}"
+        if name.endswith(TENSOR_SUFFIX) and isinstance(error, AttributeError | KeyError):
+            raise NotImplementedError(
+                f"vLLM has no place for {name} where it loads this model ({reason}): add "
+                f"{name.removesuffix(TENSOR_SUFFIX)} to `ignore` of CATModifier"
+            ) from error
+        raise ValueError(
+            f"{name} does not fit the model ({reason}): the checkpoint is damaged. Copy or "
+            "download it again"
+        ) from error
+    for name, bias in biases.items():
+        if bias.isnan().any():
+            raise ValueError(
+                f"{name}: `bias`, or its part of a merged layer, is missing from the "
+                "checkpoint: it is damaged. Copy or download it again"
+            )
+    return loaded

@@ -183,8 +183,9 @@ def test_a_head_that_the_class_should_have_is_no_new_one(tmp_path):
 def test_a_transformed_head_that_the_body_lacks_is_an_error(checkpoint, tmp_path):
     load(checkpoint[0]).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    schemes = config["quantization_config"]["transform_config"]["config_groups"]
-    next(iter(schemes.values()))["apply"][0]["targets"] = ["lm_head"]
+    transforms = config["quantization_config"]["transform_config"]
+    transforms["sha256"] = None
+    next(iter(transforms["config_groups"].values()))["apply"][0]["targets"] = ["lm_head"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="transform for lm_head, but the model has no Linear"):
         load(tmp_path, AutoModel)

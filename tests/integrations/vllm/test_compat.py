@@ -35,7 +35,6 @@ PACKAGE = Path(cat_modifier.__file__).parent
 CALLS = """
 ApplyMoEActivationConfig.from_configs(cls, 0, 0)
 BaseModelLoader.create_model(self, vllm_config=0, model_config=0, prefix=0)
-BaseModelLoader.load_model(self, vllm_config=0, model_config=0, prefix=0)
 BasevLLMParameter(data=0, weight_loader=0)
 ChannelQuantScaleParameter(data=0, output_dim=0, weight_loader=0)
 CompressedTensorsConfig._add_fused_moe_to_target_scheme_map(self)

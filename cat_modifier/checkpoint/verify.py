@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Digests of the files of a checkpoint, in the format of the command ``sha256sum``.
+
+Loading a checkpoint checks its config and its transforms. To check all weights takes as long
+as to read them: that is for whoever doubts a copy.
+"""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+from tqdm import tqdm
+
+from cat_modifier.checkpoint.schema import read_quantization_config
+
+__all__ = ["SUMS", "find_damage", "write_sums"]
+
+SUMS = "SHA256SUMS"
+"""File with the digests"""
+
+
+def write_sums(folder: Path):
+    """Write the digests of the weights in a folder, and of their index"""
+    files = sorted(folder.glob("*.safetensors*"))
+    lines = [f"{_digest(path)}  {path.name}\n" for path in files]
+    (folder / SUMS).write_text("".join(lines))
+
+
+def find_damage(folder: Path) -> list[str]:
+    """
+    Check the config and all weights of a CAT checkpoint.
+
+    :param folder: folder of the checkpoint
+    :return: a sentence for each file that is damaged
+    :raises FileNotFoundError: if there is no config, or no file of digests
+    :raises ValueError: if it is not a CAT checkpoint, or the file of digests is damaged
+    """
+    damage = []
+    config = json.loads((folder / "config.json").read_text())
+    try:
+        read = read_quantization_config(config.get("quantization_config"))
+    except ValueError as error:
+        damage.append(f"config.json: {error}")
+    else:
+        if read is None:
+            raise ValueError(f"{folder} holds no CAT checkpoint")
+    if not (folder / SUMS).is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {SUMS}, which every saved CAT checkpoint has: copy or download it"
+        )
+    for line in tqdm((folder / SUMS).read_text().splitlines(), desc="Reading"):
+        match = re.fullmatch(r"([0-9a-f]{64})  ([^/]+)", line)
+        if match is None:
+            raise ValueError(f"{folder / SUMS} is damaged: {line!r} is no digest of a file")
+        digest, name = match.groups()
+        if not (folder / name).is_file():
+            damage.append(f"{name} is missing")
+        elif _digest(folder / name) != digest:
+            damage.append(f"{name} is not the file that was saved, by its SHA-256")
+    return damage
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
