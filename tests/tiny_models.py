@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     WhisperConfig,
+    WhisperFeatureExtractor,
 )
 
 from cat_modifier.checkpoint.digest import tensor_digest
@@ -115,15 +116,18 @@ def make_model(
 
 
 def make_whisper(folder: Path, decoder_layers: int) -> PreTrainedModel:
-    """A speech model of encoder and decoder, saved to the folder together with a tokenizer"""
+    """
+    A speech model of encoder and decoder, saved to the folder together with what its
+    processor needs. Its windows of a second are 40 frames of 8 mel bins.
+    """
     config = WhisperConfig(
-        d_model=64,
+        d_model=128,  # heads of 32 channels, the least that vLLM's attention for CPUs has
         encoder_layers=2,
         decoder_layers=decoder_layers,
         encoder_attention_heads=4,
         decoder_attention_heads=4,
-        encoder_ffn_dim=96,
-        decoder_ffn_dim=96,
+        encoder_ffn_dim=192,
+        decoder_ffn_dim=192,
         vocab_size=VOCABULARY,
         num_mel_bins=8,
         max_source_positions=20,
@@ -133,8 +137,19 @@ def make_whisper(folder: Path, decoder_layers: int) -> PreTrainedModel:
         decoder_start_token_id=1,
     )
     torch.manual_seed(0)
-    AutoModelForSpeechSeq2Seq.from_config(config).save_pretrained(folder)
+    model = AutoModelForSpeechSeq2Seq.from_config(config)
+    randomize(model)
+    with torch.no_grad():  # speech is to matter, beside positions
+        model.model.encoder.conv1.weight.mul_(20)
+    model.save_pretrained(folder)
     save_tokenizer(folder)
+    extractor = WhisperFeatureExtractor(
+        feature_size=8,
+        chunk_length=1,
+        hop_length=400,
+        processor_class="WhisperProcessor",
+    )
+    extractor.save_pretrained(folder)
     return AutoModelForSpeechSeq2Seq.from_pretrained(folder).eval()
 
 

@@ -4,6 +4,8 @@ All imports from vLLM, 0.32 and 0.33. Their paths move between releases: only th
 has to follow. ``plugin`` alone imports more, for when an import here fails.
 """
 
+import re
+
 # isort: off
 from vllm import _custom_ops as ops
 from vllm.config import get_current_vllm_config_or_none
@@ -72,6 +74,7 @@ __all__ = [
     "get_pp_group",
     "init_logger",
     "map_name",
+    "mend_prefix",
     "ops",
     "register_quantization_config",
     "register_weight_loader_v2_supported_method",
@@ -90,3 +93,14 @@ def map_name(mapper: WeightsMapper, name: str) -> str | None:
     # some rules match a module's name only where something follows it, as ".fc1."
     mapped = mapper.map_name(f"{name}.weight")
     return None if mapped is None else mapped.removesuffix(".weight")
+
+
+def mend_prefix(prefix: str) -> str:
+    """
+    Correct the name that vLLM gives to a layer of Whisper, `.encoder.layers.0.layers.mlp.fc1`
+
+    :return: path of the layer in the model, `model.encoder.layers.0.mlp.fc1`
+    """
+    # a list of layers would have a number here
+    prefix = re.sub(r"([.]layers[.]\d+)[.]layers[.](?!\d)", r"\1.", prefix)
+    return f"model{prefix}" if prefix.startswith(".") else prefix

@@ -21,6 +21,7 @@ from cat_modifier.integrations.vllm.compat import (
     get_current_vllm_config_or_none,
     get_layer_partition_names,
     map_name,
+    mend_prefix,
 )
 from cat_modifier.integrations.vllm.int8_linear import Int8LinearMethod, Integers
 from cat_modifier.integrations.vllm.linear import TransformLinearMethod
@@ -82,7 +83,7 @@ class CATCompressedTensorsConfig(CompressedTensorsConfig):
     def get_quant_method(
         self, layer: torch.nn.Module, prefix: str
     ) -> QuantizeMethodBase | None:
-        prefix = prefix.removeprefix(_DRAFT)
+        prefix = mend_prefix(prefix.removeprefix(_DRAFT))
         if isinstance(layer, RoutedExperts):
             _check_load_format()
             method = find_experts_method(self, self.registry, layer, prefix)

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from tiny_models import replace_tensors
 
 CHECKPOINTS = Path(os.environ.get("CAT_TEST_CHECKPOINTS", ""))
 
@@ -42,6 +45,17 @@ def serve(model: Path, ids: list, environment: dict | None = None, **job) -> dic
 
 def sqnr_db(found: torch.Tensor, expected: torch.Tensor) -> float:
     return 10 * math.log10(expected.var() / (found - expected).var())
+
+
+def exchange_a_block(checkpoint: Path, tmp_path: Path) -> Path:
+    """Copy a checkpoint, with one block of a transform damaged"""
+    folder = tmp_path / "damaged"
+    shutil.copytree(checkpoint, folder)
+    tensors = load_file(folder / "model.safetensors")
+    transform = next(one for key, one in tensors.items() if key.endswith("cat_input.weight"))
+    transform[0] = transform[0].flip(0)
+    replace_tensors(folder / "model.safetensors", tensors)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -26,11 +26,14 @@ from tiny_models import (  # noqa: E402
     make_model,
     make_tokens,
     make_vision_language_model,
+    make_whisper,
 )
+from torch.utils.data import DataLoader  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoProcessor,
     AutoTokenizer,
     LlamaForCausalLM,
 )
@@ -165,6 +168,27 @@ def make_qwen2_5_vl(folder: Path):
         shutil.copy(file, folder / "qwen2_5_vl-w4a8")
 
 
+def make_speech(folder: Path):
+    """Whisper, with what its processor needs of files"""
+    original, target = folder / "originals" / "whisper", folder / "whisper-w4a4"
+    model = make_whisper(original, decoder_layers=2)
+    ignore = ["re:.*proj_out"]  # vLLM ties it to the embedding
+    samples = [
+        {"input_features": features, "decoder_input_ids": ids}
+        for features, ids in zip(torch.randn(4, 8, 40), make_tokens(), strict=True)
+    ]
+    oneshot(
+        model=model,
+        processor=AutoProcessor.from_pretrained(original),
+        recipe=[
+            CATModifier(ignore=ignore),
+            QuantizationModifier(**W4A4 | {"ignore": ignore}),
+        ],
+        dataset=DataLoader(samples, batch_size=1),
+        output_dir=str(target),
+    )
+
+
 @torch.no_grad()
 def make_pooling(folder: Path, task: str):
     """
@@ -247,6 +271,7 @@ def main(folder: Path):
         {},
     )
     make_qwen2_5_vl(folder)
+    make_speech(folder)
     for name in TINY_CASES:
         make_tiny(folder, name)
     for task in ("embed", "classify"):

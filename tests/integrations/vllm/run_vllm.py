@@ -10,6 +10,7 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 from torch._dynamo.utils import get_compilation_metrics
 from vllm import LLM, SamplingParams
@@ -35,6 +36,14 @@ def main(job: dict, file: Path):
         logprobs=0,
     )
     prompts = [{"prompt_token_ids": ids} for ids in job["ids"]]
+    for one in job.get("speech", ()):
+        speech = {"audio": (np.load(one["audio"]), one["sampling_rate"])}
+        prompts.append(
+            {
+                "encoder_prompt": {"prompt": "", "multi_modal_data": speech},
+                "decoder_prompt": {"prompt_token_ids": one["ids"]},
+            }
+        )
     for one in job.get("prompts", ()):
         picture = Image.open(one["image"])
         prompts.append({"prompt": one["prompt"], "multi_modal_data": {"image": picture}})

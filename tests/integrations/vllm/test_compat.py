@@ -224,3 +224,15 @@ def test_only_two_modules_import_vllm():
         if module.partition(".")[0] == "vllm" and not getattr(node, "level", 0)
     }
     assert found == {f"integrations/vllm/{name}.py" for name in ("compat", "plugin")}
+
+
+@pytest.mark.parametrize(
+    "prefix, path",
+    [
+        (".decoder.layers.1.layers.mlp.fc1", "model.decoder.layers.1.mlp.fc1"),
+        ("model.layers.1.mlp.down_proj", "model.layers.1.mlp.down_proj"),
+        ("encoder.layers.0.layers.1.linear", "encoder.layers.0.layers.1.linear"),
+    ],
+)
+def test_wrong_names_of_layers_are_mended(prefix, path):
+    assert compat.mend_prefix(prefix) == path

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import serve, sqnr_db
+from conftest import exchange_a_block, serve, sqnr_db
 from safetensors.torch import load_file, save_file
 from tiny_models import replace_tensors
 
@@ -19,17 +19,6 @@ TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING
 def reference(folder) -> tuple[list, torch.Tensor]:
     data = json.loads((folder / "reference.json").read_text())
     return data["ids"], torch.tensor(data["logprobs"])
-
-
-def exchange_a_block(checkpoint, tmp_path):
-    """Copy a checkpoint, with one block of a transform damaged"""
-    folder = tmp_path / "damaged"
-    shutil.copytree(checkpoint, folder)
-    tensors = load_file(folder / "model.safetensors")
-    transform = next(one for key, one in tensors.items() if key.endswith("cat_input.weight"))
-    transform[0] = transform[0].flip(0)
-    replace_tensors(folder / "model.safetensors", tensors)
-    return folder
 
 
 def logprobs(result: dict) -> torch.Tensor:
