@@ -12,6 +12,7 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed import get_pp_group
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
+from vllm.lora.worker_manager import WorkerLoRAManager
 from vllm.model_executor.layers.fused_moe import (
     ApplyMoEActivationConfig,
     FusedMoEMethodBase,
@@ -66,6 +67,7 @@ __all__ = [
     "QuantizeMethodBase",
     "RoutedExperts",
     "WeightsMapper",
+    "WorkerLoRAManager",
     "apply_moe_activation",
     "current_platform",
     "get_current_vllm_config_or_none",

@@ -25,6 +25,7 @@ from cat_modifier.integrations.vllm.compat import (
 )
 from cat_modifier.integrations.vllm.int8_linear import Int8LinearMethod, Integers
 from cat_modifier.integrations.vllm.linear import TransformLinearMethod
+from cat_modifier.integrations.vllm.lora import check_experts, is_enabled
 from cat_modifier.integrations.vllm.moe import find_experts_method
 from cat_modifier.integrations.vllm.registry import TransformRegistry
 
@@ -87,6 +88,8 @@ class CATCompressedTensorsConfig(CompressedTensorsConfig):
         if isinstance(layer, RoutedExperts):
             _check_load_format()
             method = find_experts_method(self, self.registry, layer, prefix)
+            if method is not None:
+                check_experts(prefix)
             return method or super().get_quant_method(layer, prefix)
         parts = self._parts(layer, prefix)
         source = self.registry.find(parts)
@@ -164,6 +167,8 @@ class CATCompressedTensorsConfig(CompressedTensorsConfig):
             scheme.get("input_activations"),
             scheme.get("output_activations"),
             scheme["format"],
+            # LoRA asks for the weight, which vLLM's own kernel for CPUs lets go
+            is_w8a8_left_out=not (current_platform.is_cpu() and is_enabled()),
         )
         if integers is not None:
             self._check_scheme_supported(_LEAST_CAPABILITY)

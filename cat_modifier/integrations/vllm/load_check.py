@@ -18,6 +18,7 @@ from wrapt import wrap_function_wrapper
 from cat_modifier.checkpoint.schema import TENSOR_SUFFIX
 from cat_modifier.integrations.vllm.compat import BaseModelLoader, LinearBase
 from cat_modifier.integrations.vllm.config import CATCompressedTensorsConfig
+from cat_modifier.integrations.vllm.lora import note_fused
 
 __all__ = ["add_load_checks"]
 
@@ -38,7 +39,9 @@ def _create_model(create: Callable, loader: Any, args: tuple, kwargs: dict[str, 
     model = create(*args, **kwargs)
     vllm_config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
     if isinstance(vllm_config.quant_config, CATCompressedTensorsConfig):
-        vllm_config.quant_config.registry.check_claimed()
+        registry = vllm_config.quant_config.registry
+        registry.check_claimed()
+        note_fused(model, registry.fused)
         # vLLM's own check for tensors that a checkpoint lacks, by default only without
         # quantization
         if getattr(loader, "enable_weights_track", True) is None:

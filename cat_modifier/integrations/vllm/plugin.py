@@ -25,8 +25,10 @@ def register():
         from cat_modifier.integrations.vllm.compat import register_quantization_config
         from cat_modifier.integrations.vllm.config import CATCompressedTensorsConfig
         from cat_modifier.integrations.vllm.load_check import add_load_checks
+        from cat_modifier.integrations.vllm.lora import add_lora_check
 
         add_load_checks()
+        add_lora_check()
         register_quantization_config(METHOD_NAME)(CATCompressedTensorsConfig)
     except Exception as error:  # whatever the import of a moved name raises
         vllm = getattr(sys.modules.get("vllm"), "__version__", "of unknown version")

@@ -104,6 +104,9 @@ class TransformRegistry:
     Transformed inputs by the names of the Linears that read them.
 
     :param transforms: transforms of the checkpoint, with the names of Transformers
+
+    Attributes:
+        fused: Linears on either side of a transform that is fused into weights
     """
 
     def __init__(self, transforms: CATTransformConfig):
@@ -111,6 +114,7 @@ class TransformRegistry:
             TransformedInput(scheme, list(args.targets), args.sha256)
             for scheme, args in transforms.inputs()
         ]
+        self.fused = {*transforms.fused, *transforms.fused.values()}
         self._claimed: set[str] = set()
         self._adopted: set[str] = set()
         self._index_names()
@@ -127,8 +131,13 @@ class TransformRegistry:
         :param map_name: function from an old name to a new one; None for a part that vLLM
             leaves out
         """
+
+        def rename(name: str) -> str | None:
+            return name if name in self._claimed else map_name(name)
+
         for one in self._inputs:
-            one.rename(lambda name: name if name in self._claimed else map_name(name))
+            one.rename(rename)
+        self.fused = {new for old in self.fused if (new := rename(old)) is not None}
         self._inputs = [one for one in self._inputs if one.names]
         self._index_names()
 

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 from torch._dynamo.utils import get_compilation_metrics
 from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
 
 
 def count_compiled_kernels() -> int:
@@ -54,12 +55,13 @@ def main(job: dict, file: Path):
             values = [one.outputs.probs for one in llm.classify(prompts, use_tqdm=False)]
         file.write_text(json.dumps({"values": values}))
         os._exit(0)
+    adapter = LoRARequest("adapter", 1, job["adapter"]) if "adapter" in job else None
     compiled_in_advance = count_compiled_kernels()
     if "reload" in job:
         llm.generate(prompts, params, use_tqdm=False)
         llm.collective_rpc("reload_weights", kwargs={"weights_path": job["reload"]})
     for _ in range(job.get("repeat", 1)):
-        outputs = llm.generate(prompts, params, use_tqdm=False)
+        outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=adapter)
     result = {
         "quantization": llm.llm_engine.model_config.quantization,
         "compiled_by_requests": count_compiled_kernels() - compiled_in_advance,

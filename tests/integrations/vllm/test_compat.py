@@ -53,6 +53,7 @@ PackedvLLMParameter(data=0, input_dim=0, output_dim=0, packed_dim=0, packed_fact
 QuantizeMethodBase.process_weights_after_loading(self, 0)
 RoutedExperts.load_weights(self, 0)
 WeightsMapper.map_name(self, 0)
+WorkerLoRAManager._load_adapter(self, 0)
 apply_moe_activation(0, 0, 0, activation_config=0)
 current_platform.has_device_capability(cls, 0)
 current_platform.is_cpu(self)
