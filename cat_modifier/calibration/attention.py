@@ -201,10 +201,7 @@ class _Probe:
             )
 
     def _probe(self, module: Module, args: tuple, kwargs: dict[str, Any]):
-        # a cache would be filled twice when the module runs again
-        caches = Cache, QuantizedKVCache
-        kwargs = {k: None if isinstance(v, caches) else v for k, v in kwargs.items()}
-        run = partial(module, *args, **kwargs)
+        run = partial(module, *args, **without_caches(kwargs))
         before = self._inputs(run)
         for value, linear in self.linears.items():
             if linear.out_features % self.head_dim:
@@ -256,3 +253,9 @@ def _hooks() -> Iterator[list]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def without_caches(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out caches, which would be filled twice when a module runs again"""
+    caches = Cache, QuantizedKVCache
+    return {key: None if isinstance(one, caches) else one for key, one in kwargs.items()}

@@ -100,17 +100,24 @@ class InputCollector(Generic[StatisticsType]):
             return
         self._masks[batch] = mask
 
-    def observe(self, name: str, x: Tensor, batch: int):
+    def attention_mask(self, batch: int) -> Tensor | None:
+        """Which tokens of a batch are real, shape (batch, tokens), bool; None if not known"""
+        return self._masks.get(batch)
+
+    def observe(self, name: str, x: Tensor, batch: int, weights: Tensor | None = None):
         """
         Record the call of a Linear.
 
         :param name: full name of the Linear
         :param x: its input, shape (..., d)
         :param batch: index of the batch
+        :param weights: weights of the tokens, shape (...), float32; None for equal weights
         """
         shared, is_new = self.observer.observe(name, x)
         if not is_new:
             return
+        if weights is not None:
+            x = x.float() * weights.sqrt().unsqueeze(-1)
         tokens = x.reshape(-1, x.shape[-1])
         # the mask does not fit other layouts, such as tokens routed to an expert
         mask = self._masks.get(batch)

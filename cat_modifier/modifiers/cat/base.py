@@ -66,6 +66,7 @@ from cat_modifier.modifiers.cat.validation import (
     warn_if_not_quantized,
     warn_if_not_served,
 )
+from cat_modifier.modifiers.cat.weighted_tokens import WeightedTokens
 from cat_modifier.modifiers.decoding_layers import find_decoding_layers
 
 __all__ = ["CATModifier"]
@@ -347,13 +348,19 @@ class CATModifier(Modifier):
                 match_mappings(state.model, self.mappings, self.ignore, self._linears)
             )
         names = {linear: name for name, linear in self._linears.items()}
+        weighted = WeightedTokens(self._linears, self._layers, rank())
 
         def input_hook(linear: Linear, args: tuple):
-            collector.observe(names[linear], args[0], state.current_batch_idx)
+            if not weighted.covers(linear):
+                collector.observe(names[linear], args[0], state.current_batch_idx)
 
         def mask_hook(module: Module, args: tuple, kwargs: dict, name: str):
             self._called.add(name)
-            collector.set_attention_mask(state.current_batch_idx, kwargs.get("attention_mask"))
+            batch = state.current_batch_idx
+            collector.set_attention_mask(batch, kwargs.get("attention_mask"))
+            mask = collector.attention_mask(batch)
+            for linear, x, weights in weighted.enter(name, module, args, kwargs, batch, mask):
+                collector.observe(linear, x, batch, weights)
 
         # its type hint says that hooks take one argument
         register: Any = self.register_hook
