@@ -84,7 +84,9 @@ class CATModifier(Modifier):
 
     For each input that Linears share, the block-diagonal transform ``T`` of best alignment
     is computed in closed form from the second moments of the input and of the weights, and
-    followed by a Hadamard rotation for concentration. The inverse of ``T`` is fused into
+    followed by a Hadamard rotation for concentration. In attention, tokens count by how much
+    its output feels them: the first tokens of a text, which all others read, count most
+    (:mod:`cat_modifier.calibration.sensitivity`). The inverse of ``T`` is fused into
     the weights; ``T`` itself runs online, before the activations are quantized. The
     function of the model does not change; clipping of activations is part of their
     quantization. Put a QuantizationModifier or GPTQModifier after it.
@@ -114,7 +116,8 @@ class CATModifier(Modifier):
     - on_calibration_start
         - check the recipe and the model
         - pass one batch through the model, to find value projections
-        - hook the Linears, to collect statistics of their inputs
+        - hook the Linears, to collect statistics of their inputs, and attention, which runs
+          once more with a backward pass
     - on_sequential_epoch_end
         - for each input whose Linears have all run: plan its transform, then apply it
     - on_calibration_end
