@@ -196,8 +196,8 @@ def verify(
     """
     Check that a CAT checkpoint is the one that was saved.
 
-    Compares its config and all files of weights with the digests in the config and in
-    SHA256SUMS. Loading checks the config and the transforms only.
+    Compares config.json and all files of weights with their digests in SHA256SUMS. Loading
+    checks the quantization_config and the transforms only.
     """
     from cat_modifier.checkpoint.verify import find_damage
 

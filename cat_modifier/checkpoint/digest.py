@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["changed_field", "config_digests", "tensor_digest", "write_digests"]
+__all__ = ["changed_fields", "config_digests", "tensor_digest", "write_digests"]
 
 _FIELDS = (
     "config_groups",
@@ -37,8 +37,8 @@ def tensor_digest(tensor: Tensor) -> str:
 
 def config_digests(quantization_config: Mapping[str, Any]) -> dict[str, str]:
     """
-    Compute the SHA-256 of the fields of a config: of compact JSON in ASCII, with sorted keys
-    and without what is null or empty.
+    Compute the SHA-256 of the fields of a config: of compact JSON in ASCII, with sorted keys,
+    without what is null or empty, and with whole numbers as integers.
 
     :param quantization_config: object of this name in ``config.json``; its digests of fields
         are left out
@@ -49,22 +49,22 @@ def config_digests(quantization_config: Mapping[str, Any]) -> dict[str, str]:
         value = quantization_config.get(name)
         if name == "transform_config" and value:
             value = {key: part for key, part in value.items() if key != "sha256"}
-        if (value := _without_nulls(value)) is not None:
+        if (value := _canonical(value)) is not None:
             text = json.dumps(value, sort_keys=True, separators=(",", ":"))
             digests[name] = hashlib.sha256(text.encode()).hexdigest()
     return digests
 
 
-def changed_field(quantization_config: Mapping[str, Any], digests: Mapping[str, str]) -> str:
+def changed_fields(
+    quantization_config: Mapping[str, Any], digests: Mapping[str, str]
+) -> list[str]:
     """
-    Find a field that is not the one that was saved.
+    Find the fields that are not those that were saved.
 
     :param digests: result of :func:`config_digests` when the config was saved
-    :return: its name; empty if there is none
     """
     found = config_digests(quantization_config)
-    changed = [name for name in _FIELDS if found.get(name) != digests.get(name)]
-    return changed[0] if changed else ""
+    return [name for name in _FIELDS if found.get(name) != digests.get(name)]
 
 
 def write_digests(transform_config: dict[str, Any], transforms: Mapping[str, Tensor]):
@@ -80,9 +80,16 @@ def write_digests(transform_config: dict[str, Any], transforms: Mapping[str, Ten
                 entry["sha256"] = tensor_digest(transforms[entry["targets"][0]])
 
 
-def _without_nulls(value: Any) -> Any:
-    """Leave out nulls and empty values, which libraries add and drop; None for nothing"""
+def _canonical(value: Any) -> Any:
+    """
+    Leave out nulls and empty values, which libraries add and drop, and write whole numbers as
+    integers, as some libraries do; None if nothing is left.
+    """
     if isinstance(value, dict):
-        value = {key: _without_nulls(part) for key, part in value.items()}
+        value = {key: _canonical(part) for key, part in value.items()}
         value = {key: part for key, part in value.items() if part is not None}
+    elif isinstance(value, list):
+        value = [_canonical(part) for part in value]
+    elif isinstance(value, float) and value.is_integer():
+        value = int(value)
     return None if value in ({}, []) else value

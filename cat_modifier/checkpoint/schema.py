@@ -35,7 +35,7 @@ from pydantic import (
     model_validator,
 )
 
-from cat_modifier.checkpoint.digest import changed_field, config_digests
+from cat_modifier.checkpoint.digest import changed_fields, config_digests
 from cat_modifier.checkpoint.marker import METHOD_NAME, has_transform
 from cat_modifier.functional.hadamard import is_hadamard_order
 from cat_modifier.functional.layout import TransformLayout
@@ -355,10 +355,10 @@ def _check_digests(config: dict[str, Any], transforms: CATTransformConfig, diges
             "The transform_config of this checkpoint is damaged: it has no `sha256` of the "
             "fields of the quantization_config"
         )
-    if field := changed_field(config, digests):
+    if fields := changed_fields(config, digests):
         raise ValueError(
-            f"`{field}` in the quantization_config of config.json is not the one that was "
-            "saved, by its SHA-256: the file is damaged, or belongs to another checkpoint. "
+            f"`{'`, `'.join(fields)}` in the quantization_config of config.json is not what "
+            "was saved, by its SHA-256: the file is damaged, or belongs to another checkpoint. "
             "Copy or download it again. If you changed it and know that the weights suit it, "
             "set `sha256` of `transform_config` to null"
         )

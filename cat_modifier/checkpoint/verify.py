@@ -22,9 +22,8 @@ SUMS = "SHA256SUMS"
 
 
 def write_sums(folder: Path):
-    """Write the digests of the weights in a folder, and of their index"""
-    files = sorted(folder.glob("*.safetensors*"))
-    lines = [f"{_digest(path)}  {path.name}\n" for path in files]
+    """Write the digests of the config, of the weights in a folder, and of their index"""
+    lines = [f"{_digest(path)}  {path.name}\n" for path in _files(folder)]
     (folder / SUMS).write_text("".join(lines))
 
 
@@ -34,32 +33,51 @@ def find_damage(folder: Path) -> list[str]:
 
     :param folder: folder of the checkpoint
     :return: a sentence for each file that is damaged
-    :raises FileNotFoundError: if there is no config, or no file of digests
-    :raises ValueError: if it is not a CAT checkpoint, or the file of digests is damaged
+    :raises FileNotFoundError: if there is no file of digests
+    :raises ValueError: if it is not a CAT checkpoint
     """
-    damage = []
-    config = json.loads((folder / "config.json").read_text())
-    try:
-        read = read_quantization_config(config.get("quantization_config"))
-    except ValueError as error:
-        damage.append(f"config.json: {error}")
-    else:
-        if read is None:
-            raise ValueError(f"{folder} holds no CAT checkpoint")
     if not (folder / SUMS).is_file():
         raise FileNotFoundError(
             f"{folder} has no {SUMS}, which every saved CAT checkpoint has: copy or download it"
         )
+    damage = _config_damage(folder)
+    known = set()
     for line in tqdm((folder / SUMS).read_text().splitlines(), desc="Reading"):
         match = re.fullmatch(r"([0-9a-f]{64})  ([^/]+)", line)
         if match is None:
-            raise ValueError(f"{folder / SUMS} is damaged: {line!r} is no digest of a file")
+            damage.append(f"{SUMS} is damaged: {line!r} is no digest of a file")
+            continue
         digest, name = match.groups()
+        known.add(name)
         if not (folder / name).is_file():
             damage.append(f"{name} is missing")
         elif _digest(folder / name) != digest:
             damage.append(f"{name} is not the file that was saved, by its SHA-256")
+    others = [path.name for path in _files(folder) if path.name not in known]
+    damage += [f"{name} is not of this checkpoint: {SUMS} does not list it" for name in others]
     return damage
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted([*folder.glob("config.json"), *folder.glob("*.safetensors*")])
+
+
+def _config_damage(folder: Path) -> list[str]:
+    """
+    Check the digests in the config, which say more than that of the file.
+
+    :raises ValueError: if it is not a CAT checkpoint
+    """
+    if not (folder / "config.json").is_file():
+        return []
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        read = read_quantization_config(config.get("quantization_config"))
+    except ValueError as error:
+        return [f"config.json: {error}"]
+    if read is None:
+        raise ValueError(f"{folder} holds no CAT checkpoint")
+    return []
 
 
 def _digest(path: Path) -> str:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from cat_modifier.checkpoint.digest import config_digests
+from cat_modifier.checkpoint.schema import read_quantization_config
 from cat_modifier.checkpoint.verify import SUMS
 from cat_modifier.cli import main
 
@@ -54,7 +56,24 @@ def test_a_config_that_somebody_vouches_for(folder, monkeypatch):
     config["quantization_config"]["ignore"] = []
     config["quantization_config"]["transform_config"]["sha256"] = None
     (folder / "config.json").write_text(json.dumps(config))
-    assert not verify(folder, monkeypatch)
+    assert read_quantization_config(config["quantization_config"])
+    assert "config.json is not the file that was saved" in verify(folder, monkeypatch)
+
+
+def test_a_file_without_a_digest(folder, monkeypatch):
+    (folder / SUMS).write_text("")
+    assert "model.safetensors is not of this checkpoint" in verify(folder, monkeypatch)
+
+
+def test_whole_numbers_have_one_digest(folder):
+    text = (folder / "config.json").read_text()
+    config = json.loads(text)["quantization_config"]
+    group = next(iter(config["transform_config"]["config_groups"].values()))
+    digests = []
+    for ratio in (1, 1.0):
+        group["clip_ratio"] = ratio
+        digests.append(config_digests(config))
+    assert digests[0] == digests[1]
 
 
 @pytest.mark.parametrize(

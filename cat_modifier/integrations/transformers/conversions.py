@@ -10,7 +10,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, Wei
 
 from cat_modifier.checkpoint.schema import TRANSFORM_NAME
 
-__all__ = ["without_fusing", "without_splitting"]
+__all__ = ["with_whole_transforms", "without_fusing"]
 
 
 def without_fusing(
@@ -30,9 +30,10 @@ def without_fusing(
     ]
 
 
-def without_splitting(conversions: Iterable[WeightTransform]) -> list[WeightTransform]:
+def with_whole_transforms(conversions: Iterable[WeightTransform]) -> list[WeightTransform]:
     """
-    Add renamings of transforms, ahead of conversions that would split them.
+    Add renamings of transforms that conversions would split. Renamings come first, wherever
+    they are in the list.
 
     A Linear that an older checkpoint holds merged (`Wqkv`) is split among several Linears.
     Their transform is one tensor, which belongs to the first.

@@ -49,7 +49,7 @@ class LoadingCheck:
         self._shapes = {name: one.shape for name, one in model.named_parameters()}
         self._shapes |= {name: one.shape for name, one in model.named_buffers()}
         self._missing: set[str] | None = None
-        self._new: set[str] = set()
+        self._not_loaded: set[str] = set()
         _add_placeholders(model)
         self._unexpected: set[str] = set()
         setattr(model, _REPORT_METHOD, self._receive)
@@ -59,7 +59,7 @@ class LoadingCheck:
         # before the model strikes out names that it can do without
         self._missing = set(report.missing_keys)
         self._pass_on(report)
-        self._new = set(report.missing_keys)
+        self._not_loaded = set(report.missing_keys)
         self._unexpected = set(report.unexpected_keys)
 
     def finish(self):
@@ -79,16 +79,19 @@ class LoadingCheck:
             )
         loaded = dict(self._model.named_parameters()) | dict(self._model.named_buffers())
         missing = self._needed & self._missing
-        # a model of another class may have parts that the checkpoint lacks, but no layers
+        # a model of another class may have parts that the checkpoint lacks, but no incomplete
+        # layers
         is_saved_class = type(self._model).__name__ in (self._model.config.architectures or ())
+        stored = {_layer_of(name) for name in self._shapes.keys() - self._not_loaded}
         missing |= {
             name
-            for name in self._new
-            if is_saved_class or any(part.isdigit() for part in name.split("."))
+            for name in self._not_loaded
+            if is_saved_class or (_layer_of(name) and _layer_of(name) in stored)
         }
         problems = [f"{name} is missing" for name in sorted(missing)]
         problems += [
             f"{name} has shape {tuple(loaded[name].shape)}, not {tuple(shape)}"
+            + ("" if name in self._needed else " (another `num_labels` or vocabulary?)")
             for name, shape in sorted(self._shapes.items())
             if name in loaded and loaded[name].shape != shape
         ]
@@ -114,6 +117,13 @@ class LoadingCheck:
                 "quantization_config: it is damaged, or incomplete. Copy or download it "
                 "again:\n" + "\n".join(problems)
             )
+
+
+def _layer_of(name: str) -> str:
+    """Cut the name of a tensor after its first number; empty without one"""
+    parts = name.split(".")
+    index = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    return "" if index is None else ".".join(parts[: index + 1])
 
 
 def check_files(files: Iterable[str]):

@@ -38,8 +38,8 @@ from cat_modifier.checkpoint.transform_module import (
     validate_stored_transform,
 )
 from cat_modifier.integrations.transformers.conversions import (
+    with_whole_transforms,
     without_fusing,
-    without_splitting,
 )
 from cat_modifier.integrations.transformers.experts import linearize_experts
 from cat_modifier.integrations.transformers.heads import find_new_heads, rename_modules
@@ -114,7 +114,7 @@ class CATHfQuantizer(CompressedTensorsHfQuantizer):
     ) -> list[WeightTransform]:
         if self._transforms is not None:
             weight_conversions = without_fusing(weight_conversions, self._fused)
-            weight_conversions = without_splitting(weight_conversions)
+            weight_conversions = with_whole_transforms(weight_conversions)
         return super().update_weight_conversions(weight_conversions)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):

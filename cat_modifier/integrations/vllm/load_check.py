@@ -46,7 +46,9 @@ def _create_model(create: Callable, loader: Any, args: tuple, kwargs: dict[str, 
         # quantization
         if getattr(loader, "enable_weights_track", True) is None:
             loader.enable_weights_track = True
-        model.load_weights = partial(_load_weights, model, model.load_weights)
+        # random weights are not loaded
+        if vllm_config.load_config.load_format != "dummy":
+            model.load_weights = partial(_load_weights, model, model.load_weights)
     return model
 
 
@@ -75,10 +77,11 @@ def _load_weights(
         for name_and_tensor in weights:
             name = name_and_tensor[0]
             yield name_and_tensor
+        name = "A tensor"  # of a model that reads all before it loads the first
 
     try:
         loaded = load(remember(), **options)
-    except NotImplementedError:
+    except (NotImplementedError, torch.OutOfMemoryError):
         raise
     except (SafetensorError, JSONDecodeError) as error:
         raise ValueError(
@@ -93,13 +96,14 @@ def _load_weights(
                 f"{name.removesuffix(TENSOR_SUFFIX)} to `ignore` of CATModifier"
             ) from error
         raise ValueError(
-            f"{name} does not fit the model ({reason}): the checkpoint is damaged. Copy or "
-            "download it again"
+            f"{name} does not fit the model ({reason}): the checkpoint is damaged, or vLLM "
+            "loads this model in another way. `cat-modifier verify FOLDER` tells which"
         ) from error
     for name, bias in biases.items():
         if bias.isnan().any():
             raise ValueError(
                 f"{name}: `bias`, or its part of a merged layer, is missing from the "
-                "checkpoint: it is damaged. Copy or download it again"
+                "checkpoint, or holds values that are no numbers: it is damaged. Copy or "
+                "download it again"
             )
     return loaded

@@ -247,6 +247,7 @@ class TransformRegistry:
             if forgotten and not is_elsewhere:
                 raise NotImplementedError(
                     f"{one.names[forgotten[0]]} has an input transform, but vLLM has no layer "
-                    "to apply it in: the layer cannot be quantized, or has another name there. "
-                    "Add it to `ignore` of CATModifier and of the quantization modifier"
+                    "to apply it in: the layer cannot be quantized, has another name there, or "
+                    "config.json has fewer layers. Add it to `ignore` of CATModifier and of "
+                    "the quantization modifier"
                 )

@@ -17,10 +17,12 @@ from tiny_models import (
     make_tokens,
     replace_tensors,
 )
+from torch.nn import Linear, ModuleList
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    Qwen2ForCausalLM,
 )
 
 from cat_modifier import CATModifier
@@ -189,3 +191,17 @@ def test_a_transformed_head_that_the_body_lacks_is_an_error(checkpoint, tmp_path
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="transform for lm_head, but the model has no Linear"):
         load(tmp_path, AutoModel)
+
+
+class WithHeads(Qwen2ForCausalLM):
+    """A model with numbered parts that the checkpoint does not know"""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.heads = ModuleList([Linear(config.hidden_size, 8)])
+        self.post_init()
+
+
+def test_new_parts_may_be_numbered(checkpoint):
+    folder, expected = checkpoint
+    assert decibels(logits_of(load(folder, WithHeads)), expected) > SAME
