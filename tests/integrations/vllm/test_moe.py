@@ -16,7 +16,7 @@ TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING
 THRESHOLD = 40  # dB
 """Two implementations round some integers differently, which moves 8-bit results a little"""
 
-WORST = 0.05
+WORST = 0.02
 """Share of tokens to leave out: an integer that rounds differently can move a token, and those
 that read it, to another expert"""
 
