@@ -309,26 +309,16 @@ def test_other_models_are_untouched(checkpoints):
     assert with_plugin["logprobs"] == without["logprobs"]
 
 
-@pytest.mark.parametrize("kind", ["missing", "misshapen", "not finite", "extra"])
-def test_damaged_tensors_are_errors_that_name_them(checkpoints, tmp_path, kind):
+def test_a_second_transform_for_a_part_of_a_merged_layer_is_refused(checkpoints, tmp_path):
     folder = tmp_path / "damaged"
     shutil.copytree(checkpoints / "qwen2-w4a4", folder)
-    name = "model.layers.1.self_attn.q_proj.cat_input.weight"
     tensors = load_file(folder / "model.safetensors")
-    if kind == "missing":
-        del tensors[name]
-    elif kind == "misshapen":
-        tensors[name] = tensors[name][:, 1:].contiguous()
-    elif kind == "not finite":
-        tensors[name][0, 0, 0] = torch.nan
-    else:
-        # a second transform for a part of the merged layer
-        name = "model.layers.1.self_attn.k_proj.cat_input.weight"
-        tensors[name] = tensors["model.layers.1.self_attn.q_proj.cat_input.weight"] * 2
+    first = "model.layers.1.self_attn.q_proj.cat_input.weight"
+    tensors["model.layers.1.self_attn.k_proj.cat_input.weight"] = tensors[first] * 2
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     result = serve(folder, [[3, 4, 5]])
     assert result["error"]
-    assert name in result["log"] or (kind == "extra" and "q_proj.cat_input" in result["log"])
+    assert "self_attn.q_proj.cat_input" in result["log"]
 
 
 def test_loading_and_saving_again_in_this_environment(checkpoints, tmp_path):
