@@ -93,8 +93,13 @@ def weighted_inputs(
     finally:
         for handle in handles:
             handle.remove()
-    weights: dict[int, Tensor] = {}
+    weights: dict[tuple, Tensor] = {}
     for (_, x, _), gradient in zip(calls, gradients, strict=True):
         squares = gradient.float().square().sum(-1)
-        weights[x.data_ptr()] = weights.get(x.data_ptr(), 0) + squares
-    return [WeightedInput(name, x, weights[x.data_ptr()]) for name, x, _ in calls]
+        weights[_memory(x)] = weights.get(_memory(x), 0) + squares
+    return [WeightedInput(name, x, weights[_memory(x)]) for name, x, _ in calls]
+
+
+def _memory(x: Tensor) -> tuple:
+    """What tensors have in common that are one: inputs that Linears share"""
+    return x.data_ptr(), x.shape, x.stride()
