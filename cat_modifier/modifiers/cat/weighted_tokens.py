@@ -78,7 +78,11 @@ class WeightedTokens:
             self._failed.add(name)
             return []
         self._covered.update(child for child in module.modules() if child is not module)
-        return found
+        # the output does not depend on some Linears, or the gradient is not finite: alike
+        return [
+            one if one.weights.sum() > 0 else one._replace(weights=torch.ones_like(one.weights))
+            for one in found
+        ]
 
 
 def _token_scales(args: tuple, kwargs: Mapping[str, Any], mask: Tensor | None) -> Tensor | None:
