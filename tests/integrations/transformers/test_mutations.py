@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """No damaged checkpoint is silently wrong in Transformers, and errors name the part"""
 
+import pytest
 from mutations import mutations, outcomes, run_transformers
 
 
+@pytest.mark.slow
 def test_damage_is_named():
     found = [(str(one), *rest) for one, *rest in outcomes(run_transformers, mutations())]
     assert len(found) > 350
