@@ -101,7 +101,7 @@ class InputCollector(Generic[StatisticsType]):
         self._masks[batch] = mask
 
     def attention_mask(self, batch: int) -> Tensor | None:
-        """Which tokens of a batch are real, shape (batch, tokens), bool; None if not known"""
+        """Return the mask of real tokens, shape (batch, tokens), bool; None if not known"""
         return self._masks.get(batch)
 
     def observe(self, name: str, x: Tensor, batch: int, weights: Tensor | None = None):

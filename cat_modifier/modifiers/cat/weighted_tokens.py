@@ -55,7 +55,7 @@ class WeightedTokens:
 
         :param name: full name of the module
         :param batch: index of the batch
-        :param mask: which of its tokens are real, shape (batch, tokens), bool; None for all
+        :param mask: real tokens of the batch, shape (batch, tokens), bool; None for all
         :return: calls of the Linears in it with weights, if it is attention; else nothing
         """
         if module in self._layers:
