@@ -310,6 +310,8 @@ assert schemes[0] == schemes[1], schemes
 assert any(group["clip_ratio"] < 1 for group in schemes[0]["config_groups"].values())
 if rank == 0:
     torch.save(transforms_of(model), sys.argv[4])
+dist.barrier()
+dist.destroy_process_group()  # or its threads may abort the process at its end
 """
 
 
