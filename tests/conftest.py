@@ -9,9 +9,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture
-def logs():
-    """Collect the warnings of the log"""
+def logs(request):
+    """Collect the log, from the LOG_LEVEL of the module or from warnings"""
     messages = []
-    sink = logger.add(lambda message: messages.append(str(message)), level="WARNING")
+    level = getattr(request.module, "LOG_LEVEL", "WARNING")
+    sink = logger.add(lambda message: messages.append(str(message)), level=level)
     yield messages
     logger.remove(sink)

@@ -64,7 +64,9 @@ def weighted_inputs(
     :param token_scales: how much an error of the output counts at each token, shape (..., 1).
         None for equal scales
     :param generator: draws v
-    :return: calls of the Linears, in their order; empty if no output depends on them
+    :return: calls of the Linears, in their order; zero weights where the output does not
+        depend on a Linear
+    :raises RuntimeError: if the module has no gradient
     """
     calls: list[tuple[str, Tensor, Tensor]] = []
 

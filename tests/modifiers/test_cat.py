@@ -17,7 +17,6 @@ from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from llmcompressor.modifiers.transform.spinquant import SpinQuantModifier
 from llmcompressor.pipelines.registry import CalibrationPipeline
 from llmcompressor.recipe import Recipe
-from loguru import logger
 from tiny_models import (
     FAMILIES,
     int_scheme,
@@ -38,12 +37,7 @@ from cat_modifier.modifiers.cat.pipeline import is_resident
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def logs():
-    messages = []
-    sink = logger.add(lambda message: messages.append(str(message)), level="DEBUG")
-    yield messages
-    logger.remove(sink)
+LOG_LEVEL = "DEBUG"
 
 
 def transform(model, *modifiers, tokens=None, mask=None, **options):

@@ -22,7 +22,8 @@ class WeightedTokens:
     Runs attention modules a second time when they are called, to weight their tokens.
 
     Attention is what a decoding layer calls with an `attention_mask`, also if that is None:
-    the outermost such module.
+    the outermost such module. Linears outside of it that read the same input, as the MLP of
+    parallel decoding layers, share its weights.
 
     :param linears: targeted Linears by full name
     :param layers: decoding layers by full name; without them all tokens count alike
