@@ -121,7 +121,11 @@ def write_reference(family: Family, model: PreTrainedModel, name: str):
         return
     reference = {"ids": torch.cat(rows).tolist(), "has_pictures": has_pictures}
     for row in rows:
-        outputs = _outputs(model, {"input_ids": row})
+        inputs = {"input_ids": row}
+        if getattr(model.config, "prefix_lm", False):
+            # tokens of a prompt see each other in vLLM
+            inputs["token_type_ids"] = torch.ones_like(row)
+        outputs = _outputs(model, inputs)
         if architecture.endswith("SequenceClassification"):
             value = outputs["logits"][0].softmax(-1)
             reference["task"] = "classify"

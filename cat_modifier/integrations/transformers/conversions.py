@@ -30,26 +30,33 @@ def without_fusing(
     ]
 
 
-def with_whole_transforms(conversions: Iterable[WeightTransform]) -> list[WeightTransform]:
+def with_whole_transforms(
+    conversions: Iterable[WeightTransform], owners: Iterable[str]
+) -> list[WeightTransform]:
     """
     Add renamings of transforms that conversions would split. Renamings come first, wherever
     they are in the list.
 
-    A Linear that an older checkpoint holds merged (`Wqkv`) is split among several Linears.
-    Their transform is one tensor, which belongs to the first.
+    A Linear that a checkpoint holds merged (`Wqkv`) is split among several Linears. Their
+    transform is one tensor, which the file holds beside the merged Linear.
 
     :param conversions: conversions of tensors in the loader of the model
+    :param owners: names of the Linears of the model that hold transforms
     """
-    conversions = list(conversions)
+    conversions, owners = list(conversions), [f".{name}" for name in owners]
     renamings = []
     for one in conversions:
         if not isinstance(one, WeightConverter) or len(one.target_patterns) == 1:
             continue
+        parts = [pattern.removesuffix(".weight") for pattern in one.target_patterns]
+        parts = [part for part in parts if any(name.endswith(f".{part}") for name in owners)]
         for source in one.source_patterns:
-            renaming = WeightRenaming(
-                f"{source}.{TRANSFORM_NAME}", f"{one.target_patterns[0]}.{TRANSFORM_NAME}"
-            )
-            renaming.scope_prefix = one.scope_prefix
-            renaming.base_model_prefix = one.base_model_prefix
-            renamings.append(renaming)
+            source = source.removesuffix(".weight")
+            for part in parts[:1]:
+                renaming = WeightRenaming(
+                    f"{source}.{TRANSFORM_NAME}", f"{part}.{TRANSFORM_NAME}"
+                )
+                renaming.scope_prefix = one.scope_prefix
+                renaming.base_model_prefix = one.base_model_prefix
+                renamings.append(renaming)
     return conversions + renamings

@@ -114,7 +114,8 @@ class CATHfQuantizer(CompressedTensorsHfQuantizer):
     ) -> list[WeightTransform]:
         if self._transforms is not None:
             weight_conversions = without_fusing(weight_conversions, self._fused)
-            weight_conversions = with_whole_transforms(weight_conversions)
+            owners = [args.targets[0] for _, args in self._transforms.inputs()]
+            weight_conversions = with_whole_transforms(weight_conversions, owners)
         return super().update_weight_conversions(weight_conversions)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):

@@ -4,6 +4,8 @@
 import inspect
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,10 +30,14 @@ from cat_modifier.integrations.transformers.atomic_folder import (
     atomic_folder,
     holds_weights,
 )
+from cat_modifier.integrations.transformers.conversions import with_whole_transforms
 
 __all__ = ["mark_complete", "mark_incomplete", "save_atomically"]
 
 _INCOMPLETE = "_cat_is_incomplete"
+
+_CONVERSIONS = "_weight_conversions"
+"""Attribute of a model: what Transformers' loader applied to its tensors, and undoes to save"""
 
 
 def save_atomically(model: PreTrainedModel):
@@ -56,7 +62,8 @@ def save_atomically(model: PreTrainedModel):
         if is_source_process() and options.get("is_main_process", True):
             with atomic_folder(save_directory) as staging:
                 try:
-                    save(str(staging), **options)
+                    with _merged_transforms(self):
+                        save(str(staging), **options)
                 except Exception as error:
                     if not holds_weights(staging):
                         raise
@@ -72,7 +79,7 @@ def save_atomically(model: PreTrainedModel):
                 _edit_config(self, staging)
             logger.info(f"The checkpoint is in {save_directory}")
         else:  # helps to gather the weights, and keeps no file
-            with TemporaryDirectory() as scratch:
+            with TemporaryDirectory() as scratch, _merged_transforms(self):
                 save(scratch, **options)
         if is_distributed():
             dist.barrier()  # no rank may look for the checkpoint before it is there
@@ -133,6 +140,20 @@ def _check(model: PreTrainedModel, options: dict[str, Any]):
             "The model has CAT transforms, but nothing is quantized: add a "
             "QuantizationModifier or a GPTQModifier to the recipe after CATModifier"
         )
+
+
+@contextmanager
+def _merged_transforms(model: PreTrainedModel) -> Iterator[None]:
+    """Save transforms beside the Linears that Transformers merges while it saves"""
+    conversions = vars(model).get(_CONVERSIONS)
+    if conversions is None:
+        yield
+        return
+    setattr(model, _CONVERSIONS, with_whole_transforms(conversions, _stored_transforms(model)))
+    try:
+        yield
+    finally:
+        setattr(model, _CONVERSIONS, conversions)
 
 
 def _edit_config(model: PreTrainedModel, folder: Path):

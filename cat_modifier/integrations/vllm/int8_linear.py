@@ -9,15 +9,17 @@ int8 product is W4A4 to the last bit. Weights are kept in int8, one byte a weigh
 vLLM is asked to keep them packed.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import wraps
 from typing import Any
 
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, Parameter
 
 from cat_modifier.checkpoint.integers import suits_int8_product
 from cat_modifier.checkpoint.schema import CATScheme
@@ -198,7 +200,7 @@ class Int8LinearMethod(LinearMethodBase):
         input_size: int,
         output_size: int,
         params_dtype: torch.dtype,
-        weight_loader=None,
+        weight_loader: Callable,
         **extra_weight_attrs,
     ):
         rows = sum(output_partition_sizes)
@@ -223,7 +225,8 @@ class Int8LinearMethod(LinearMethodBase):
                 weight_loader=weight_loader,
             )
             shape = BasevLLMParameter(
-                data=torch.empty(2, dtype=torch.int64), weight_loader=weight_loader
+                data=torch.empty(2, dtype=torch.int64),
+                weight_loader=_shape_loader(weight_loader),
             )
             layer.register_parameter("weight_shape", shape)
         else:
@@ -274,3 +277,18 @@ class Int8LinearMethod(LinearMethodBase):
         )
         out = self.kernel.apply(layer, q, scales, zero_points, bias)
         return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
+def _shape_loader(load: Callable) -> Callable:
+    """
+    Make a loader of the shape of a weight, which nothing reads.
+
+    :param load: loader of the layer
+    """
+
+    @wraps(load)
+    def load_shape(param: Parameter, loaded_weight: Tensor, *args: Any, **kwargs: Any):
+        # one shape for each Linear that Transformers merged while it saved
+        load(param, loaded_weight.reshape(-1, 2)[0], *args, **kwargs)
+
+    return load_shape
