@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's compressed-tensors config: reads a CAT checkpoint and chooses linear methods."""
 
+import re
 from typing import Any
 
 import torch
@@ -129,6 +130,8 @@ class CATCompressedTensorsConfig(CompressedTensorsConfig):
         if self.registry.find([prefix]) is not None:
             return [prefix]
         parts = get_layer_partition_names(prefix, self.packed_modules_mapping)
+        if _values_are_keys(prefix):
+            return [part for part in parts if not part.endswith(".v_proj")]
         count = len(getattr(layer, "output_sizes", ()))
         if parts == [prefix] and count > 1:
             # not all models of vLLM say what they merge
@@ -208,6 +211,16 @@ class CATCompressedTensorsConfig(CompressedTensorsConfig):
                     "MXFP4 need a GPU; for a CPU take integers, as the recipe w4a4"
                 ) from error
             raise
+
+
+def _values_are_keys(prefix: str) -> bool:
+    """Whether a layer has no v_proj, as some of Gemma 4, where vLLM loads k_proj twice"""
+    config = get_current_vllm_config_or_none()
+    text: Any = config and config.model_config and config.model_config.hf_text_config
+    match = re.search(r"[.]layers[.](\d+)[.].*[.]qkv_proj$", prefix)
+    if match is None or not getattr(text, "attention_k_eq_v", False):
+        return False
+    return text.layer_types[int(match[1])] == "full_attention"
 
 
 def _check_names(prefix: str):
