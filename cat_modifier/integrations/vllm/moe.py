@@ -51,8 +51,16 @@ def find_experts_method(
     :param registry: all transforms of the model
     :param prefix: name of the layer
     :return: None for experts without transforms that vLLM's own methods serve
-    :raises NotImplementedError: if the experts have transforms, but cannot be served with them
+    :raises NotImplementedError: if the experts have transforms, but cannot be served with
+        them, or if they have biases
     """
+    if layer.moe_config.has_bias:
+        # gpt-oss, whose loader would pass over the tensors of single experts
+        raise NotImplementedError(
+            f"{prefix}: vLLM reads experts with biases only as the original model stores them, "
+            "and not one by one, as llm-compressor saves them, quantized or not: use this "
+            "checkpoint in Transformers, or serve the original"
+        )
     registry.adopt_experts(prefix)
     integers = _find_integers(config, layer, prefix)
     if integers is not None and current_platform.is_cpu():
@@ -112,7 +120,6 @@ class Int8ExpertsMethod(FusedMoEMethodBase):
     :param registry: all transforms of the model
     :param layer: the experts
     :param prefix: name of the layer
-    :raises NotImplementedError: if the experts have biases
     """
 
     def __init__(
@@ -123,11 +130,6 @@ class Int8ExpertsMethod(FusedMoEMethodBase):
         prefix: str,
     ):
         super().__init__(layer.moe_config)
-        if self.moe.has_bias:
-            raise NotImplementedError(
-                f"{prefix}: experts with biases are not served with integer activations: "
-                f"{_ADVICE}"
-            )
         self.integers = integers
         self.registry = registry
         self.prefix = prefix

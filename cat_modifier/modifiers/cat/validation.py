@@ -155,8 +155,8 @@ def check_same_inputs(inputs: list[SharedInput]):
 
 def warn_if_not_served(model: Module, linears: Mapping[str, Linear]):
     """
-    Warn of what vLLM cannot serve: an lm_head that is transformed or quantized, and the first
-    Linear whose integers it may have no kernel for.
+    Warn of what vLLM cannot serve: an lm_head that is transformed or quantized, gpt-oss, and
+    the first Linear whose integers it may have no kernel for.
     """
     find = getattr(model, "get_output_embeddings", None)
     head = None if find is None else find()
@@ -167,6 +167,11 @@ def warn_if_not_served(model: Module, linears: Mapping[str, Linear]):
         logger.warning(
             f"vLLM cannot serve a model whose {name} is transformed or quantized: add it to "
             "`ignore` of CATModifier and of the modifier that quantizes"
+        )
+    if getattr(getattr(model, "config", None), "model_type", "") == "gpt_oss":
+        logger.warning(
+            "vLLM cannot serve gpt-oss from this checkpoint: it reads experts with biases only "
+            "as the original model stores them. The checkpoint will load in Transformers"
         )
     for name, linear in linears.items():
         scheme = getattr(linear, "quantization_scheme", None)
