@@ -47,6 +47,9 @@ SAME_RELOADED = 1e-4
 SAME_SERVED = 1e-2
 """Relative error in vLLM, where an activation may round to the next integer"""
 
+SAME_ROUNDED = 1.5
+"""Error in vLLM relative to that of Transformers, where both compute in bfloat16"""
+
 
 def call(module: str, function: str, *arguments):
     """Call a function of a module that this process does not import"""
@@ -95,11 +98,13 @@ def run_compress(name: str, folder: Path, limit: int) -> dict:
     return entry
 
 
-def run_serve(server: Server, name: str, folder: Path, limit: int) -> dict:
+def run_serve(server: Server, name: str, entry: dict, folder: Path, limit: int) -> dict:
     """Serve a family, and if that fails see how its original and W8A8 are served"""
     if not (folder / "ours" / "reference.json").exists():
         return {}
     result = server.serve(folder, "ours", limit)
+    if "bfloat16" in entry:
+        result["bfloat16"] = entry["bfloat16"]
     if not is_served(result) and "unsupported" not in result:
         result["original"] = server.serve(folder, "original", limit)
         if is_served(result["original"]):
@@ -118,7 +123,8 @@ def is_good(result: dict) -> bool:
 
 
 def is_served(result: dict) -> bool:
-    return result.get("served", math.inf) < SAME_SERVED
+    most = max(SAME_SERVED, SAME_ROUNDED * result.get("bfloat16", 0))
+    return result.get("served", math.inf) < most
 
 
 def whose_limit(entry: dict) -> str:
@@ -159,6 +165,13 @@ def decibels(error: float) -> str:
     return "exact" if error == 0 else f"{-20 * math.log10(error):.0f} dB"
 
 
+def serving(served: dict) -> str:
+    if "served" not in served:
+        return ""
+    rounded = f" ({decibels(served['bfloat16'])})" if "bfloat16" in served else ""
+    return decibels(served["served"]) + rounded
+
+
 def table(entries: dict[str, dict]) -> str:
     """Markdown, a row for each family"""
     lines = [
@@ -173,7 +186,7 @@ def table(entries: dict[str, dict]) -> str:
             f"{entry['transformed']} of {entry['linears']}" if count else "",
             f"{entry['function']:.0e}" if "function" in entry else "",
             decibels(entry["reload"]) if "reload" in entry else "",
-            decibels(served["served"]) if "served" in served else "",
+            serving(served),
             note(entry),
             whose_limit(entry),
         ]
@@ -225,7 +238,7 @@ def main():
             entries[name] = run_compress(name, folder, args.limit)
             save()
         if "vllm" not in entries[name]:
-            entries[name]["vllm"] = run_serve(server, name, folder, args.limit)
+            entries[name]["vllm"] = run_serve(server, name, entries[name], folder, args.limit)
             save()
             seconds = time.perf_counter() - start
             print(f"{name}: {seconds:.0f} s", whose_limit(entries[name]), file=sys.stderr)

@@ -16,7 +16,7 @@ import yaml
 from compressed_tensors import match_named_modules
 from compressed_tensors.quantization.utils import is_module_quantized
 from family_models import families, inputs_of, make_model
-from family_process import describe, redirect_output
+from family_process import describe, redirect_output, relative_error, served_in_bfloat16
 from llmcompressor import oneshot
 from loguru import logger
 from torch import Tensor
@@ -51,8 +51,8 @@ class Family:
         made.save_pretrained(folder / "original")
         AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder / "original")
 
-    def read(self, name: str) -> PreTrainedModel:
-        return self.auto.from_pretrained(self.folder / name, dtype=torch.float32).eval()
+    def read(self, name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        return self.auto.from_pretrained(self.folder / name, dtype=dtype).eval()
 
     def oneshot(self, recipe, name: str | None = None, **options) -> PreTrainedModel:
         """Compress the original and save it under the name"""
@@ -95,7 +95,7 @@ def _outputs(model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[str, Tens
     """Floating point outputs by name"""
     torch.manual_seed(0)
     return {
-        key: value
+        key: value.float()
         for key, value in model(**batch).items()
         if isinstance(value, Tensor) and value.is_floating_point() and value.numel()
     }
@@ -108,18 +108,24 @@ def _first_token(model: PreTrainedModel, row: Tensor) -> Tensor:
 
 def write_reference(family: Family, model: PreTrainedModel, name: str):
     """Write what vLLM is to compute, beside the model that it is to read"""
+    if reference := reference_of(family, model):
+        (family.folder / name / "reference.json").write_text(json.dumps(reference))
+
+
+def reference_of(family: Family, model: PreTrainedModel) -> dict:
+    """Compute what vLLM is to compute; empty for what it cannot be asked for"""
     rows = [batch["input_ids"][:, :24] for batch in family.held_out if "input_ids" in batch]
     architecture = model.config.architectures[0] if model.config.architectures else ""
     if hasattr(model.config, "audio_config"):
-        return
+        return {}
     has_pictures = hasattr(model.config, "vision_config")
     takes_text_alone = not has_pictures or (
         architecture.endswith("ForConditionalGeneration")
         and inspect.signature(model.forward).parameters["pixel_values"].default is None
     )
     if not rows or model.config.is_encoder_decoder or not takes_text_alone:
-        return
-    reference = {"ids": torch.cat(rows).tolist(), "has_pictures": has_pictures}
+        return {}
+    reference: dict = {"ids": torch.cat(rows).tolist(), "has_pictures": has_pictures}
     for row in rows:
         inputs = {"input_ids": row}
         if getattr(model.config, "prefix_lm", False):
@@ -143,9 +149,9 @@ def write_reference(family: Family, model: PreTrainedModel, name: str):
             value = torch.nn.functional.normalize(value, dim=-1)
             reference["task"] = "embed"
         else:
-            return
+            return {}
         reference.setdefault("values", []).append(value.tolist())
-    (family.folder / name / "reference.json").write_text(json.dumps(reference))
+    return reference
 
 
 def default_recipe() -> dict:
@@ -221,6 +227,10 @@ def measure_quantized(
     in_memory = family.outputs(model)
     del model
     result["reload"] = family.error(family.read(name), in_memory)
+    file = family.folder / name / "reference.json"
+    if file.exists() and served_in_bfloat16(family.made.config):
+        rounded = reference_of(family, family.read(name, torch.bfloat16))["values"]
+        result["bfloat16"] = relative_error(rounded, json.loads(file.read_text())["values"])
 
 
 def compress(name: str, folder: Path, stock: str | None = None):

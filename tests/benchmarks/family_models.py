@@ -18,10 +18,10 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 FAMILIES = {
     "AutoModelForCausalLM": """
         llama mistral ministral3 qwen2 qwen3 gemma gemma2 gemma3_text gemma4_text phi phi3 olmo
-        olmo2 olmo3 granite glm glm4 cohere cohere2 starcoder2 stablelm smollm3 exaone4
-        ernie4_5 hunyuan_v1_dense seed_oss apertus arcee nemotron helium minicpm3 nanochat
-        modernbert-decoder falcon gpt2 gpt_neo gpt_neox gptj gpt_bigcode bloom mpt opt xglm
-        biogpt persimmon codegen diffllama
+        gemma4_text@k_eq_v olmo2 olmo3 granite glm glm4 cohere cohere2 starcoder2 stablelm
+        smollm3 exaone4 ernie4_5 hunyuan_v1_dense seed_oss hrm_text apertus arcee nemotron
+        helium minicpm3 nanochat modernbert-decoder falcon gpt2 gpt_neo gpt_neox gptj
+        gpt_bigcode bloom mpt opt xglm biogpt persimmon codegen diffllama
         mixtral qwen2_moe qwen3_moe olmoe flex_olmo granitemoe granitemoeshared gpt_oss phimoe
         deepseek_v2 deepseek_v3 glm4_moe ernie4_5_moe hunyuan_v1_moe dots1 minimax_m2 jetmoe
         dbrx llama4_text
@@ -88,9 +88,8 @@ SIZES = (
     ),
     (
         HEAD_DIM // 2,
-        """qk_rope_head_dim linear_key_head_dim linear_value_head_dim linear_head_dim
-        rotary_dim ssm_state_size state_size mamba_d_state num_mel_bins
-        hidden_size_per_layer_input""",
+        """qk_rope_head_dim linear_head_dim rotary_dim ssm_state_size state_size mamba_d_state
+        num_mel_bins hidden_size_per_layer_input""",
     ),
     (
         64,
@@ -123,7 +122,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "blip-2": {"image_token_id": 3},
     "convnext": {"depths": [1, 1], "hidden_sizes": [32, 64], "num_stages": 2},
     "bloom": {"hidden_size": WIDTH},
-    "deepseek_v2": _MLA | {"num_experts_per_tok": 2},
+    "deepseek_v2": _MLA | {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "deepseek_v3": _MLA | {"topk_method": "noaux_tc"},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0}},
     "dots1": {
@@ -138,6 +137,10 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "gemma4_text": {
         "num_hidden_layers": 2,
         "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "gemma4_text@k_eq_v": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "attention_k_eq_v": True,
     },
     "glm4_moe": {"head_dim": HEAD_DIM},
     "glm4v_text": {"rope_parameters": _HALF_MROPE},

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes of families.py, which leave a result in a file whatever happens to them"""
+"""
+What the processes of families.py share. They leave a result in a file whatever happens to them.
+"""
 
 import json
 import os
@@ -8,6 +10,9 @@ import traceback
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import torch
+from transformers import PreTrainedConfig
+
 LIBRARIES = {
     "cat_modifier": "ours",
     "llmcompressor": "llm-compressor",
@@ -15,6 +20,17 @@ LIBRARIES = {
     "transformers": "Transformers",
     "vllm": "vLLM",
 }
+
+
+def served_in_bfloat16(config: PreTrainedConfig) -> bool:
+    """Whether vLLM's attention for CPUs has only bfloat16, as its gated delta rule"""
+    return hasattr(config.get_text_config(), "linear_num_key_heads")
+
+
+def relative_error(found: list, expected: list) -> float:
+    """Relative error of nested lists of numbers"""
+    a, b = torch.tensor(found).double(), torch.tensor(expected).double()
+    return ((a - b).norm() / b.norm()).item()
 
 
 def wait(process: BaseProcess, file: Path, limit: int) -> dict:
