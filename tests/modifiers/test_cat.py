@@ -842,16 +842,27 @@ def test_a_recipe_that_does_not_quantize_is_a_warning(tmp_path, logs):
     assert not any("Nothing in the recipe quantizes" in line for line in logs)
 
 
-@pytest.mark.parametrize("ignored", [True, False])
+@pytest.mark.parametrize(
+    "targets, is_quantized, is_warned",
+    [
+        (["Linear"], False, False),
+        (["Linear"], True, True),
+        (["Linear", "lm_head"], True, False),
+    ],
+    ids=["ignored", "not named", "named"],
+)
 @pytest.mark.parametrize("transformed", [True, False])
-def test_an_lm_head_that_vllm_cannot_serve_is_a_warning(tmp_path, logs, ignored, transformed):
+def test_an_lm_head_that_vllm_cannot_serve_is_a_warning(
+    tmp_path, logs, targets, is_quantized, is_warned, transformed
+):
     scheme = int_scheme(4, 4)
-    if not ignored:
+    scheme["config_groups"]["group_0"]["targets"] = targets
+    if is_quantized:
         scheme["ignore"] = []
     options = {"ignore": []} if transformed else {}
     transform(make_model(tmp_path), CATModifier(**options), QuantizationModifier(**scheme))
-    warned = any("whose lm_head is transformed or quantized" in line for line in logs)
-    assert warned == (transformed or not ignored)
+    assert any("whose lm_head is transformed" in line for line in logs) == transformed
+    assert any("serves a quantized lm_head only" in line for line in logs) == is_warned
 
 
 def test_other_recipes_without_modifiers_have_the_pipeline_of_llm_compressor():

@@ -25,6 +25,9 @@ __all__ = ["add_load_checks"]
 _MISFIT = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError)
 """What vLLM raises for a tensor that has no place, or another shape"""
 
+_NO_PLACE = "no module or parameter named"
+"""What vLLM says of a tensor whose layer it has, but not so"""
+
 
 def add_load_checks():
     """
@@ -60,7 +63,8 @@ def _load_weights(
 
     :param load: ``model.load_weights`` of vLLM, which loads again in a weight reload
     :raises NotImplementedError: if vLLM has no place for a transform
-    :raises ValueError: if a tensor or a file is damaged, or a bias is missing
+    :raises ValueError: if a tensor or a file is damaged, if vLLM has no place for a quantized
+        weight, or if a bias is missing
     """
     del model.load_weights
     biases = {
@@ -87,6 +91,15 @@ def _load_weights(
         raise ValueError(
             f"A file of the checkpoint is damaged or incomplete ({error}): `cat-modifier "
             "verify FOLDER` names it"
+        ) from error
+    except ValueError as error:
+        if _NO_PLACE not in str(error):
+            raise
+        raise ValueError(
+            f"vLLM has no place for {name} in this model ({error}): the checkpoint is damaged, "
+            "or a Linear is quantized that vLLM leaves as it is. Name an lm_head in `targets` "
+            "of the modifier that quantizes, beside `Linear`; add others to `ignore` of "
+            "CATModifier and of that modifier"
         ) from error
     except _MISFIT as error:
         reason = f"{type(error).__name__}: {error}"

@@ -7,6 +7,7 @@ from compressed_tensors import TRANSFORM_CONFIG_NAME
 from compressed_tensors.distributed import is_distributed
 from compressed_tensors.quantization import QuantizationStatus
 from compressed_tensors.transform.factory.base import TransformBase
+from compressed_tensors.utils.match import match_name
 from llmcompressor.core import active_session
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization.quantization import QuantizationMixin
@@ -155,19 +156,25 @@ def check_same_inputs(inputs: list[SharedInput]):
 
 def warn_if_not_served(model: Module, linears: Mapping[str, Linear]):
     """
-    Warn of what vLLM cannot serve: an lm_head that is transformed or quantized, gpt-oss, and
-    the first Linear whose integers it may have no kernel for.
+    Warn of what vLLM cannot serve: an lm_head that is transformed, or quantized without its
+    name, gpt-oss, and the first Linear whose integers it may have no kernel for.
     """
     find = getattr(model, "get_output_embeddings", None)
     head = None if find is None else find()
-    if head is not None and (
-        head in linears.values() or getattr(head, "quantization_scheme", None) is not None
-    ):
-        name = next(name for name, one in model.named_modules() if one is head)
-        logger.warning(
-            f"vLLM cannot serve a model whose {name} is transformed or quantized: add it to "
-            "`ignore` of CATModifier and of the modifier that quantizes"
-        )
+    names = [name for name, one in model.named_modules() if one is head]
+    scheme = getattr(head, "quantization_scheme", None)
+    for name in names[:1]:
+        if head in linears.values():
+            logger.warning(
+                f"vLLM cannot serve a model whose {name} is transformed: add it to `ignore` of "
+                "CATModifier"
+            )
+        if scheme is not None and not any(match_name(name, one) for one in scheme.targets):
+            logger.warning(
+                f"vLLM serves a quantized {name} only if `targets` of the modifier that "
+                "quantizes name it, beside `Linear`: name it there, or add it to `ignore`, as "
+                "for Whisper, where vLLM ties it to the embedding"
+            )
     if getattr(getattr(model, "config", None), "model_type", "") == "gpt_oss":
         logger.warning(
             "vLLM cannot serve gpt-oss from this checkpoint: it reads experts with biases only "
