@@ -65,6 +65,15 @@ SERVED_FAMILIES = {
         "qk_rope_head_dim": 64,
         "v_head_dim": 64,
     },
+    # one layer of each kind; that of full attention has no v_proj
+    "gemma4": {
+        "model_type": "gemma4_text",
+        "layer_types": ["sliding_attention", "full_attention"],
+        "attention_k_eq_v": True,
+        "global_head_dim": 32,
+        "hidden_size_per_layer_input": 32,
+        "vocab_size_per_layer_input": VOCABULARY,
+    },
     # a state space and attention, one layer each; no experts
     "granite-hybrid": {
         "model_type": "granitemoehybrid",

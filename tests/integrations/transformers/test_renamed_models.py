@@ -12,6 +12,7 @@ from tiny_models import int_scheme, make_tokens, relative_error
 from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForImageTextToText,
     AutoModelForMaskedLM,
@@ -102,6 +103,14 @@ CONFIGS = {
         lambda: AutoConfig.for_model("nomic_bert", **TEXT),
         "nomic_bert.encoder.layers.",
     ),
+    # with the gate of attention as well, and gates and inputs of the MLP
+    "hrm_text": (
+        # each layer runs several times, which counts as several layers
+        lambda: AutoConfig.for_model(
+            "hrm_text", **TEXT | {"num_layers_per_stack": 2, "num_hidden_layers": 16}
+        ),
+        "model.L_module.layers.",
+    ),
 }
 
 
@@ -110,8 +119,9 @@ def test_a_checkpoint_with_older_names_is_read_back(tmp_path, name):
     make_config, prefix = CONFIGS[name]
     is_vision = name in ("vit", "swin")
     auto = AutoModelForImageClassification if is_vision else AutoModelForImageTextToText
-    if name == "nomic_bert":
-        auto = AutoModelForMaskedLM
+    auto = {"nomic_bert": AutoModelForMaskedLM, "hrm_text": AutoModelForCausalLM}.get(
+        name, auto
+    )
     torch.manual_seed(0)
     auto.from_config(make_config()).save_pretrained(tmp_path / "original")
     model = auto.from_pretrained(tmp_path / "original").eval()
@@ -139,6 +149,9 @@ def test_a_checkpoint_with_older_names_is_read_back(tmp_path, name):
     assert sum(key.startswith(prefix) for key in renamed) >= 4
     if name == "nomic_bert":
         assert sum("Wqkv" in key for key in renamed) == 2
+    if name == "hrm_text":
+        for part in ("gqkv_proj", "gate_up_proj"):
+            assert sum(f"{part}.cat_input" in key for key in renamed) == 4
 
     def logits(one):
         batch = next(iter(DataLoader(samples, batch_size=2)))

@@ -110,6 +110,7 @@ TINY_CASES = {
         W4A4,
         {"ignore": ["lm_head"]},
     ),
+    "gemma4-w4a4": ({"family": "gemma4", "tied": True}, W4A4, {}),
     "granite-hybrid-w4a4": ({"family": "granite-hybrid"}, W4A4, {}),
     "mamba-w4a4": ({"family": "mamba"}, W4A4, {}),
     "stock-w4a4": ({}, W4A4, None),

@@ -73,6 +73,12 @@ class Layer(torch.nn.Module):
     """Attributes of vLLM's linear layers that a linear method reads"""
 
 
+def load(parameter, tensor):
+    """As vLLM's loaders: no other shape fits"""
+    assert parameter.shape == tensor.shape
+    parameter.data.copy_(tensor)
+
+
 def make_layer(weight_bits: int, input_bits: int, symmetric: bool, inputs=64, outputs=32):
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
@@ -82,7 +88,9 @@ def make_layer(weight_bits: int, input_bits: int, symmetric: bool, inputs=64, ou
     registry = TransformRegistry(CATTransformConfig.empty())
     method = Int8LinearMethod(integers, registry)
     layer = Layer()
-    method.create_weights(layer, inputs, [outputs], inputs, outputs, torch.float32)
+    method.create_weights(
+        layer, inputs, [outputs], inputs, outputs, torch.float32, weight_loader=load
+    )
     torch.manual_seed(0)
     limit = 2 ** (weight_bits - 1)
     q = torch.randint(-limit, limit, (outputs, inputs), dtype=torch.int8)
@@ -153,3 +161,12 @@ def test_what_is_left_to_vllm(weights, inputs, output_format):
     } | inputs
     weights, inputs = QuantizationArgs(**weight_args), QuantizationArgs(**input_args)
     assert Integers.read(weights, inputs, None, output_format) is None
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_shapes_of_weights_that_transformers_has_merged(parts):
+    _, layer, _ = make_layer(4, 4, False)
+    shape = layer.weight_shape
+    shape.weight_loader(shape, torch.tensor([32 // parts, 64] * parts))
+    with pytest.raises(RuntimeError):
+        shape.weight_loader(shape, torch.tensor([32, 64, 1]))

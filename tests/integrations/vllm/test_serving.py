@@ -152,6 +152,7 @@ FAMILIES = {
     "glm4-w4a4": {},
     "stablelm-w4a8": {},
     "gptj-w4a4": {},
+    "gemma4-w4a4": {},
     "granite-hybrid-w4a4": {},
 }
 
