@@ -21,7 +21,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from family_models import families
+from family_models import FAMILIES, families
 from family_process import wait
 
 HERE = Path(__file__).parent
@@ -194,6 +194,32 @@ def table(entries: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def counts(entries: dict[str, dict]) -> str:
+    """Markdown, a row for each kind of model"""
+    lines = [
+        "| kind | families | function | reload | vLLM | less exactly | error in vLLM "
+        "| not served |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for kind, names_of in FAMILIES.items():
+        names = [name for names in names_of.values() for name in names.split()]
+        found = [entries[name] for name in names if name in entries]
+        served = [entry.get("vllm", {}) for entry in found]
+        same = sum(is_served(one) for one in served)
+        ran, failed = (sum(key in one for one in served) for key in ("served", "error"))
+        numbers = [
+            len(found),
+            sum(entry.get("function", math.inf) < SAME_FUNCTION for entry in found),
+            sum(map(is_good, found)),
+            same,
+            ran - same,
+            failed,
+            len(found) - ran - failed,
+        ]
+        lines.append("| " + " | ".join([kind, *map(str, numbers)]) + " |")
+    return "\n".join(lines)
+
+
 def note(entry: dict) -> str:
     notes = []
     for result, step in ((entry, entry.get("step")), (entry.get("vllm", {}), "vLLM")):
@@ -207,7 +233,7 @@ def main():
     parser.add_argument("--json", type=Path, default=RESULTS)
     parser.add_argument("--only", nargs="+", metavar="FAMILY", help="run these (again)")
     parser.add_argument("--list", action="store_true", help="name the families and stop")
-    parser.add_argument("--table", action="store_true", help="print the table and stop")
+    parser.add_argument("--table", action="store_true", help="print the tables and stop")
     parser.add_argument("--folder", type=Path, default=ROOT / ".cache" / "families")
     parser.add_argument("--limit", type=int, default=300, help="seconds for each process")
     args = parser.parse_args()
@@ -216,7 +242,7 @@ def main():
     report = json.loads(args.json.read_text()) if args.json.exists() else {}
     entries = report.setdefault("families", {})
     if args.list or args.table:
-        print(table(entries) if args.table else "\n".join(families()))
+        print(f"{table(entries)}\n\n{counts(entries)}" if args.table else "\n".join(families()))
         return
 
     # this tree, and not the one that is installed
@@ -242,7 +268,7 @@ def main():
             save()
             seconds = time.perf_counter() - start
             print(f"{name}: {seconds:.0f} s", whose_limit(entries[name]), file=sys.stderr)
-    print(table(entries))
+    print(f"{table(entries)}\n\n{counts(entries)}")
 
 
 if __name__ == "__main__":

@@ -16,34 +16,48 @@ from torch.nn import Linear
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 FAMILIES = {
-    "AutoModelForCausalLM": """
-        llama mistral ministral3 qwen2 qwen3 gemma gemma2 gemma3_text gemma4_text phi phi3 olmo
-        gemma4_text@k_eq_v olmo2 olmo3 granite glm glm4 cohere cohere2 starcoder2 stablelm
-        smollm3 exaone4 ernie4_5 hunyuan_v1_dense seed_oss hrm_text apertus arcee nemotron
-        helium minicpm3 nanochat modernbert-decoder falcon gpt2 gpt_neo gpt_neox gptj
-        gpt_bigcode bloom mpt opt xglm biogpt persimmon codegen diffllama
-        mixtral qwen2_moe qwen3_moe olmoe flex_olmo granitemoe granitemoeshared gpt_oss phimoe
-        deepseek_v2 deepseek_v3 glm4_moe ernie4_5_moe hunyuan_v1_moe dots1 minimax_m2 jetmoe
-        dbrx llama4_text
-        mamba mamba2 falcon_mamba jamba bamba falcon_h1 zamba2 nemotron_h granitemoehybrid
-        granitemoehybrid@dense qwen3_next qwen3_5_text lfm2 lfm2_moe minimax kimi_linear
-        recurrent_gemma rwkv xlstm""",
-    "AutoModelForSeq2SeqLM": "t5 mt5 bart mbart m2m_100 pegasus marian led t5gemma",
-    "AutoModelForImageTextToText": """
-        llava llava_next mistral3 gemma3 paligemma qwen2_vl qwen2_5_vl qwen3_vl internvl mllama
-        idefics3 smolvlm aya_vision glm4v blip-2 qwen3_5""",
-    "AutoModelForMaskedLM": """
-        bert roberta distilbert electra deberta-v2 modernbert albert mpnet nomic_bert eurobert
-        xlm-roberta""",
-    "AutoModelForSequenceClassification": "qwen3@classifier bert@classifier",
-    "AutoModel": "bert@embedding qwen3@embedding clip siglip siglip2",
-    "AutoModelForImageClassification": "vit beit dinov2 swin convnext segformer hiera",
-    "AutoModelForSpeechSeq2Seq": "whisper moonshine speech_to_text",
-    "AutoModelForCTC": "wav2vec2 hubert wav2vec2-bert parakeet_ctc",
-    "AutoModelForAudioClassification": "audio-spectrogram-transformer",
-    "AutoModelForMultimodalLM": "qwen2_audio voxtral",
+    "dense": {
+        "AutoModelForCausalLM": """
+            llama mistral ministral3 qwen2 qwen3 gemma gemma2 gemma3_text gemma4_text
+            gemma4_text@k_eq_v phi phi3 olmo olmo2 olmo3 granite glm glm4 cohere cohere2 starcoder2
+            stablelm smollm3 exaone4 ernie4_5 hunyuan_v1_dense seed_oss hrm_text apertus arcee
+            nemotron helium minicpm3 nanochat modernbert-decoder falcon gpt2 gpt_neo gpt_neox
+            gptj gpt_bigcode bloom mpt opt xglm biogpt persimmon codegen diffllama""",
+    },
+    "mixtures of experts": {
+        "AutoModelForCausalLM": """
+            mixtral qwen2_moe qwen3_moe olmoe flex_olmo granitemoe granitemoeshared gpt_oss
+            phimoe deepseek_v2 deepseek_v3 glm4_moe ernie4_5_moe hunyuan_v1_moe dots1
+            minimax_m2 jetmoe dbrx llama4_text""",
+    },
+    "hybrids": {
+        "AutoModelForCausalLM": """
+            mamba mamba2 falcon_mamba jamba bamba falcon_h1 zamba2 nemotron_h granitemoehybrid
+            granitemoehybrid@dense qwen3_next qwen3_5_text lfm2 lfm2_moe minimax kimi_linear
+            recurrent_gemma rwkv xlstm""",
+    },
+    "vision-language": {
+        "AutoModelForImageTextToText": """
+            llava llava_next mistral3 gemma3 paligemma qwen2_vl qwen2_5_vl qwen3_vl internvl
+            mllama idefics3 smolvlm aya_vision glm4v blip-2 qwen3_5""",
+    },
+    "encoders, speech, encoder-decoder": {
+        "AutoModelForSeq2SeqLM": "t5 mt5 bart mbart m2m_100 pegasus marian led t5gemma",
+        "AutoModelForMaskedLM": """
+            bert roberta distilbert electra deberta-v2 modernbert albert mpnet nomic_bert
+            eurobert xlm-roberta""",
+        "AutoModelForSequenceClassification": "qwen3@classifier bert@classifier",
+        "AutoModel": "bert@embedding qwen3@embedding clip siglip siglip2",
+        "AutoModelForImageClassification": "vit beit dinov2 swin convnext segformer hiera",
+        "AutoModelForSpeechSeq2Seq": "whisper moonshine speech_to_text",
+        "AutoModelForCTC": "wav2vec2 hubert wav2vec2-bert parakeet_ctc",
+        "AutoModelForAudioClassification": "audio-spectrogram-transformer",
+        "AutoModelForMultimodalLM": "qwen2_audio voxtral",
+    },
 }
-"""Model types by the class of Transformers that makes them; after `@`, their use"""
+"""
+Model types by kind, and by the class of Transformers that makes them; after `@`, their use.
+"""
 
 WIDTH, HEADS, HEAD_DIM, LENGTH = 128, 4, 32, 24
 """vLLM's attention for CPUs takes heads of 32 channels, and none smaller"""
@@ -191,7 +205,12 @@ SPECIAL_TOKENS = 20
 
 def families() -> dict[str, str]:
     """Transformers' class of each family"""
-    return {name: auto for auto, names in FAMILIES.items() for name in names.split()}
+    return {
+        name: auto
+        for kind in FAMILIES.values()
+        for auto, names in kind.items()
+        for name in names.split()
+    }
 
 
 def small_config(family: str) -> PreTrainedConfig:
