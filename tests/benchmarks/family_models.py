@@ -19,10 +19,11 @@ FAMILIES = {
     "dense": {
         "AutoModelForCausalLM": """
             llama mistral ministral3 qwen2 qwen3 gemma gemma2 gemma3_text gemma4_text
-            gemma4_text@k_eq_v phi phi3 olmo olmo2 olmo3 granite glm glm4 cohere cohere2 starcoder2
-            stablelm smollm3 exaone4 ernie4_5 hunyuan_v1_dense seed_oss hrm_text apertus arcee
-            nemotron helium minicpm3 nanochat modernbert-decoder falcon gpt2 gpt_neo gpt_neox
-            gptj gpt_bigcode bloom mpt opt xglm biogpt persimmon codegen diffllama""",
+            gemma4_text@k_eq_v phi phi3 olmo olmo2 olmo3 granite glm glm4 cohere cohere2
+            starcoder2 stablelm smollm3 exaone4 ernie4_5 hunyuan_v1_dense seed_oss hrm_text
+            apertus arcee nemotron helium minicpm3 nanochat modernbert-decoder falcon gpt2
+            gpt_neo gpt_neox gptj gpt_bigcode bloom mpt opt xglm biogpt persimmon codegen
+            diffllama""",
     },
     "mixtures of experts": {
         "AutoModelForCausalLM": """
