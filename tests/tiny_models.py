@@ -89,6 +89,29 @@ SERVED_FAMILIES = {
 }
 """Families in which vLLM differs from Transformers"""
 
+_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+VISION_LANGUAGE = {
+    # family: (text config, vision config, processor)
+    "qwen2_5_vl": (
+        {"rope_parameters": _ROPE | {"mrope_section": [4, 6, 6]}},
+        {"window_size": 16, "fullatt_block_indexes": [1]},
+        "Qwen2_5_VL",
+    ),
+    # a gated delta rule and attention, one layer each
+    "qwen3_5": (
+        {
+            "layer_types": ["linear_attention", "full_attention"],
+            "head_dim": 64,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "rope_parameters": _ROPE
+            | {"mrope_section": [3, 3, 2], "partial_rotary_factor": 0.25},
+        },
+        {"num_position_embeddings": 64},
+        "Qwen3VL",
+    ),
+}
+
 
 def make_model(
     folder: Path,
@@ -191,14 +214,15 @@ def save_tokenizer(folder: Path, **special_tokens: str):
     tokenizer.save_pretrained(folder)
 
 
-def make_vision_language_model(folder: Path) -> PreTrainedModel:
-    """Qwen2.5-VL, saved to the folder together with what its processor needs"""
+def make_vision_language_model(folder: Path, family: str = "qwen2_5_vl") -> PreTrainedModel:
+    """Qwen2.5-VL or Qwen3.5, saved to the folder together with what its processor needs"""
     torch.manual_seed(0)
     tokens = {"vision_start": 3, "vision_end": 4, "image": 5, "video": 6}
+    text, vision, processor = VISION_LANGUAGE[family]
     config = AutoConfig.for_model(
-        "qwen2_5_vl",
+        family,
         text_config={
-            "model_type": "qwen2_5_vl_text",
+            "model_type": f"{family}_text",
             "vocab_size": VOCABULARY,
             "hidden_size": 128,
             "intermediate_size": 256,
@@ -206,15 +230,11 @@ def make_vision_language_model(folder: Path) -> PreTrainedModel:
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 256,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e4,
-                "mrope_section": [4, 6, 6],
-            },
             "bos_token_id": 0,
             "eos_token_id": 1,
             "pad_token_id": 1,
-        },
+        }
+        | text,
         vision_config={
             "depth": 2,
             "hidden_size": 64,
@@ -223,9 +243,8 @@ def make_vision_language_model(folder: Path) -> PreTrainedModel:
             "out_hidden_size": 128,
             "patch_size": 4,
             "spatial_merge_size": 2,
-            "window_size": 16,
-            "fullatt_block_indexes": [1],
-        },
+        }
+        | vision,
         tie_word_embeddings=False,
         **{f"{name}_token_id": token for name, token in tokens.items()},
     )
@@ -245,11 +264,12 @@ def make_vision_language_model(folder: Path) -> PreTrainedModel:
         "rescale_factor": 1 / 255,
         "image_mean": [0.5] * 3,
         "image_std": [0.5] * 3,
-        "processor_class": "Qwen2_5_VLProcessor",
+        "processor_class": f"{processor}Processor",
     }
+    video = "Qwen3VL" if family == "qwen3_5" else "Qwen2VL"
     for file, kind in (
         ("preprocessor_config.json", {"image_processor_type": "Qwen2VLImageProcessor"}),
-        ("video_preprocessor_config.json", {"video_processor_type": "Qwen2VLVideoProcessor"}),
+        ("video_preprocessor_config.json", {"video_processor_type": f"{video}VideoProcessor"}),
     ):
         (folder / file).write_text(json.dumps(sizes | kind))
     return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()

@@ -21,6 +21,7 @@ from llmcompressor import oneshot  # noqa: E402
 from llmcompressor.modifiers.quantization import QuantizationModifier  # noqa: E402
 from make_mixtures import make_mixtures  # noqa: E402
 from tiny_models import (  # noqa: E402
+    VISION_LANGUAGE,
     int_scheme,
     make_loader,
     make_model,
@@ -148,10 +149,10 @@ def make_tiny(folder: Path, name: str):
     write_reference(folder / name, make_tokens(4, seed=1))
 
 
-def make_qwen2_5_vl(folder: Path):
+def make_vision_language(folder: Path, family: str):
     """A vision-language model, with what its processor needs of files"""
-    original = folder / "originals" / "qwen2_5_vl"
-    model = make_vision_language_model(original)
+    original, target = folder / "originals" / family, folder / f"{family}-w4a8"
+    model = make_vision_language_model(original, family)
     ignore = ["re:.*lm_head", "re:.*visual.*"]
     tokens = make_tokens()
     tokens[tokens < 7] = 7  # those stand for pictures
@@ -163,10 +164,10 @@ def make_qwen2_5_vl(folder: Path):
             QuantizationModifier(**int_scheme(4, 8) | {"ignore": ignore}),
         ],
         dataset=make_loader(tokens),
-        output_dir=str(folder / "qwen2_5_vl-w4a8"),
+        output_dir=str(target),
     )
     for file in original.glob("*preprocessor_config.json"):
-        shutil.copy(file, folder / "qwen2_5_vl-w4a8")
+        shutil.copy(file, target)
 
 
 def make_speech(folder: Path):
@@ -271,7 +272,8 @@ def main(folder: Path):
         4,
         {},
     )
-    make_qwen2_5_vl(folder)
+    for family in VISION_LANGUAGE:
+        make_vision_language(folder, family)
     make_speech(folder)
     for name in TINY_CASES:
         make_tiny(folder, name)
