@@ -118,12 +118,13 @@ def main():
         print("\nresult", json.dumps(run(args.side, args.folder, args.samples, args.length)))
         return
 
-    results: dict = {"tokens": args.samples * args.length, "layers": args.layers}
+    results = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
     for name in args.models:
         with TemporaryDirectory() as folder:
             make_model(name, args.layers, Path(folder))
             weights = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
-            result = {"weights, GB": weights / 2**30}
+            tokens = args.samples * args.length
+            result = {"tokens": tokens, "layers": args.layers, "weights, GB": weights / 2**30}
             for side in SIDES:
                 print(f"{name}: {side}", file=sys.stderr)
                 command = [sys.executable, __file__, "--side", side, "--folder", folder]
@@ -137,8 +138,8 @@ def main():
                 result[side] = one | ({"seconds a layer": median(times)} if times else {})
         results[name] = result
         print(name, json.dumps(result, indent=2))
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + "\n")
+        if args.json:
+            args.json.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":
