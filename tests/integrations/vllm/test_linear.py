@@ -235,13 +235,24 @@ def test_a_layer_that_vllm_names_otherwise_is_found_in_its_decoder_layer():
         registry.claim(names)
 
 
-def test_experts_of_16_bits_are_refused_but_not_what_stands_beside_them():
+def make_experts(has_bias: bool) -> RoutedExperts:
     experts = RoutedExperts.__new__(RoutedExperts)
     torch.nn.Module.__init__(experts)
     experts.global_num_experts = 1
+    experts.moe_config = SimpleNamespace(has_bias=has_bias)
     for name in ("gate", "up", "down"):
         setattr(experts, f"ckpt_{name}_proj_name", f"{name}_proj")
-    with pytest.raises(NotImplementedError, match="experts"):
+    return experts
+
+
+def test_experts_with_biases_are_refused_though_they_have_no_transform():
+    with pytest.raises(NotImplementedError, match="use this checkpoint in Transformers"):
+        make_config().get_quant_method(make_experts(True), "a.mlp.experts")
+
+
+def test_experts_of_16_bits_are_refused_but_not_what_stands_beside_them():
+    experts = make_experts(False)
+    with pytest.raises(NotImplementedError, match="fused experts with input transforms"):
         make_config(["a.mlp.experts.0.up_proj"]).get_quant_method(experts, "a.mlp.experts")
     registry = make_registry(["a.mlp.shared_expert.up_proj"])
     assert not registry.has_below("a.mlp.experts")
