@@ -80,6 +80,7 @@ class InputCollector(Generic[StatisticsType]):
         self._new_statistics = new_statistics
         self._masks: dict[int, Tensor] = {}
         self._certain: set[int] = set()
+        self._weighted: set[str] = set()
         # by the Linear that was called first, which need not be the first in the model
         self._statistics: dict[str, StatisticsType] = {}
 
@@ -106,7 +107,7 @@ class InputCollector(Generic[StatisticsType]):
 
     def observe(self, name: str, x: Tensor, batch: int, weights: Tensor | None = None):
         """
-        Record the call of a Linear.
+        Record the call of a Linear. An input of weighted tokens takes no others.
 
         :param name: full name of the Linear
         :param x: its input, shape (..., d)
@@ -114,9 +115,10 @@ class InputCollector(Generic[StatisticsType]):
         :param weights: weights of the tokens, shape (...), float32; None for equal weights
         """
         shared, is_new = self.observer.observe(name, x)
-        if not is_new:
+        if not is_new or (weights is None and not self._weighted.isdisjoint(shared.linears)):
             return
         if weights is not None:
+            self._weighted.add(name)
             x = x.float() * weights.sqrt().unsqueeze(-1)
         tokens = x.reshape(-1, x.shape[-1])
         # the mask does not fit other layouts, such as tokens routed to an expert

