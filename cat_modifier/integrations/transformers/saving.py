@@ -29,7 +29,7 @@ from cat_modifier.integrations.transformers.atomic_folder import (
     holds_weights,
 )
 
-__all__ = ["mark_complete", "mark_incomplete", "save_atomically"]
+__all__ = ["check_complete", "mark_complete", "mark_incomplete", "save_atomically"]
 
 _INCOMPLETE = "_cat_is_incomplete"
 
@@ -94,6 +94,17 @@ def mark_complete(model: Module):
         delattr(model, _INCOMPLETE)
 
 
+def check_complete(model: Module):
+    """
+    :raises ValueError: if a run of CATModifier has transformed a part of the model alone
+    """
+    if hasattr(model, _INCOMPLETE):
+        raise ValueError(
+            "CATModifier did not finish: only a part of the model is transformed. Remove the "
+            "cause of its error, load the original model again, and repeat the run"
+        )
+
+
 def _name_arguments(
     model: PreTrainedModel, save_directory: str | os.PathLike, args: tuple, kwargs: dict
 ) -> dict[str, Any]:
@@ -115,11 +126,7 @@ def _check(model: PreTrainedModel, options: dict[str, Any]):
     :param options: arguments of ``save_pretrained``
     :raises ValueError: if it cannot
     """
-    if hasattr(model, _INCOMPLETE):
-        raise ValueError(
-            "CATModifier did not finish: only a part of the model is transformed. Remove the "
-            "cause of its error, load the original model again, and repeat the run"
-        )
+    check_complete(model)
     if options.get("push_to_hub"):
         # it would upload the staging folder, and before it is marked
         raise ValueError(
