@@ -4,6 +4,9 @@
 import inspect
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from functools import wraps
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,6 +16,7 @@ from typing import Any
 import torch.distributed as dist
 from compressed_tensors.distributed import is_distributed, is_source_process
 from compressed_tensors.quantization.utils import is_module_quantized
+from compressed_tensors.utils import patch_attr
 from loguru import logger
 from torch import Tensor
 from torch.nn import Linear, Module
@@ -22,16 +26,26 @@ from transformers.utils import CONFIG_NAME
 from cat_modifier.checkpoint.digest import write_digests
 from cat_modifier.checkpoint.schema import mark_quantization_config
 from cat_modifier.checkpoint.transform_module import CATTransform
-from cat_modifier.checkpoint.verify import write_sums
+from cat_modifier.checkpoint.verify import unknown_files, write_sums
 from cat_modifier.integrations.transformers.atomic_folder import (
     UnfinishedSaveError,
     atomic_folder,
     holds_weights,
 )
 
-__all__ = ["check_complete", "mark_complete", "mark_incomplete", "save_atomically"]
+__all__ = [
+    "check_complete",
+    "mark_complete",
+    "mark_incomplete",
+    "save_atomically",
+    "saved_together",
+]
 
 _INCOMPLETE = "_cat_is_incomplete"
+_PROCESSOR = "_cat_processor"
+
+_WAITING = timedelta(hours=3)
+"""For how long ranks wait until one has written, as in llm-compressor"""
 
 
 def save_atomically(model: PreTrainedModel):
@@ -53,34 +67,76 @@ def save_atomically(model: PreTrainedModel):
         save = method if function is None else MethodType(function, self)
         options = _name_arguments(self, save_directory, args, kwargs)
         _check(self, options)
-        if is_source_process() and options.get("is_main_process", True):
-            with atomic_folder(save_directory) as staging:
-                try:
-                    save(str(staging), **options)
-                except Exception as error:
-                    if not holds_weights(staging):
-                        raise
-                    # a recipe or code that cannot be written is no reason to lose hours
-                    _edit_config(self, staging)
-                    raise UnfinishedSaveError(
-                        "All weights are written, but not all that belongs to the "
-                        f"checkpoint: {type(error).__name__}: {error}. Files of "
-                        f"{save_directory} are as they were. The new ones are in {staging} "
-                        "until the next save to this folder: save again, or move them to "
-                        "where you need them"
-                    ) from error
-                _edit_config(self, staging)
-            logger.info(f"The checkpoint is in {save_directory}")
-        else:  # helps to gather the weights, and keeps no file
-            with TemporaryDirectory() as scratch:
-                save(scratch, **options)
-        if is_distributed():
-            dist.barrier()  # no rank may look for the checkpoint before it is there
+        with _waiting_ranks():
+            if is_source_process() and options.get("is_main_process", True):
+                _save(self, save, Path(save_directory), options)
+            else:  # helps to gather the weights, and keeps no file
+                with TemporaryDirectory() as scratch:
+                    save(scratch, **options)
 
     # llm-compressor leaves a method alone that is "overridden"; around ours it would write a
     # config that is not marked
     vars(save_pretrained).update(_writes_cat=True, _overridden=True)
     model.save_pretrained = MethodType(save_pretrained, model)  # type: ignore[method-assign]
+
+
+@contextmanager
+def saved_together(model: Module, processor: Any) -> Iterator[None]:
+    """
+    Context in which a processor is a part of the checkpoint: a kill leaves both or none.
+
+    :param processor: tokenizer or processor of the model
+    """
+    with patch_attr(model, _PROCESSOR, processor):
+        yield
+
+
+def _save(model: PreTrainedModel, save: Any, target: Path, options: dict[str, Any]):
+    """
+    Write a marked checkpoint.
+
+    :param save: writes one that is not marked into a folder
+    :param options: its arguments
+    """
+    with atomic_folder(target) as staging:
+        try:
+            save(str(staging), **options)
+            if (processor := getattr(model, _PROCESSOR, None)) is not None:
+                processor.save_pretrained(str(staging))
+        except Exception as error:
+            if not holds_weights(staging):
+                raise
+            # a recipe or code that cannot be written is no reason to lose hours
+            _edit_config(model, staging)
+            raise UnfinishedSaveError(
+                "All weights are written, but not all that belongs to the "
+                f"checkpoint: {type(error).__name__}: {error}. Files of "
+                f"{target} are as they were. The new ones are in {staging} "
+                "until the next save to this folder: save again, or move them to "
+                "where you need them"
+            ) from error
+        _edit_config(model, staging)
+    logger.info(f"The checkpoint is in {target}")
+    if others := unknown_files(target):
+        logger.warning(
+            f"{target} holds weights that are not of this checkpoint, and that vLLM would load "
+            f"with it: move {', '.join(others)} to another folder"
+        )
+
+
+@contextmanager
+def _waiting_ranks() -> Iterator[None]:
+    """Let all ranks wait for the last: none may look for the checkpoint before it is there"""
+    if not is_distributed():
+        yield
+        return
+    # the hashes of a large checkpoint take longer than ranks wait by default
+    group = dist.new_group(backend="gloo", timeout=_WAITING)
+    try:
+        yield
+    finally:
+        dist.barrier(group=group)
+        dist.destroy_process_group(group)
 
 
 def mark_incomplete(model: Module):
@@ -135,6 +191,11 @@ def _check(model: PreTrainedModel, options: dict[str, Any]):
         )
     if options.get("distributed_checkpoint"):
         raise ValueError("`distributed_checkpoint=True` is not supported by CAT checkpoints")
+    if options.get("variant"):
+        # vLLM would load the files of all variants in a folder, one after the other
+        raise ValueError(
+            "`variant` is not supported by CAT checkpoints: save to a folder of its own"
+        )
     if not any(is_module_quantized(module) for module in model.modules()):
         raise ValueError(
             "The model has CAT transforms, but nothing is quantized: add a "

@@ -39,7 +39,7 @@ from cat_modifier.integrations.transformers.saving import (
     mark_incomplete,
     save_atomically,
 )
-from cat_modifier.modifiers.cat import pipeline
+from cat_modifier.modifiers.cat import pipeline, processor
 from cat_modifier.modifiers.cat.apply import LinearWeights, apply_transforms
 from cat_modifier.modifiers.cat.distributed import gather, rank
 from cat_modifier.modifiers.cat.function_check import FunctionCheck
@@ -78,6 +78,7 @@ _SAMPLE_SIZE = 64
 """Tokens of each input that are kept, to clip ranges and to predict noise"""
 
 pipeline.register()
+processor.register()
 
 
 class CATModifier(Modifier):
