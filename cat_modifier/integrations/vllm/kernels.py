@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's int8 matrix products, for operands that are quantized already."""
 
+import os
 from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
-from torch.nn.functional import pad
 
 from cat_modifier.integrations.vllm.compat import current_platform, ops, replace_parameter
 
@@ -16,8 +16,13 @@ __all__ = [
     "OneDNNInt8Kernel",
     "PackedInt4Kernel",
     "choose_kernel",
-    "padded_tokens",
 ]
+
+
+_PRODUCTS = "256"
+"""Products that oneDNN keeps compiled. It compiles one for each number of tokens and shape of
+weight, in half a millisecond, and each takes about 0.5 MB; by default it keeps 1,024, once for
+PyTorch and once for vLLM"""
 
 
 class Int8Kernel(ABC):
@@ -95,71 +100,10 @@ class OneDNNInt8Kernel(Int8Kernel):
         self._replace(layer, weight.new_empty(0), sums.unsqueeze(0))
 
     def apply(self, layer, x, scale, zero_point, bias):
-        # the compiler does not know the number of tokens, which the operator hides from it;
-        # calling an operator takes longer than calling a function
-        is_compiling = torch.compiler.is_compiling()
-        multiply = torch.ops.cat_modifier.onednn_int8 if is_compiling else _onednn_int8
-        return multiply(
-            x,
-            scale,
-            zero_point,
-            None if zero_point is None else layer.azp_adj,
-            bias,
-            self.handler.handler_tensor,
-            self.handler.n,
-            self.out_dtype,
-        )
-
-
-def padded_tokens(tokens: int) -> int:
-    """
-    Round a number of tokens up to one of 16 between two powers of two; 32 and fewer stay.
-
-    oneDNN makes a product for each number of tokens and shape of weight, and keeps 1,024 of
-    them in a process, of about 0.5 MB each.
-    """
-    step = max(1, 2 ** (tokens - 1).bit_length() // 32)
-    return -(-tokens // step) * step
-
-
-def _onednn_int8(
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    correction: Tensor | None,
-    bias: Tensor | None,
-    handler: Tensor,
-    out_features: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """
-    Multiply as :meth:`OneDNNInt8Kernel.apply`.
-
-    :param correction: ``azp_adj`` of the layer; None if symmetric
-    :param handler: address of the weight's handler
-    """
-    tokens = x.shape[0]
-    padding = padded_tokens(tokens) - tokens
-    if padding:
-        x, scale = (pad(one, (0, 0, 0, padding)) for one in (x, scale))
-        zero_point = None if zero_point is None else pad(zero_point, (0, 0, 0, padding))
-    out = x.new_empty((x.shape[0], out_features), dtype=out_dtype)
-    torch.ops._C.onednn_scaled_mm(out, x, scale, zero_point, correction, bias, handler)
-    return out[:tokens] if padding else out
-
-
-def _fake_onednn_int8(x, scale, zero_point, correction, bias, handler, out_features, out_dtype):
-    return x.new_empty((x.shape[0], out_features), dtype=out_dtype)
-
-
-_ONEDNN = "cat_modifier::onednn_int8"
-torch.library.define(
-    _ONEDNN,
-    "(Tensor x, Tensor scale, Tensor? zero_point, Tensor? correction, Tensor? bias, "
-    "Tensor handler, int out_features, ScalarType out_dtype) -> Tensor",
-)
-torch.library.register_fake(_ONEDNN, _fake_onednn_int8)
-torch.library.impl(_ONEDNN, "CPU", _onednn_int8)
+        out = torch.empty((x.shape[0], self.handler.n), dtype=self.out_dtype)
+        correction = None if zero_point is None else layer.azp_adj
+        ops.onednn_scaled_mm(self.handler, x, out, scale, zero_point, correction, bias)
+        return out
 
 
 class CutlassInt8Kernel(Int8Kernel):
@@ -223,7 +167,7 @@ class PackedInt4Kernel(Int8Kernel):
         weight = torch.stack(halves, -1).flatten(1)
         tokens = x.shape[0]
         if x.is_cuda:
-            x = pad(x, (0, 0, 0, self._PADDING))
+            x = torch.nn.functional.pad(x, (0, 0, 0, self._PADDING))
         product = torch._int_mm(x, weight.t())[:tokens]
         if zero_point is not None:
             product = product - zero_point * layer.azp_adj
@@ -244,6 +188,8 @@ def choose_kernel(keeps_packed: bool = False) -> type[Int8Kernel]:
     if keeps_packed and is_known:
         return PackedInt4Kernel
     if current_platform.is_cpu():
+        # read once, at the first product of the process
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _PRODUCTS)
         return OneDNNInt8Kernel
     # Blackwell has no int8 matrix products in vLLM
     if current_platform.is_cuda() and not current_platform.has_device_capability(100):

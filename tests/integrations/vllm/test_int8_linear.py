@@ -12,7 +12,6 @@ from cat_modifier.integrations.vllm.kernels import (
     OneDNNInt8Kernel,
     PackedInt4Kernel,
     choose_kernel,
-    padded_tokens,
 )
 from cat_modifier.integrations.vllm.registry import TransformRegistry
 from cat_modifier.kernels.ops import quantize
@@ -68,27 +67,6 @@ def test_product_is_exact(symmetric, with_bias, shape, kernel):
         expected = expected + bias
     found = kernel.apply(layer, q, scales, zero_points, bias)
     assert (found - expected).norm() / expected.norm() < 1e-6
-
-
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_compiled_product_is_the_same(symmetric):
-    kernel, layer = OneDNNInt8Kernel("weight", symmetric, torch.float32), torch.nn.Module()
-    weight = torch.randint(-8, 8, (32, 64), dtype=torch.int8)
-    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
-    layer.weight_scale = torch.nn.Parameter(torch.rand(32, 1), requires_grad=False)
-    kernel.process_weights(layer, weight)
-    compiled = torch.compile(kernel.apply, fullgraph=True, dynamic=True, backend="aot_eager")
-    for tokens in (7, 130):
-        operands = quantize(torch.randn(tokens, 64), 4, symmetric)
-        found = compiled(layer, *operands, None)
-        assert torch.equal(found, kernel.apply(layer, *operands, None))
-
-
-def test_numbers_of_tokens_are_few():
-    numbers = [padded_tokens(tokens) for tokens in range(8193)]
-    assert numbers[:33] == list(range(33))
-    assert all(0 <= one - tokens <= tokens / 16 for tokens, one in enumerate(numbers))
-    assert len(set(numbers)) == 33 + 16 * 8
 
 
 class Layer(torch.nn.Module):
