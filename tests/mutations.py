@@ -128,10 +128,10 @@ def mutations() -> Iterator[Mutation]:
 
 
 def few_mutations() -> list[Mutation]:
-    """List mutations of each kind and of each kind of part"""
+    """List mutations of most kinds and of each kind of part"""
     by_part: dict[tuple, Mutation] = {}
     for one in mutations():
-        if any(
+        if one.kind.endswith("doubled") or any(
             f".{name}." in one.part for name in ("v_proj", "o_proj", "gate_proj", "up_proj")
         ):
             continue
