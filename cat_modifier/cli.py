@@ -196,7 +196,7 @@ def verify(
     """
     Check that a CAT checkpoint is the one that was saved.
 
-    Compares config.json and all files of weights with their digests in SHA256SUMS. Loading
+    Compares all files that were saved with their digests in SHA256SUMS. Loading
     checks the quantization_config and the transforms only.
     """
     from cat_modifier.checkpoint.verify import find_damage

@@ -120,20 +120,23 @@ def mutations() -> Iterator[Mutation]:
     for name in checkpoint.names:
         yield from _of_tensor(name, checkpoint.shard_of(name)[name])
     for path in _leaves(checkpoint.config["quantization_config"]):
+        yield from _of_field(("quantization_config", *path))
+    rest = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+    for path in _leaves(rest):
         yield from _of_field(path)
     yield from _of_files()
 
 
 def few_mutations() -> list[Mutation]:
-    """List mutations of each kind and of each kind of part"""
+    """List mutations of most kinds and of each kind of part"""
     by_part: dict[tuple, Mutation] = {}
     for one in mutations():
-        if any(
+        if one.kind.endswith("doubled") or any(
             f".{name}." in one.part for name in ("v_proj", "o_proj", "gate_proj", "up_proj")
         ):
             continue
         parts = [part for part in one.part.split(".") if not part.isdigit()]
-        part = (parts[-1],) if one.kind.startswith("field") else tuple(parts)
+        part = (parts[-1],) if one.kind.startswith("field ") else tuple(parts)
         by_part.setdefault((one.kind, part), one)
     return list(by_part.values())
 
@@ -182,32 +185,55 @@ def _leaves(value: Any, path: tuple = ()) -> Iterator[tuple]:
 
 
 def _of_field(path: tuple) -> Iterator[Mutation]:
-    def parent(checkpoint: Checkpoint) -> Any:
-        found = checkpoint.config["quantization_config"]
-        for key in path[:-1]:
-            found = found[key]
-        return found
+    """
+    :param path: keys of a value in config.json
+    """
+    is_ours = path[0] == "quantization_config"
+    where = "field" if is_ours else "field of the model"
+    value = Checkpoint(GOLDEN).config
+    for key in path:
+        value = value[key]
 
-    def removed(checkpoint: Checkpoint):
-        del parent(checkpoint)[path[-1]]
+    def mutation(what: str, *new: Any) -> Mutation:
+        def change(checkpoint: Checkpoint):
+            found = checkpoint.config
+            for key in path[:-1]:
+                found = found[key]
+            if new:
+                found[path[-1]] = new[0]
+            else:
+                del found[path[-1]]
 
-    def changed(checkpoint: Checkpoint):
-        old = parent(checkpoint)[path[-1]]
-        if isinstance(old, bool) or old is None:
-            new: Any = not old
-        elif isinstance(old, int):
-            new = old + 1
-        elif isinstance(old, float):
-            new = old * 0.99
-        else:
-            new = f"{old}x"
-        parent(checkpoint)[path[-1]] = new
+        names = {str(path[1])} if is_ours else {str(path[0]), str(path[-1]), *map(str, new)}
+        return Mutation(
+            f"{where} {what}",
+            ".".join(map(str, path[1:] if is_ours else path)),
+            "|".join(map(re.escape, names)) if is_ours else f"{_words(names)}|{_MISFIT}",
+            change,
+            # of these, readers check what decides the shape of a tensor. Transformers warns
+            # of a quantization method that it does not know, and loads without it
+            needs_verify=not is_ours or path[1:] == ("quant_method",),
+        )
 
-    part, names = ".".join(map(str, path)), re.escape(str(path[0]))
-    yield Mutation("field removed", part, names, removed)
-    # Transformers warns of a method that it does not know, and loads without it
-    is_method = part == "quant_method"
-    yield Mutation("field changed", part, names, changed, needs_verify=is_method)
+    yield mutation("removed")
+    if isinstance(value, bool) or value is None:
+        yield mutation("changed", not value)
+    elif isinstance(value, int):
+        yield mutation("changed", value + 1)
+        if not is_ours:
+            yield mutation("doubled", 2 * value)
+    elif isinstance(value, float):
+        yield mutation("changed", value * 0.99)
+    else:
+        yield mutation("changed", f"{value}x")
+
+
+_MISFIT = r"\w+(\.\w+)+ (has shape|does not fit|is missing|has \d+ inputs)"
+"""What says a tensor of which the shape, or the place, is another one"""
+
+
+def _words(names: set[str]) -> str:
+    return "|".join(rf"\b{re.escape(name)}\b" for name in names if len(name) > 1)
 
 
 def _of_files() -> Iterator[Mutation]:
@@ -218,7 +244,19 @@ def _of_files() -> Iterator[Mutation]:
         content = (folder / file).read_bytes()
         (folder / file).write_bytes(content[: len(content) // 2])
 
-    for kind, action in (("file missing", remove), ("half a file", truncate)):
+    def break_header(folder: Path, file: str):
+        content = (folder / file).read_bytes()
+        (folder / file).write_bytes(b"\xff" * 8 + content[8:])
+
+    def empty(folder: Path, file: str):
+        (folder / file).write_bytes(b"")
+
+    for kind, action in (
+        ("file missing", remove),
+        ("half a file", truncate),
+        ("file with a broken beginning", break_header),
+        ("empty file", empty),
+    ):
         for file in (*SHARDS, INDEX, "config.json"):
             yield Mutation(
                 kind,
@@ -226,7 +264,8 @@ def _of_files() -> Iterator[Mutation]:
                 f"{re.escape(file)}|cat-modifier verify",
                 change_files=lambda folder, action=action, file=file: action(folder, file),
                 # the index is read before this package is asked
-                library="no file named model.safetensors|Unterminated string",
+                library="no file named model.safetensors|Unterminated string|Expecting value|"
+                "can't decode byte",
             )
 
 
@@ -322,6 +361,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("loader", choices=["transformers", "vllm"])
     parser.add_argument("--few", action="store_true", help="one mutation of each kind of part")
+    parser.add_argument("--only", default="", help="mutations with this text")
     parser.add_argument("--json", type=Path, help="file for the outcomes")
     arguments = parser.parse_args()
     os.environ |= {
@@ -332,11 +372,12 @@ def main():
     }
     run = {"transformers": run_transformers, "vllm": run_vllm}[arguments.loader]
     changes = few_mutations() if arguments.few else list(mutations())
+    changes = [one for one in changes if arguments.only in str(one)]
     found = []
     for one, outcome, text in outcomes(run, changes):
         found.append((one, outcome, text))
         if outcome in ("obscure", "wrong"):
-            print(f"{outcome}: {one}: {text}")
+            print(f"{outcome}: {one}: {text}", flush=True)
     print(table(found))
     if arguments.json:
         content = [[str(one), outcome, text] for one, outcome, text in found]

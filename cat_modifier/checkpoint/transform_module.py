@@ -188,7 +188,8 @@ def _make_transform(linear: Linear, scheme: CATScheme, args: CATInput) -> CATTra
         if linear.in_features % span:
             raise ValueError(
                 f"{args.targets[0]} has {linear.in_features} inputs, which cannot be "
-                f"divided into {what} of {span}: the checkpoint is damaged"
+                f"divided into {what} of {span}: config.json is damaged, or is that of another "
+                "checkpoint"
             )
     if size is None:
         return CATTransform(None, scheme, args)

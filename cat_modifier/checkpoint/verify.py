@@ -15,21 +15,30 @@ from tqdm import tqdm
 
 from cat_modifier.checkpoint.schema import read_quantization_config
 
-__all__ = ["SUMS", "find_damage", "write_sums"]
+__all__ = ["SUMS", "find_damage", "unknown_files", "write_sums"]
 
 SUMS = "SHA256SUMS"
 """File with the digests"""
 
 
 def write_sums(folder: Path):
-    """Write the digests of the config, of the weights in a folder, and of their index"""
-    lines = [f"{_digest(path)}  {path.name}\n" for path in _files(folder)]
-    (folder / SUMS).write_text("".join(lines))
+    """Write the digests of all files in a folder that has just been written"""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != SUMS)
+    (folder / SUMS).write_text("".join(f"{_digest(path)}  {path.name}\n" for path in files))
+
+
+def unknown_files(folder: Path) -> list[str]:
+    """List the files of weights in a folder that its digests, if it has any, do not know"""
+    file = folder / SUMS
+    if not file.is_file():
+        return []
+    known = set(re.findall(r"^\S+  (.*)$", file.read_text(), re.M))
+    return [path.name for path in _files(folder) if path.name not in known]
 
 
 def find_damage(folder: Path) -> list[str]:
     """
-    Check the config and all weights of a CAT checkpoint.
+    Check all files of a CAT checkpoint.
 
     :param folder: folder of the checkpoint
     :return: a sentence for each file that is damaged
@@ -41,20 +50,20 @@ def find_damage(folder: Path) -> list[str]:
             f"{folder} has no {SUMS}, which every saved CAT checkpoint has: copy or download it"
         )
     damage = _config_damage(folder)
-    known = set()
     for line in tqdm((folder / SUMS).read_text().splitlines(), desc="Reading"):
         match = re.fullmatch(r"([0-9a-f]{64})  ([^/]+)", line)
         if match is None:
             damage.append(f"{SUMS} is damaged: {line!r} is no digest of a file")
             continue
         digest, name = match.groups()
-        known.add(name)
         if not (folder / name).is_file():
             damage.append(f"{name} is missing")
         elif _digest(folder / name) != digest:
             damage.append(f"{name} is not the file that was saved, by its SHA-256")
-    others = [path.name for path in _files(folder) if path.name not in known]
-    damage += [f"{name} is not of this checkpoint: {SUMS} does not list it" for name in others]
+    damage += [
+        f"{name} is not of this checkpoint: {SUMS} does not list it"
+        for name in unknown_files(folder)
+    ]
     return damage
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from openai import AsyncOpenAI
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "integrations" / "vllm"))
+sys.path[:0] = [str(ROOT / "tests" / "integrations" / "vllm"), str(ROOT / "tests")]
 
 from test_load import PROMPTS, complete, load, resident_memory, server  # noqa: E402
 

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import wraps
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,6 +16,7 @@ from typing import Any
 import torch.distributed as dist
 from compressed_tensors.distributed import is_distributed, is_source_process
 from compressed_tensors.quantization.utils import is_module_quantized
+from compressed_tensors.utils import patch_attr
 from loguru import logger
 from torch import Tensor
 from torch.nn import Linear, Module
@@ -24,7 +26,7 @@ from transformers.utils import CONFIG_NAME
 from cat_modifier.checkpoint.digest import write_digests
 from cat_modifier.checkpoint.schema import mark_quantization_config
 from cat_modifier.checkpoint.transform_module import CATTransform
-from cat_modifier.checkpoint.verify import write_sums
+from cat_modifier.checkpoint.verify import unknown_files, write_sums
 from cat_modifier.integrations.transformers.atomic_folder import (
     UnfinishedSaveError,
     atomic_folder,
@@ -32,9 +34,19 @@ from cat_modifier.integrations.transformers.atomic_folder import (
 )
 from cat_modifier.integrations.transformers.conversions import with_whole_transforms
 
-__all__ = ["mark_complete", "mark_incomplete", "save_atomically"]
+__all__ = [
+    "check_complete",
+    "mark_complete",
+    "mark_incomplete",
+    "save_atomically",
+    "saved_together",
+]
 
 _INCOMPLETE = "_cat_is_incomplete"
+_PROCESSOR = "_cat_processor"
+
+_WAITING = timedelta(hours=3)
+"""For how long ranks wait until one has written, as in llm-compressor"""
 
 _CONVERSIONS = "_weight_conversions"
 """Attribute of a model: what Transformers' loader applied to its tensors, and undoes to save"""
@@ -59,35 +71,76 @@ def save_atomically(model: PreTrainedModel):
         save = method if function is None else MethodType(function, self)
         options = _name_arguments(self, save_directory, args, kwargs)
         _check(self, options)
-        if is_source_process() and options.get("is_main_process", True):
-            with atomic_folder(save_directory) as staging:
-                try:
-                    with _merged_transforms(self):
-                        save(str(staging), **options)
-                except Exception as error:
-                    if not holds_weights(staging):
-                        raise
-                    # a recipe or code that cannot be written is no reason to lose hours
-                    _edit_config(self, staging)
-                    raise UnfinishedSaveError(
-                        "All weights are written, but not all that belongs to the "
-                        f"checkpoint: {type(error).__name__}: {error}. Files of "
-                        f"{save_directory} are as they were. The new ones are in {staging} "
-                        "until the next save to this folder: save again, or move them to "
-                        "where you need them"
-                    ) from error
-                _edit_config(self, staging)
-            logger.info(f"The checkpoint is in {save_directory}")
-        else:  # helps to gather the weights, and keeps no file
-            with TemporaryDirectory() as scratch, _merged_transforms(self):
-                save(scratch, **options)
-        if is_distributed():
-            dist.barrier()  # no rank may look for the checkpoint before it is there
+        with _waiting_ranks(), _merged_transforms(self):
+            if is_source_process() and options.get("is_main_process", True):
+                _save(self, save, Path(save_directory), options)
+            else:  # helps to gather the weights, and keeps no file
+                with TemporaryDirectory() as scratch:
+                    save(scratch, **options)
 
     # llm-compressor leaves a method alone that is "overridden"; around ours it would write a
     # config that is not marked
     vars(save_pretrained).update(_writes_cat=True, _overridden=True)
     model.save_pretrained = MethodType(save_pretrained, model)  # type: ignore[method-assign]
+
+
+@contextmanager
+def saved_together(model: Module, processor: Any) -> Iterator[None]:
+    """
+    Context in which a processor is a part of the checkpoint: a kill leaves both or none.
+
+    :param processor: tokenizer or processor of the model
+    """
+    with patch_attr(model, _PROCESSOR, processor):
+        yield
+
+
+def _save(model: PreTrainedModel, save: Any, target: Path, options: dict[str, Any]):
+    """
+    Write a marked checkpoint.
+
+    :param save: writes one that is not marked into a folder
+    :param options: its arguments
+    """
+    with atomic_folder(target) as staging:
+        try:
+            save(str(staging), **options)
+            if (processor := getattr(model, _PROCESSOR, None)) is not None:
+                processor.save_pretrained(str(staging))
+        except Exception as error:
+            if not holds_weights(staging):
+                raise
+            # a recipe or code that cannot be written is no reason to lose hours
+            _edit_config(model, staging)
+            raise UnfinishedSaveError(
+                "All weights are written, but not all that belongs to the "
+                f"checkpoint: {type(error).__name__}: {error}. Files of "
+                f"{target} are as they were. The new ones are in {staging} "
+                "until the next save to this folder: save again, or move them to "
+                "where you need them"
+            ) from error
+        _edit_config(model, staging)
+    logger.info(f"The checkpoint is in {target}")
+    if others := unknown_files(target):
+        logger.warning(
+            f"{target} holds weights that are not of this checkpoint, and that vLLM would load "
+            f"with it: move {', '.join(others)} to another folder"
+        )
+
+
+@contextmanager
+def _waiting_ranks() -> Iterator[None]:
+    """Let all ranks wait for the last: none may look for the checkpoint before it is there"""
+    if not is_distributed():
+        yield
+        return
+    # the hashes of a large checkpoint take longer than ranks wait by default
+    group = dist.new_group(backend="gloo", timeout=_WAITING)
+    try:
+        yield
+    finally:
+        dist.barrier(group=group)
+        dist.destroy_process_group(group)
 
 
 def mark_incomplete(model: Module):
@@ -99,6 +152,17 @@ def mark_complete(model: Module):
     """Allow a model to be saved"""
     if hasattr(model, _INCOMPLETE):
         delattr(model, _INCOMPLETE)
+
+
+def check_complete(model: Module):
+    """
+    :raises ValueError: if a run of CATModifier has transformed a part of the model alone
+    """
+    if hasattr(model, _INCOMPLETE):
+        raise ValueError(
+            "CATModifier did not finish: only a part of the model is transformed. Remove the "
+            "cause of its error, load the original model again, and repeat the run"
+        )
 
 
 def _name_arguments(
@@ -122,11 +186,7 @@ def _check(model: PreTrainedModel, options: dict[str, Any]):
     :param options: arguments of ``save_pretrained``
     :raises ValueError: if it cannot
     """
-    if hasattr(model, _INCOMPLETE):
-        raise ValueError(
-            "CATModifier did not finish: only a part of the model is transformed. Remove the "
-            "cause of its error, load the original model again, and repeat the run"
-        )
+    check_complete(model)
     if options.get("push_to_hub"):
         # it would upload the staging folder, and before it is marked
         raise ValueError(
@@ -135,6 +195,11 @@ def _check(model: PreTrainedModel, options: dict[str, Any]):
         )
     if options.get("distributed_checkpoint"):
         raise ValueError("`distributed_checkpoint=True` is not supported by CAT checkpoints")
+    if options.get("variant"):
+        # vLLM would load the files of all variants in a folder, one after the other
+        raise ValueError(
+            "`variant` is not supported by CAT checkpoints: save to a folder of its own"
+        )
     if not any(is_module_quantized(module) for module in model.modules()):
         raise ValueError(
             "The model has CAT transforms, but nothing is quantized: add a "

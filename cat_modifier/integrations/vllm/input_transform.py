@@ -30,7 +30,7 @@ class InputTransform(OnlineTransform):
     :param shard_rank: index of this rank
     :param dtype: dtype of the input
     :param sha256: digest of the tensor; None to skip the check
-    :raises ValueError: if a block, or the Hadamard matrix, does not fit on a rank
+    :raises ValueError: if a block, or the Hadamard matrix, does not fit the input, or a rank
     """
 
     def __init__(
@@ -44,6 +44,11 @@ class InputTransform(OnlineTransform):
         sha256: str | None = None,
     ):
         size = scheme.block_size or 1
+        if input_size % size or input_size % scheme.hadamard_size:
+            raise ValueError(
+                f"{name} does not fit a layer that has {input_size} inputs: config.json is "
+                "damaged, or is that of another checkpoint"
+            )
         if shard_size % size or shard_size % scheme.hadamard_size:
             shards = input_size // shard_size
             raise ValueError(

@@ -87,7 +87,7 @@ def _load_weights(
         loaded = load(remember(), **options)
     except (NotImplementedError, torch.OutOfMemoryError):
         raise
-    except (SafetensorError, JSONDecodeError) as error:
+    except (SafetensorError, JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(
             f"A file of the checkpoint is damaged or incomplete ({error}): `cat-modifier "
             "verify FOLDER` names it"

@@ -34,11 +34,12 @@ from cat_modifier.functional.layout import (
 )
 from cat_modifier.functional.tensor_parallel import largest_tensor_parallel_size
 from cat_modifier.integrations.transformers.saving import (
+    check_complete,
     mark_complete,
     mark_incomplete,
     save_atomically,
 )
-from cat_modifier.modifiers.cat import pipeline
+from cat_modifier.modifiers.cat import pipeline, processor
 from cat_modifier.modifiers.cat.apply import LinearWeights, apply_transforms
 from cat_modifier.modifiers.cat.distributed import gather, rank
 from cat_modifier.modifiers.cat.function_check import FunctionCheck
@@ -58,11 +59,13 @@ from cat_modifier.modifiers.cat.sharding import (
     may_be_sharded,
 )
 from cat_modifier.modifiers.cat.validation import (
+    check_earlier_quantizers,
     check_earlier_transforms,
     check_later_transforms,
     check_quantized,
     check_same_inputs,
     check_shared_pass,
+    clear_schemes_of_failed_run,
     warn_if_not_quantized,
     warn_if_not_served,
 )
@@ -75,6 +78,7 @@ _SAMPLE_SIZE = 64
 """Tokens of each input that are kept, to clip ranges and to predict noise"""
 
 pipeline.register()
+processor.register()
 
 
 class CATModifier(Modifier):
@@ -113,6 +117,7 @@ class CATModifier(Modifier):
 
     - on_initialize
         - find the targeted Linears
+        - remove what an earlier run left on the model if it failed
     - on_calibration_start
         - check the recipe and the model
         - pass one batch through the model, to find value projections
@@ -122,7 +127,8 @@ class CATModifier(Modifier):
         - for each input whose Linears have all run: plan its transform, then apply it
     - on_calibration_end
         - the same for inputs that are left, and for Linears that saw no tokens
-    - on_finalize
+    - on_finalize, also of a run that failed
+        - remove hooks
         - choose the format of integer weights
 
     :param transform_block_size: k, number of input channels that a block of T mixes. Upper
@@ -225,9 +231,11 @@ class CATModifier(Modifier):
         Find the Linears, and choose the pipeline.
 
         :raises ValueError: if there is nothing to transform or to calibrate on, a target
-            cannot be transformed, a later modifier would undo the transforms, or
-            `max_overhead` is set for a model without decoding layers
+            cannot be transformed, an earlier modifier quantizes, a later one would undo the
+            transforms, an earlier run transformed a part of the model, or `max_overhead` is
+            set for a model without decoding layers
         """
+        check_complete(state.model)
         data = state.data.calib
         if data is None:
             raise ValueError("CATModifier needs calibration data: pass a `dataset` to oneshot")
@@ -235,6 +243,8 @@ class CATModifier(Modifier):
             raise ValueError("The calibration dataset is empty")
         self._linears = match_linears(state.model, self.targets, self.ignore)
         check_later_transforms(self)
+        check_earlier_quantizers(self._linears, self)
+        clear_schemes_of_failed_run(state.model, self)
         warn_if_not_quantized(self)
         self._layers = find_decoding_layers(state.model)
         if self.max_overhead is not None and not self._layers:
@@ -300,6 +310,8 @@ class CATModifier(Modifier):
         del self._collector, self._check
 
     def on_finalize(self, state: State, **kwargs) -> bool:
+        # llm-compressor calls this for a run that failed when the next one begins
+        self.remove_hooks()
         for linear in self._linears.values():
             scheme = getattr(linear, "quantization_scheme", None)
             # by default compressed-tensors stores integer weights in 8 bits if activations
@@ -470,11 +482,11 @@ class CATModifier(Modifier):
             self.precision,
             self.max_overhead if unit.layer else None,
         )
+        plan = plan_transforms(inputs, LinearWeights(self._linears), options, unit.layer or "")
         # weights change from here on: a run that fails must not be saved as another model
         setattr(state.model, TRANSFORM_CONFIG_NAME, self._config)
         save_atomically(state.model)
         mark_incomplete(state.model)
-        plan = plan_transforms(inputs, LinearWeights(self._linears), options, unit.layer or "")
         apply_transforms(plan.transforms, self._linears, self._config, self.precision)
         for one in plan.transforms:
             self._transformed.update(one.source.names)

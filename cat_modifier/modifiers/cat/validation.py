@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks that stop a run early, where the modifiers would produce a wrong model."""
+"""Checks that stop a run early, where the modifiers would produce a wrong model, and what an
+earlier run left on it."""
 
 from collections.abc import Mapping
 
 from compressed_tensors import TRANSFORM_CONFIG_NAME
 from compressed_tensors.distributed import is_distributed
-from compressed_tensors.quantization import QuantizationStatus
+from compressed_tensors.quantization import (
+    QuantizationMetadata,
+    QuantizationStatus,
+)
 from compressed_tensors.transform.factory.base import TransformBase
 from compressed_tensors.utils.match import match_name
 from llmcompressor.core import active_session
@@ -24,11 +28,13 @@ from cat_modifier.checkpoint.schema import CATTransformConfig
 from cat_modifier.modifiers.cat.distributed import gather
 
 __all__ = [
+    "check_earlier_quantizers",
     "check_earlier_transforms",
     "check_later_transforms",
     "check_quantized",
     "check_same_inputs",
     "check_shared_pass",
+    "clear_schemes_of_failed_run",
     "warn_if_not_quantized",
     "warn_if_not_served",
 ]
@@ -40,11 +46,9 @@ def check_later_transforms(modifier: Modifier):
 
     :raises ValueError: if one of llm-compressor's transforms follows the modifier
     """
-    modifiers = active_session().lifecycle.recipe.modifiers
-    position = next((i for i, other in enumerate(modifiers) if other is modifier), 0)
     later = [
         type(other).__name__
-        for other in modifiers[position + 1 :]
+        for other in _neighbours(modifier)[1]
         if any(
             base.__module__.startswith("llmcompressor.modifiers.transform.")
             for base in type(other).__mro__
@@ -57,6 +61,41 @@ def check_later_transforms(modifier: Modifier):
         )
 
 
+def check_earlier_quantizers(linears: Mapping[str, Linear], modifier: Modifier):
+    """
+    Check that no earlier modifier quantizes a Linear.
+
+    :raises ValueError: if one does
+    """
+    if not any(isinstance(other, QuantizationMixin) for other in _neighbours(modifier)[0]):
+        return
+    for name, linear in linears.items():
+        if getattr(linear, "quantization_scheme", None) is not None:
+            raise ValueError(
+                f"{name} would be quantized before it is transformed: put "
+                f"{type(modifier).__name__} before the quantization modifier in the recipe"
+            )
+
+
+def clear_schemes_of_failed_run(model: Module, modifier: Modifier):
+    """
+    Remove schemes that another recipe attached, and that were not calibrated.
+
+    llm-compressor replaces the schemes of Linears that the recipe quantizes, and keeps others.
+    Does nothing if an earlier modifier of the recipe may have attached them, or if no later
+    one quantizes.
+    """
+    earlier, later = _neighbours(modifier)
+    if any(isinstance(other, QuantizationMixin) for other in earlier):
+        return
+    if not any(isinstance(other, QuantizationMixin) for other in later):
+        return
+    for module in model.modules():
+        if getattr(module, "quantization_status", None) == QuantizationStatus.INITIALIZED:
+            QuantizationMetadata.clear_quantization(module)
+            delattr(module, "quantization_status")
+
+
 def warn_if_not_quantized(modifier: Modifier):
     """Warn of a recipe that quantizes nothing: a model with transforms alone cannot be saved"""
     modifiers = active_session().lifecycle.recipe.modifiers
@@ -66,6 +105,13 @@ def warn_if_not_quantized(modifier: Modifier):
             f"saved: add a QuantizationModifier or a GPTQModifier after "
             f"{type(modifier).__name__}"
         )
+
+
+def _neighbours(modifier: Modifier) -> tuple[list[Modifier], list[Modifier]]:
+    """Return the modifiers before and after a modifier in the recipe"""
+    modifiers = active_session().lifecycle.recipe.modifiers
+    position = next((i for i, other in enumerate(modifiers) if other is modifier), 0)
+    return modifiers[:position], modifiers[position + 1 :]
 
 
 def check_shared_pass(modifier: Modifier):

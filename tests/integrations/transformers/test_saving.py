@@ -24,9 +24,10 @@ from tiny_models import (
     make_tokens,
     relative_error,
 )
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from cat_modifier import CATModifier
+from cat_modifier.checkpoint.verify import find_damage
 from cat_modifier.integrations.transformers import saving
 from cat_modifier.integrations.transformers.atomic_folder import (
     UnfinishedSaveError,
@@ -110,6 +111,8 @@ def test_what_is_not_supported_is_an_error_that_writes_nothing(request, tmp_path
         model.save_pretrained(target, True, None, True)
     with pytest.raises(ValueError, match="distributed_checkpoint"):
         model.save_pretrained(target, distributed_checkpoint=True)
+    with pytest.raises(ValueError, match="`variant` is not supported"):
+        model.save_pretrained(target, variant="fp16")
     with pytest.raises(TypeError, match="is_main_process"):
         model.save_pretrained(target, True, is_main_process=True)
     assert not target.exists()
@@ -216,6 +219,61 @@ def test_weights_are_kept_if_what_follows_them_cannot_be_written(
     compressed.save_pretrained(tmp_path)
     assert not folder.exists()
     assert relative_error(logits_of(load(tmp_path)), compressed.logits) < 1e-5
+
+
+def run_oneshot(tmp_path: Path, seed: int) -> PreTrainedModel:
+    """Quantize a model with a tokenizer that names the seed, and save both to `saved`"""
+    model = make_model(tmp_path / "model", seed=seed)
+    path = tmp_path / "model" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"made_with": seed}))
+    oneshot(
+        model=model,
+        recipe=[CATModifier(transform_block_size=16), QuantizationModifier(**int_scheme(4, 4))],
+        dataset=make_loader(make_tokens()),
+        output_dir=str(tmp_path / "saved"),
+    )
+    return model
+
+
+def tokenizer_of(folder: Path) -> int:
+    return json.loads((folder / "tokenizer_config.json").read_text())["made_with"]
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
+def test_a_tokenizer_that_oneshot_cannot_save_leaves_the_older_model(
+    tmp_path, monkeypatch, error
+):
+    run_oneshot(tmp_path, seed=0)
+    saved = tmp_path / "saved"
+    older = logits_of(load(saved))
+    save = PreTrainedTokenizerBase.save_pretrained
+
+    def fail(self, folder, *args, **kwargs):
+        if Path(folder).parts[-1] == "model":
+            return save(self, folder, *args, **kwargs)
+        (Path(folder) / "tokenizer_config.json").write_text("half of it")
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerBase, "save_pretrained", fail)
+        with pytest.raises((UnfinishedSaveError, KeyboardInterrupt)):
+            run_oneshot(tmp_path, seed=1)
+    assert torch.equal(logits_of(load(saved)), older)
+    assert tokenizer_of(saved) == 0
+    assert not find_damage(saved)
+    model = run_oneshot(tmp_path, seed=1)
+    assert relative_error(logits_of(load(saved)), logits_of(model)) < 1e-5
+    assert tokenizer_of(saved) == 1
+    assert not find_damage(saved)
+    (saved / "tokenizer.json").unlink()
+    assert find_damage(saved) == ["tokenizer.json is missing"]
+
+
+def test_weights_of_another_checkpoint_are_warned_of(loaded, tmp_path, logs):
+    (tmp_path / "model.fp16.safetensors").write_text("of a variant")
+    loaded.save_pretrained(tmp_path)
+    assert any("move model.fp16.safetensors to another folder" in one for one in logs)
+    assert "model.fp16.safetensors is not of this checkpoint" in find_damage(tmp_path)[0]
 
 
 @pytest.mark.slow
