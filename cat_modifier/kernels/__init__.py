@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels for CPUs and GPUs: the online transform, fused with quantization."""
+"""Kernels: the online transform, fused with quantization; the product of packed weights."""

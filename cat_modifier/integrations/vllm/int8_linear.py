@@ -5,8 +5,8 @@ multiply on int8 matrix units.
 
 No CPU, and no GPU since Hopper, multiplies 4-bit integers. But 4-bit integers are valid
 8-bit operands, and their products are accumulated exactly in int32: W4A4 computed with an
-int8 product is W4A4 to the last bit. Weights are kept in int8, one byte a weight, unless
-vLLM is asked to keep them packed.
+int8 product is W4A4 to the last bit. On CPUs 4-bit weights stay packed in memory, two in a
+byte; on GPUs, only if vLLM is asked to keep them packed.
 """
 
 from collections.abc import Callable
@@ -30,6 +30,7 @@ from cat_modifier.integrations.vllm.compat import (
     LinearMethodBase,
     ModelWeightParameter,
     PackedvLLMParameter,
+    current_platform,
     get_current_vllm_config_or_none,
     init_logger,
     register_weight_loader_v2_supported_method,
@@ -38,6 +39,7 @@ from cat_modifier.integrations.vllm.kernels import Int8Kernel, choose_kernel
 from cat_modifier.integrations.vllm.registry import TransformedInput, TransformRegistry
 from cat_modifier.integrations.vllm.unloaded import check_loaded, fill_unloaded
 from cat_modifier.kernels.ops import quantize, warm_up
+from cat_modifier.kernels.packed import why_unavailable
 
 __all__ = ["Int8LinearMethod", "Integers", "keeps_packed"]
 
@@ -152,18 +154,38 @@ class Integers:
 
 def keeps_packed(integers: Integers) -> bool:
     """
-    Whether weights stay packed in memory, as vLLM's option
+    Whether weights stay packed in memory: by default on CPUs, or as vLLM's option
     `--additional-config '{"cat_weights": "int4"}'` asks for.
+
+    :raises ValueError: if the option has another value
+    :raises RuntimeError: if the option asks for what this machine cannot compile
     """
     config = get_current_vllm_config_or_none()
     options = config.additional_config if config is not None else {}
-    choice = options.get(_OPTION, "int8") if isinstance(options, dict) else "int8"
-    if choice not in ("int4", "int8"):
+    choice = options.get(_OPTION) if isinstance(options, dict) else None
+    if choice not in (None, "int4", "int8"):
         raise ValueError(
             f"`{_OPTION}` of `--additional-config` must be int4, which takes less memory, or "
-            f"int8, which is faster, not {choice!r}"
+            f"int8, not {choice!r}"
         )
-    return choice == "int4" and integers.weight_bits == 4
+    if integers.weight_bits != 4 or choice == "int8":
+        return False
+    if not current_platform.is_cpu():
+        return choice == "int4"
+    reason = why_unavailable()
+    if reason is None:
+        return True
+    if choice == "int4":
+        raise RuntimeError(
+            f"The product of packed weights cannot be compiled here ({reason}): install g++, "
+            f"or leave out `{_OPTION}` of `--additional-config`"
+        )
+    logger.warning_once(
+        "4-bit weights take 8 bits each in memory, and decoding takes longer: the "
+        "product of packed weights cannot be compiled here (%s): install g++",
+        reason,
+    )
+    return False
 
 
 @register_weight_loader_v2_supported_method

@@ -9,12 +9,14 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from cat_modifier.integrations.vllm.compat import current_platform, ops, replace_parameter
+from cat_modifier.kernels import packed
 
 __all__ = [
     "CutlassInt8Kernel",
     "Int8Kernel",
     "OneDNNInt8Kernel",
     "PackedInt4Kernel",
+    "UnpackingInt4Kernel",
     "choose_kernel",
 ]
 
@@ -79,6 +81,10 @@ class Int8Kernel(ABC):
         if not self.symmetric:
             layer.azp_adj = Parameter(sums, requires_grad=False)
 
+    def _scaled_sums(self, weight: Tensor, scale: Tensor) -> Tensor:
+        """Sum W over the input channels and multiply by the scale: shape (1, out), float32"""
+        return (weight.sum(dim=1, dtype=torch.float32) * scale.squeeze(1)).unsqueeze(0)
+
 
 class OneDNNInt8Kernel(Int8Kernel):
     """
@@ -96,14 +102,40 @@ class OneDNNInt8Kernel(Int8Kernel):
         # the handler points to the memory of this tensor. A weight reload copies it into the
         # older parameter: keep it alive
         self._scale_of_handler = scale
-        sums = weight.sum(dim=1, dtype=torch.float32) * scale.squeeze(1)
-        self._replace(layer, weight.new_empty(0), sums.unsqueeze(0))
+        sums = self._scaled_sums(weight, scale)
+        self._replace(layer, weight.new_empty(0), sums)
 
     def apply(self, layer, x, scale, zero_point, bias):
         out = torch.empty((x.shape[0], self.handler.n), dtype=self.out_dtype)
         correction = None if zero_point is None else layer.azp_adj
         ops.onednn_scaled_mm(self.handler, x, out, scale, zero_point, correction, bias)
         return out
+
+
+class PackedInt4Kernel(Int8Kernel):
+    """
+    This package's product for 4-bit weights on CPUs: the bits that :class:`OneDNNInt8Kernel`
+    returns, from half the memory.
+
+    W is packed as :func:`cat_modifier.kernels.packed.pack` does. ``azp_adj`` is multiplied by
+    the scale.
+    """
+
+    def process_weights(self, layer, weight):
+        sums = self._scaled_sums(weight, layer.weight_scale.data)
+        self._replace(layer, packed.pack(weight), sums)
+
+    def apply(self, layer, x, scale, zero_point, bias):
+        return torch.ops.cat_modifier.packed_product(
+            x,
+            scale,
+            zero_point,
+            getattr(layer, self.weight_name),
+            layer.weight_scale,
+            None if zero_point is None else layer.azp_adj,
+            bias,
+            self.out_dtype,
+        )
 
 
 class CutlassInt8Kernel(Int8Kernel):
@@ -138,10 +170,10 @@ class CutlassInt8Kernel(Int8Kernel):
         )
 
 
-class PackedInt4Kernel(Int8Kernel):
+class UnpackingInt4Kernel(Int8Kernel):
     """
-    Unpacks 4-bit weights to int8 before each product, on CPUs and NVIDIA GPUs: half the
-    memory of the other kernels, for more time.
+    Unpacks 4-bit weights to int8 before each product, on NVIDIA GPUs: half the memory of
+    :class:`CutlassInt8Kernel`, for more time.
 
     W has shape (out, in / 2), int8: the even channel in the low half of a byte.
     """
@@ -161,9 +193,9 @@ class PackedInt4Kernel(Int8Kernel):
         self._replace(layer, (low & 0xF) | (high << 4), sums)
 
     def apply(self, layer, x, scale, zero_point, bias):
-        packed = getattr(layer, self.weight_name)
+        weight = getattr(layer, self.weight_name)
         # shifting left and back extends the sign
-        halves = (packed << 4) >> 4, packed >> 4
+        halves = (weight << 4) >> 4, weight >> 4
         weight = torch.stack(halves, -1).flatten(1)
         tokens = x.shape[0]
         if x.is_cuda:
@@ -184,13 +216,14 @@ def choose_kernel(keeps_packed: bool = False) -> type[Int8Kernel]:
     :param keeps_packed: whether 4-bit weights stay packed in memory
     :raises NotImplementedError: if there is none
     """
-    is_known = current_platform.is_cpu() or current_platform.is_cuda()
-    if keeps_packed and is_known:
-        return PackedInt4Kernel
     if current_platform.is_cpu():
+        if keeps_packed:
+            return PackedInt4Kernel
         # read once, at the first product of the process
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _PRODUCTS)
         return OneDNNInt8Kernel
+    if current_platform.is_cuda() and keeps_packed:
+        return UnpackingInt4Kernel
     # Blackwell has no int8 matrix products in vLLM
     if current_platform.is_cuda() and not current_platform.has_device_capability(100):
         return CutlassInt8Kernel

@@ -1,19 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Integer activations: quantized as compressed-tensors does, and multiplied exactly"""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs, fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 
 from cat_modifier.checkpoint.schema import CATTransformConfig
-from cat_modifier.integrations.vllm.int8_linear import Int8LinearMethod, Integers
+from cat_modifier.integrations.vllm import int8_linear
+from cat_modifier.integrations.vllm.int8_linear import (
+    Int8LinearMethod,
+    Integers,
+    keeps_packed,
+)
 from cat_modifier.integrations.vllm.kernels import (
     OneDNNInt8Kernel,
     PackedInt4Kernel,
+    UnpackingInt4Kernel,
     choose_kernel,
 )
 from cat_modifier.integrations.vllm.registry import TransformRegistry
+from cat_modifier.kernels import packed
 from cat_modifier.kernels.ops import quantize
 
 
@@ -42,10 +51,25 @@ def test_quantization_is_that_of_compressed_tensors(bits, symmetric, shift):
     assert torch.allclose(shifted * scales, expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def packed_product():
+    assert packed.why_unavailable() is None
+
+
+def make_product(kernel, symmetric, weight, scale, dtype):
+    """The product as a function of its operands and a bias"""
+    layer = torch.nn.Module()
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    layer.weight_scale = torch.nn.Parameter(scale, requires_grad=False)
+    kernel = kernel("weight", symmetric, dtype)
+    kernel.process_weights(layer, weight)
+    return lambda *operands: kernel.apply(layer, *operands)
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("shape", [(1, 64, 32), (7, 576, 192), (130, 1536, 64)])
-@pytest.mark.parametrize("kernel", [OneDNNInt8Kernel, PackedInt4Kernel])
+@pytest.mark.parametrize("kernel", [OneDNNInt8Kernel, PackedInt4Kernel, UnpackingInt4Kernel])
 def test_product_is_exact(symmetric, with_bias, shape, kernel):
     tokens, inputs, outputs = shape
     torch.manual_seed(0)
@@ -55,18 +79,74 @@ def test_product_is_exact(symmetric, with_bias, shape, kernel):
     bias = torch.randn(outputs) if with_bias else None
     q, scales, zero_points = quantize(x, 4, symmetric)
 
-    assert choose_kernel(kernel is PackedInt4Kernel) is kernel
-    layer = torch.nn.Module()
-    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
-    layer.weight_scale = torch.nn.Parameter(scale, requires_grad=False)
-    kernel = kernel("weight", symmetric, torch.float32)
-    kernel.process_weights(layer, weight)
+    product = make_product(kernel, symmetric, weight, scale, torch.float32)
     shifted = q.double() - (0 if zero_points is None else zero_points)
     expected = scales * (shifted @ weight.double().T) * scale.T
     if bias is not None:
         expected = expected + bias
-    found = kernel.apply(layer, q, scales, zero_points, bias)
+    found = product(q, scales, zero_points, bias)
     assert (found - expected).norm() / expected.norm() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_packed_weights_do_not_change_a_bit(dtype, bits, symmetric, with_bias):
+    generator = torch.Generator().manual_seed(0)
+    for tokens, inputs, outputs in (
+        (1, 2048, 512),
+        (3, 37, 21),
+        (13, 576, 192),
+        (33, 2048, 97),
+        (300, 5001, 83),
+    ):
+        weight = torch.randint(-8, 8, (outputs, inputs), generator=generator).to(torch.int8)
+        weight[0], weight[1] = -8, 7
+        scale = torch.rand(outputs, 1, generator=generator) / 100 + 1e-3
+        x = torch.randn(tokens, inputs, generator=generator) + 0.5
+        x[0] = 1
+        bias = torch.randn(outputs, generator=generator).to(dtype) if with_bias else None
+        operands = (*quantize(x, bits, symmetric), bias)
+        found, expected = (
+            make_product(kernel, symmetric, weight, scale.clone(), dtype)(*operands)
+            for kernel in (PackedInt4Kernel, OneDNNInt8Kernel)
+        )
+        assert found.dtype == dtype and torch.equal(found, expected)
+
+
+W4A4, W8A8 = Integers(4, 4, False, True), Integers(8, 8, False, True)
+
+
+def test_which_weights_stay_packed(monkeypatch):
+    options = {}
+    config = SimpleNamespace(additional_config=options)
+    monkeypatch.setattr(int8_linear, "get_current_vllm_config_or_none", lambda: config)
+    assert keeps_packed(W4A4) and not keeps_packed(W8A8)
+    assert choose_kernel(True) is PackedInt4Kernel and choose_kernel() is OneDNNInt8Kernel
+    for choice in ("int4", "int8"):
+        options["cat_weights"] = choice
+        assert keeps_packed(W4A4) == (choice == "int4") and not keeps_packed(W8A8)
+    options["cat_weights"] = "int2"
+    with pytest.raises(ValueError, match="`cat_weights` .* must be int4"):
+        keeps_packed(W4A4)
+
+
+def test_without_a_compiler_the_log_says_what_is_used(monkeypatch):
+    options, log = {}, []
+    config = SimpleNamespace(additional_config=options)
+    monkeypatch.setattr(int8_linear, "get_current_vllm_config_or_none", lambda: config)
+    monkeypatch.setattr(
+        int8_linear.logger, "warning_once", lambda text, *args: log.append(text % args)
+    )
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(int8_linear, "why_unavailable", packed.why_unavailable.__wrapped__)
+    assert not keeps_packed(W8A8) and not log
+    assert not keeps_packed(W4A4)
+    assert "weights take 8 bits each in memory" in log[0] and "no-such-compiler" in log[0]
+    options["cat_weights"] = "int4"
+    with pytest.raises(RuntimeError, match="no-such-compiler.*: install g[+][+]"):
+        keeps_packed(W4A4)
 
 
 class Layer(torch.nn.Module):

@@ -157,7 +157,7 @@ def test_hundreds_of_requests_and_a_killed_worker(checkpoints, tmp_path):
         os.kill(workers[0], signal.SIGKILL)
         process.wait(timeout=60)  # the server ends, so that a supervisor can restart it
     log = (tmp_path / "first.log").read_text()
-    assert "OneDNNInt8Kernel for W4A4" in log
+    assert "PackedInt4Kernel for W4A4" in log
 
     async def ask(url: str) -> list[str]:
         client = AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=300)

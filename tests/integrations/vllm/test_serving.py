@@ -55,7 +55,7 @@ def test_perplexity_of_the_real_model_is_that_in_transformers(
     assert chance < 0.015
     assert abs(difference.mean().item()) < 0.01 + 2 * chance
     assert result["quantization"] == "cat-modifier"
-    assert "OneDNNInt8Kernel for W4A4 integers (activations: 4 bits" in result["log"]
+    assert "PackedInt4Kernel for W4A4 integers (activations: 4 bits" in result["log"]
 
 
 def test_prefix_caching_and_chunked_prefill(checkpoints):
@@ -99,18 +99,34 @@ def test_stock_checkpoints_are_served_with_4_bit_activations_if_asked(checkpoint
     assert sqnr_db(logprobs(result), expected) > 40
 
 
-def test_weights_can_stay_packed_in_memory(checkpoints):
-    folder = checkpoints / "llama-w4a4-biases"
-    ids, expected = reference(folder)
-    options = {"dtype": "float32", "additional_config": {"cat_weights": "int4"}}
-    result = serve(folder, ids, options=options)
-    assert not result["error"], result["log"]
-    assert "PackedInt4Kernel" in result["log"]
-    assert "weights take 4 bits each" in result["log"]
-    assert sqnr_db(logprobs(result), expected) > 40
+@pytest.mark.parametrize(
+    "name, dtype",
+    [
+        ("smollm2-w4a4", "bfloat16"),
+        ("llama-w4a4-biases", "float32"),
+        ("llama-w4a8", "float32"),
+    ],
+)
+def test_packed_weights_do_not_change_a_bit(checkpoints, name, dtype):
+    ids, _ = reference(checkpoints / name)
+    prompts = [ids[0][:2], ids[1][:9], *(one[:200] for one in ids[:4])]
+    results = {}
+    for config, kernel, bits in (
+        ({}, "PackedInt4Kernel", 4),
+        ({"cat_weights": "int8"}, "OneDNNInt8Kernel", 8),
+    ):
+        options = {"dtype": dtype, "additional_config": config}
+        result = serve(checkpoints / name, prompts, options=options)
+        assert not result["error"], result["log"]
+        assert f"Using {kernel} for W4A" in result["log"]
+        assert f"weights take {bits} bits each" in result["log"]
+        results[bits] = result["logprobs"]
+    assert results[4] == results[8]
 
-    options["additional_config"] = {"cat_weights": "int2"}
-    result = serve(folder, ids, options=options)
+
+def test_another_number_of_bits_in_memory_is_refused(checkpoints):
+    options = {"additional_config": {"cat_weights": "int2"}}
+    result = serve(checkpoints / "llama-w4a4-biases", [[3, 4, 5]], options=options)
     assert result["error"]
     assert "`cat_weights` of `--additional-config` must be int4" in result["log"]
 
