@@ -51,6 +51,11 @@ SERVED_FAMILIES = {
     },
     # Linears that the checkpoint holds merged
     "glm4": {"model_type": "glm4", "partial_rotary_factor": 0.5},
+    "phi3": {"model_type": "phi3", "sliding_window": None},
+    # norms before and after, or after alone; local attention; multipliers
+    "gemma3": {"model_type": "gemma3_text", "layer_types": ["sliding_attention"] * 2},
+    "olmo2": {"model_type": "olmo2"},
+    "granite": {"model_type": "granite", "residual_multiplier": 0.5},
     # merged by vLLM, which does not say so
     "stablelm": {"model_type": "stablelm"},
     "gptj": {"model_type": "gptj", "rotary_dim": 16},

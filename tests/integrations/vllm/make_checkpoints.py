@@ -99,6 +99,10 @@ TINY_CASES = {
     # vLLM's kernel for CPUs takes bfloat16 alone
     "llama-w4a16": ({"dtype": torch.bfloat16}, int_scheme(4, None), {}),
     "glm4-w4a4": ({"family": "glm4"}, W4A4, {}),
+    "phi3-w4a4": ({"family": "phi3"}, W4A4, {}),
+    "gemma3-w4a4": ({"family": "gemma3"}, W4A4, {}),
+    "olmo2-w4a4": ({"family": "olmo2"}, W4A4, {}),
+    "granite-w4a4": ({"family": "granite"}, W4A4, {}),
     "stablelm-w4a8": ({"family": "stablelm"}, int_scheme(4, 8), {}),
     "gptj-w4a4": ({"family": "gptj"}, W4A4, {}),
     "deepseek-w4a4": (

@@ -166,6 +166,10 @@ FAMILIES = {
     # vLLM's rotary operator for CPUs is wrong for this attention, with any checkpoint
     "deepseek-w4a4": {"compilation_config": {"custom_ops": ["none"]}},
     "glm4-w4a4": {},
+    "phi3-w4a4": {},
+    "gemma3-w4a4": {},
+    "olmo2-w4a4": {},
+    "granite-w4a4": {},
     "stablelm-w4a8": {},
     "gptj-w4a4": {},
     "gemma4-w4a4": {},
