@@ -25,40 +25,45 @@ BARS = {
     "Hadamard, GPTQ": "W4A4 Hadamard GPTQ, dampening 0.1",
     "CAT": "W4A4 CAT RTN",
     "CAT, GPTQ": "W4A4 CAT, alignment_strength 0.75 GPTQ, dampening 0.1",
-    "CAT, trained": "W4A4 CAT, trained RTN",
 }
 """Rows of the results by their label"""
 
-TEXTS = {"documentation": "text like the calibration's", "news": "text of another kind"}
+MODELS = ("SmolLM2-135M-Instruct", "its rotated twin, which is harder")
+TEXT = "news"
 
 # greys and colours of enough contrast on white and on near-black; Okabe-Ito blue for CAT
 INK, OTHERS, CAT = "#747c86", "#9a9fa6", "#2f8fd0"
 
 
-def draw(axes: Axes, rows: dict[str, dict], text: str):
-    """
-    Draw one bar per model, from the perplexity of bf16 to that of the model.
+def perplexity(row: dict) -> float:
+    """Mean over seeds and windows"""
+    losses = [loss for one in row.values() for loss in one[TEXT]["loss"]]
+    return math.exp(sum(losses) / len(losses))
 
-    :param rows: results by name, each by text
-    :param text: key of ``TEXTS``
+
+def draw(axes: Axes, rows: dict[str, dict], title: str):
     """
-    reference = rows["bf16"][text]["perplexity"]
-    loss = math.log(rows[BARS["Hadamard"]][text]["perplexity"] / reference)
+    Draw one bar per recipe, from the perplexity of bf16 to that of the quantized model.
+
+    :param rows: results of a model by name, each by seed
+    """
+    reference = perplexity(rows["bf16"])
+    loss = math.log(perplexity(rows[BARS["Hadamard"]]) / reference)
     # without a transform the loss is several times that with Hadamard: its bar is cut off
     end = reference * math.exp(1.45 * loss)
     for position, (label, name) in enumerate(BARS.items()):
-        perplexity = rows[name][text]["perplexity"]
+        value = perplexity(rows[name])
         colour = CAT if label.startswith("CAT") else OTHERS
-        length = min(perplexity, end) - reference
+        length = min(value, end) - reference
         axes.barh(position, length, left=reference, height=0.64, color=colour)
-        returned = 1 - math.log(perplexity / reference) / loss
-        shown = f"{perplexity:.1f}"
+        returned = 1 - math.log(value / reference) / loss
+        shown = f"{value:.1f}"
         if returned > 0:
             shown += f"   {returned:.0%} back"
-        is_cut = perplexity > end
+        is_cut = value > end
         axes.annotate(
-            f"{perplexity:.0f}, off the scale \N{RIGHTWARDS ARROW}" if is_cut else shown,
-            (min(perplexity, end), position),
+            f"{value:.0f}, off the scale \N{RIGHTWARDS ARROW}" if is_cut else shown,
+            (min(value, end), position),
             xytext=(-5 if is_cut else 5, 0),
             textcoords="offset points",
             ha="right" if is_cut else "left",
@@ -71,7 +76,7 @@ def draw(axes: Axes, rows: dict[str, dict], text: str):
     axes.set_xlim(reference, end)
     axes.set_yticks(range(len(BARS)), list(BARS))
     axes.set_title(
-        f"{TEXTS[text]} (bf16: {reference:.1f})",
+        f"{title} (bf16: {reference:.1f})",
         color=INK,
         fontsize=11,
         loc="left",
@@ -89,16 +94,16 @@ def main():
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
 
-    rows = json.loads(args.results.read_text())["rows"]
+    models = json.loads(args.results.read_text())["models"]
     # the same file each time
     plt.rcParams.update({"svg.hashsalt": "accuracy", "font.size": 10.5})
     figure, columns = plt.subplots(1, 2, figsize=(9.6, 2.7), sharey=True, layout="constrained")
-    for axes, text in zip(columns, TEXTS, strict=True):
-        draw(axes, rows, text)
+    for axes, rows, title in zip(columns, models.values(), MODELS, strict=True):
+        draw(axes, rows, title)
     columns[0].invert_yaxis()  # both share it
     columns[1].tick_params(axis="y", labelleft=False)
     figure.suptitle(
-        "Perplexity at W4A4 (log scale from bf16), and how much of Hadamard's loss comes back",
+        "Perplexity on news at W4A4 (log scale), and how much of Hadamard's loss comes back",
         color=INK,
         fontsize=11.5,
         x=0.01,
