@@ -217,11 +217,9 @@ def choose_kernel(keeps_packed: bool = False) -> type[Int8Kernel]:
     :raises NotImplementedError: if there is none
     """
     if current_platform.is_cpu():
-        if keeps_packed:
-            return PackedInt4Kernel
-        # read once, at the first product of the process
+        # read once, at the first product of the process: also those of online transforms
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _PRODUCTS)
-        return OneDNNInt8Kernel
+        return PackedInt4Kernel if keeps_packed else OneDNNInt8Kernel
     if current_platform.is_cuda() and keeps_packed:
         return UnpackingInt4Kernel
     # Blackwell has no int8 matrix products in vLLM
