@@ -76,7 +76,8 @@ def analyze(
         str,
         typer.Option(
             help="Text: id on the Hub (or id:configuration); a .txt, .md, .json, .jsonl, .csv "
-            "or .parquet file; or pydoc-topics, the documentation of Python."
+            "or .parquet file; pydoc-topics, the documentation of Python; or python-mixed, "
+            "text of four kinds of the Python installation."
         ),
     ] = "pydoc-topics",
     split: Annotated[

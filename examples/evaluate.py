@@ -61,7 +61,8 @@ def main():
         "--dataset",
         default=EMBEDDED,
         help="id on the Hub (or id:configuration); a .txt, .md, .json, .jsonl, .csv or "
-        ".parquet file; or pydoc-topics, the documentation of Python",
+        ".parquet file; pydoc-topics, the documentation of Python; or python-mixed, text of "
+        "four kinds of the Python installation",
     )
     parser.add_argument(
         "--split",

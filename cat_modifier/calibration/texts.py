@@ -2,6 +2,9 @@
 """Texts to calibrate and to evaluate on, as windows of tokens."""
 
 import pydoc_data.topics
+import random
+import sysconfig
+from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
@@ -9,10 +12,20 @@ from loguru import logger
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-__all__ = ["EMBEDDED", "load_texts", "windows"]
+__all__ = ["EMBEDDED", "MIXED", "load_texts", "windows"]
 
 EMBEDDED = "pydoc-topics"
 """English text of the Python installation: 150 kB, no download"""
+
+MIXED = "python-mixed"
+"""
+Text of several kinds that every Python installation has: its documentation, the READMEs and
+licences of the installed packages, and the code of the standard library. No download; which
+READMEs and licences there are depends on the environment
+"""
+
+_LONGEST = 6000
+"""Characters that are taken of one text, so that a window of tokens has few texts"""
 
 _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 """File suffixes to loaders of the datasets library"""
@@ -22,19 +35,24 @@ def load_texts(dataset: str, split: str, column: str = "text") -> list[str]:
     """
     Read texts to calibrate or evaluate on.
 
-    :param dataset: ``pydoc-topics``; a text file (.txt, .md); a file with a column of texts
-        (.json, .jsonl, .csv, .parquet); or a dataset of the Hugging Face Hub, ``id`` or
-        ``id:configuration``
+    :param dataset: ``pydoc-topics`` or ``python-mixed``; a text file (.txt, .md); a file with
+        a column of texts (.json, .jsonl, .csv, .parquet); or a dataset of the Hugging Face Hub,
+        ``id`` or ``id:configuration``
     :param split: split of a dataset of the Hub, see ``datasets.load_dataset``. The
         ``train`` split of pydoc-topics is one half of the topics, any other split the other
-        half. Files have no splits
+        half; so with each kind of python-mixed. Files have no splits
     :param column: column with the texts
     :raises ValueError: if the dataset cannot be read
     """
     if dataset == EMBEDDED:
-        topics = [text for _, text in sorted(pydoc_data.topics.topics.items())]
-        middle = len(topics) // 2
-        return topics[:middle] if split == "train" else topics[middle:]
+        return _half(_topics(), split)
+    if dataset == MIXED:
+        topics = list(dict.fromkeys(_topics()))  # two of them have one text
+        kinds = [_half(kind, split) for kind in (topics, _readmes(), _licences(), _code())]
+        for kind in kinds:
+            random.Random(0).shuffle(kind)
+        # equal shares, also of the first few
+        return [text[:_LONGEST] for texts in zip(*kinds, strict=False) for text in texts]
 
     from datasets import load_dataset
 
@@ -91,3 +109,37 @@ def windows(
     if found < count:
         logger.info(f"The texts fill {found} windows of {length} tokens, not {count}")
     return torch.tensor(ids[: found * length]).view(found, length)
+
+
+def _half(texts: list[str], split: str) -> list[str]:
+    middle = len(texts) // 2
+    return texts[:middle] if split == "train" else texts[middle:]
+
+
+def _topics() -> list[str]:
+    return [text for _, text in sorted(pydoc_data.topics.topics.items())]
+
+
+def _readmes() -> list[str]:
+    """READMEs of the installed packages, by the names of the packages"""
+    found = {one.name: one.metadata.json.get("description") for one in distributions()}
+    return [
+        str(text) for _, text in sorted(found.items()) if text and len(text) > _LONGEST // 2
+    ]
+
+
+def _licences() -> list[str]:
+    """Licences of the installed packages, each text once"""
+    found = set()
+    for one in distributions():
+        for path in one.files or []:
+            if path.name.upper().startswith(("LICEN", "COPYING", "NOTICE")):
+                file = Path(str(path.locate()))
+                if file.is_file():
+                    found.add(file.read_text(errors="ignore"))
+    return sorted(found)
+
+
+def _code() -> list[str]:
+    folder = Path(sysconfig.get_path("stdlib"))
+    return [file.read_text(errors="ignore") for file in sorted(folder.glob("*.py"))]

@@ -37,7 +37,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cat_modifier
 from cat_modifier.analysis.allocation import config_group
-from cat_modifier.calibration.texts import EMBEDDED, load_texts, windows
+from cat_modifier.calibration.texts import EMBEDDED, MIXED, load_texts, windows
 
 ROOT = Path(__file__).parents[2]
 IGNORE = ["re:.*lm_head"]
@@ -116,16 +116,17 @@ def make_recipe(scheme: str, row: str) -> str:
     return yaml.safe_dump({"quant_stage": {"quant_modifiers": modifiers}}, sort_keys=False)
 
 
-def make_checkpoint(model: str, folder: Path, content: str, seed: int):
+def make_checkpoint(model: str, folder: Path, content: str, calibration: str, seed: int):
     """
     Quantize a model in a process of its own, as users do.
 
     :param content: the recipe
+    :param calibration: name of the calibration text
     :param seed: order of the calibration texts, and with it the windows that are taken
     """
     recipe, texts = folder / "recipe.yaml", folder / "texts.jsonl"
     recipe.write_text(content)
-    rows = [json.dumps({"text": text}) for text in load_texts(EMBEDDED, "train")]
+    rows = [json.dumps({"text": text}) for text in load_texts(calibration, "train")]
     random.Random(seed).shuffle(rows)
     texts.write_text("\n".join(rows))
     command = [sys.executable, str(ROOT / "examples" / "quantize.py"), model]
@@ -248,6 +249,7 @@ def main():
         type=lambda text: text.split("=", 1),
         help="more rows, as `4.5-bit CAT RTN=mixed.yaml`",
     )
+    parser.add_argument("--calibration", choices=(EMBEDDED, MIXED), default=EMBEDDED)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--samples", type=int, default=16, help="windows of each text")
     parser.add_argument("--json", type=Path, required=True)
@@ -256,6 +258,7 @@ def main():
     packages = (torch, transformers, compressed_tensors, llmcompressor, cat_modifier)
     result = {
         "tokens of each text": args.samples * 512,
+        "calibration": args.calibration,
         "versions": {package.__name__: package.__version__ for package in packages},
         "models": {},
     }
@@ -282,16 +285,18 @@ def main():
 
     for model in args.models:
         rows = result["models"].setdefault(Path(model).name, {})
-        measure_model(model, recipes, args.seeds, args.samples, held_out, rows, save)
+        texts = {"calibration": args.calibration, "held_out": held_out}
+        measure_model(model, recipes, args.seeds, args.samples, rows, save, **texts)
     for name, rows in result["models"].items():
         show(name, rows)
 
 
-def measure_model(model, recipes, seeds, samples, held_out, rows, save):
+def measure_model(model, recipes, seeds, samples, rows, save, calibration, held_out):
     """
     Measure what is missing of a model.
 
     :param recipes: recipes by row
+    :param calibration: name of the calibration text
     :param held_out: texts by kind
     :param rows: receives the results
     :param save: called after each
@@ -317,7 +322,7 @@ def measure_model(model, recipes, seeds, samples, held_out, rows, save):
         print(model, name, f"seed {seed}", file=sys.stderr)
         with TemporaryDirectory() as folder:
             try:
-                make_checkpoint(model, Path(folder), recipes[name], int(seed))
+                make_checkpoint(model, Path(folder), recipes[name], calibration, int(seed))
             except subprocess.CalledProcessError as error:
                 raise SystemExit(f"{name}:\n{error.stderr[-3000:]}") from error
             quantized = load(Path(folder) / "checkpoint")
