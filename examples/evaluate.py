@@ -67,7 +67,7 @@ def main():
     parser.add_argument(
         "--split",
         default="test",
-        help="split of a dataset on the Hub; of pydoc-topics, train and test are one half each",
+        help="split of a dataset on the Hub; of the last two, train and test are one half each",
     )
     parser.add_argument("--column", default="text", help="column that holds the text")
     parser.add_argument("--samples", type=int, default=48, help="windows to evaluate on")

@@ -16,7 +16,7 @@ from llmcompressor import oneshot
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cat_modifier
-from cat_modifier.calibration.texts import EMBEDDED, load_texts, windows
+from cat_modifier.calibration.texts import MIXED, load_texts, windows
 from cat_modifier.model_path import check_model
 
 
@@ -41,7 +41,7 @@ def main():
     parser.add_argument("--output", required=True, help="folder for the checkpoint")
     parser.add_argument(
         "--dataset",
-        default=EMBEDDED,
+        default=MIXED,
         help="id on the Hub (or id:configuration); a .txt, .md, .json, .jsonl, .csv or "
         ".parquet file; pydoc-topics, the documentation of Python; or python-mixed, text of "
         "four kinds of the Python installation",
@@ -49,7 +49,7 @@ def main():
     parser.add_argument(
         "--split",
         default="train",
-        help="split of a dataset on the Hub; of pydoc-topics, train and test are one half each",
+        help="split of a dataset on the Hub; of the last two, train and test are one half each",
     )
     parser.add_argument("--column", default="text", help="column that holds the text")
     parser.add_argument("--samples", type=int, default=64, help="windows to calibrate on")

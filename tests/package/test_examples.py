@@ -50,7 +50,8 @@ def test_help_says_what_datasets_can_be_and_the_defaults(run, capsys, script, sp
     with pytest.raises(SystemExit):
         run(script, "--help")
     text = " ".join(capsys.readouterr().out.split())
-    for part in (".txt", ".parquet", "pydoc-topics", f"(default: {split})", "(default: 512)"):
+    parts = (".txt", ".parquet", "pydoc-topics", "python-mixed")
+    for part in (*parts, f"(default: {split})", "(default: 512)"):
         assert part in text
 
 
