@@ -131,7 +131,7 @@ def few_mutations() -> list[Mutation]:
     """List mutations of most kinds and of each kind of part"""
     by_part: dict[tuple, Mutation] = {}
     for one in mutations():
-        if one.kind.endswith("doubled") or any(
+        if one.kind in ("field of the model removed", "field of the model doubled") or any(
             f".{name}." in one.part for name in ("v_proj", "o_proj", "gate_proj", "up_proj")
         ):
             continue
@@ -208,11 +208,13 @@ def _of_field(path: tuple) -> Iterator[Mutation]:
         return Mutation(
             f"{where} {what}",
             ".".join(map(str, path[1:] if is_ours else path)),
-            "|".join(map(re.escape, names)) if is_ours else f"{_words(names)}|{_MISFIT}",
+            "|".join(map(re.escape, names)) if is_ours else f"{_words(names)}|{_MISFITS}",
             change,
             # of these, readers check what decides the shape of a tensor. Transformers warns
             # of a quantization method that it does not know, and loads without it
             needs_verify=not is_ours or path[1:] == ("quant_method",),
+            # of a head size, by vLLM when the model runs first
+            library="Unsupported CPU attention configuration: head_dim",
         )
 
     yield mutation("removed")
@@ -228,8 +230,12 @@ def _of_field(path: tuple) -> Iterator[Mutation]:
         yield mutation("changed", f"{value}x")
 
 
-_MISFIT = r"\w+(\.\w+)+ (has shape|does not fit|is missing|has \d+ inputs)"
-"""What says a tensor of which the shape, or the place, is another one"""
+_MISFITS = (
+    r"\w+(\.\w+)+ (has shape|does not fit|is missing|has \d+ inputs)|config\.json is damaged"
+    "|num_kv_heads|not initialized from checkpoint"
+)
+"""What is said of a tensor that does not fit the model, or of a model that cannot be made;
+vLLM's name of num_key_value_heads"""
 
 
 def _words(names: set[str]) -> str:

@@ -23,7 +23,7 @@ from cat_modifier.integrations.vllm.lora import note_fused
 __all__ = ["add_load_checks"]
 
 _MISFIT = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError)
-"""What vLLM raises for a tensor that has no place, or another shape"""
+"""What vLLM raises for a config or a tensor that does not fit the model"""
 
 
 def add_load_checks():
@@ -36,9 +36,21 @@ def add_load_checks():
 
 
 def _create_model(create: Callable, loader: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    model = create(*args, **kwargs)
     vllm_config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
-    if isinstance(vllm_config.quant_config, CATCompressedTensorsConfig):
+    is_cat = isinstance(vllm_config.quant_config, CATCompressedTensorsConfig)
+    try:
+        model = create(*args, **kwargs)
+    except (NotImplementedError, torch.OutOfMemoryError):
+        raise
+    except _MISFIT as error:
+        if not is_cat:
+            raise
+        raise ValueError(
+            f"vLLM cannot make the model of config.json ({type(error).__name__}: {error}): "
+            "config.json is damaged, or vLLM does not serve this model here. `cat-modifier "
+            "verify FOLDER` tells which"
+        ) from error
+    if is_cat:
         registry = vllm_config.quant_config.registry
         registry.check_claimed()
         note_fused(model, registry.fused)

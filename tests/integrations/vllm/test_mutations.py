@@ -27,7 +27,12 @@ def test_damage_is_named(tmp_path):
     process = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True)
     assert process.returncode == 0, process.stdout + process.stderr
     found = json.loads(file.read_text())
-    assert len(found) > 80
-    assert not [one for one in found if one[1] in ("obscure", "wrong", "library")]
-    unseen = [name for name, outcome, _ in found if outcome == "verify"]
-    assert all(name.startswith("bit flipped") for name in unseen)
+    assert len(found) > 120
+    assert not [one for one in found if one[1] in ("obscure", "wrong")]
+    of_library = [name for name, outcome, _ in found if outcome == "library"]
+    assert all("num_attention_heads" in name for name in of_library)
+    unseen = {name for name, outcome, _ in found if outcome == "verify"}
+    assert {name for name in unseen if not name.startswith("bit flipped")} <= {
+        "field of the model changed: rms_norm_eps",
+        "field of the model changed: rope_parameters.rope_theta",
+    }
