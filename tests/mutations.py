@@ -131,7 +131,7 @@ def few_mutations() -> list[Mutation]:
     """List mutations of most kinds and of each kind of part"""
     by_part: dict[tuple, Mutation] = {}
     for one in mutations():
-        if one.kind.endswith("doubled") or any(
+        if one.kind in ("field of the model removed", "field of the model doubled") or any(
             f".{name}." in one.part for name in ("v_proj", "o_proj", "gate_proj", "up_proj")
         ):
             continue
