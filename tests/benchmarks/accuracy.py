@@ -87,14 +87,7 @@ ROUNDING = {
 }
 """The modifier that quantizes, and its options"""
 
-ROWS = [
-    "no transform RTN",
-    "Hadamard RTN",
-    "Hadamard GPTQ, dampening 0.1",
-    "CAT RTN",
-    "CAT, alignment_strength 0.75 GPTQ, dampening 0.1",
-    "CAT, trained RTN",
-]
+ROWS = ["Hadamard RTN", "CAT RTN", "CAT, alignment_strength 0.75 GPTQ, dampening 0.1"]
 
 
 def quantization(scheme: str) -> dict:
