@@ -131,7 +131,11 @@ def few_mutations() -> list[Mutation]:
     """List mutations of most kinds and of each kind of part"""
     by_part: dict[tuple, Mutation] = {}
     for one in mutations():
-        if one.kind in ("field of the model removed", "field of the model doubled") or any(
+        if one.kind in (
+            "field of the model removed",
+            "field of the model doubled",
+            "field of the model halved",
+        ) or any(
             f".{name}." in one.part for name in ("v_proj", "o_proj", "gate_proj", "up_proj")
         ):
             continue
@@ -224,6 +228,8 @@ def _of_field(path: tuple) -> Iterator[Mutation]:
         yield mutation("changed", value + 1)
         if not is_ours:
             yield mutation("doubled", 2 * value)
+            if value > 1:
+                yield mutation("halved", value // 2)
     elif isinstance(value, float):
         yield mutation("changed", value * 0.99)
     else:

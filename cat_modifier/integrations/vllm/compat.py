@@ -24,6 +24,7 @@ from vllm.model_executor.layers.fused_moe import (
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
+    QKVParallelLinear,
     register_weight_loader_v2_supported_method,
 )
 from vllm.model_executor.layers.quantization import register_quantization_config
@@ -64,6 +65,7 @@ __all__ = [
     "ModelWeightParameter",
     "PackedvLLMParameter",
     "ParallelLMHead",
+    "QKVParallelLinear",
     "QuantizeMethodBase",
     "RoutedExperts",
     "WeightsMapper",

@@ -38,6 +38,7 @@ from cat_modifier.integrations.vllm.compat import (
 from cat_modifier.integrations.vllm.kernels import Int8Kernel, choose_kernel
 from cat_modifier.integrations.vllm.registry import TransformedInput, TransformRegistry
 from cat_modifier.integrations.vllm.unloaded import check_loaded, fill_unloaded
+from cat_modifier.integrations.vllm.whole import whole_weights
 from cat_modifier.kernels.ops import quantize, warm_up
 from cat_modifier.kernels.packed import why_unavailable
 
@@ -225,6 +226,7 @@ class Int8LinearMethod(LinearMethodBase):
         weight_loader: Callable,
         **extra_weight_attrs,
     ):
+        weight_loader = whole_weights(layer, weight_loader)
         rows = sum(output_partition_sizes)
         self.shape = (rows, input_size_per_partition)
         self.dtype = params_dtype

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linear method that transforms the input, then lets vLLM's own method compute."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from cat_modifier.integrations.vllm.compat import (
     register_weight_loader_v2_supported_method,
 )
 from cat_modifier.integrations.vllm.registry import TransformedInput, TransformRegistry
+from cat_modifier.integrations.vllm.whole import whole_weights
 
 __all__ = ["TransformLinearMethod"]
 
@@ -47,6 +49,7 @@ class TransformLinearMethod(LinearMethodBase):
         input_size: int,
         output_size: int,
         params_dtype: torch.dtype,
+        weight_loader: Callable,
         **extra_weight_attrs,
     ):
         self.method.create_weights(
@@ -56,6 +59,7 @@ class TransformLinearMethod(LinearMethodBase):
             input_size,
             output_size,
             params_dtype,
+            weight_loader=whole_weights(layer, weight_loader),
             **extra_weight_attrs,
         )
         # vLLM may quantize an input before the layer sees it, which would be too early

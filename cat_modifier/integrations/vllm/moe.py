@@ -29,6 +29,7 @@ from cat_modifier.integrations.vllm.int8_linear import Integers, keeps_packed
 from cat_modifier.integrations.vllm.kernels import Int8Kernel, choose_kernel
 from cat_modifier.integrations.vllm.registry import TransformedInput, TransformRegistry
 from cat_modifier.integrations.vllm.unloaded import check_loaded, fill_unloaded
+from cat_modifier.integrations.vllm.whole import whole_experts
 
 __all__ = ["Int8ExpertsMethod", "find_experts_method"]
 
@@ -221,8 +222,15 @@ class Int8ExpertsMethod(FusedMoEMethodBase):
         }
         if self.integers.is_packed:
             tensors["weight_shape"] = torch.empty(experts, 2, dtype=torch.int64)
+        # one projection of an expert, on all ranks
+        whole = rows // self.moe.w13_num_shards * self.moe.tp_size, columns
+        if name == "w2":
+            whole = rows, columns * self.moe.tp_size
+        load = attributes["weight_loader"]
+        loaders = {self.integers.weight_name: whole_experts(self.prefix, load, whole)}
         for suffix, data in tensors.items():
             parameter = Parameter(fill_unloaded(data), requires_grad=False)
+            attributes = attributes | {"weight_loader": loaders.get(suffix, load)}
             set_weight_attrs(parameter, attributes)
             layer.register_parameter(f"{name}_{suffix}", parameter)
             if suffix == "weight_scale":

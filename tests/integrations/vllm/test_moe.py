@@ -176,3 +176,14 @@ def test_damaged_tensors_are_errors_that_name_them(checkpoints, tmp_path, kind):
     result = serve(folder, [[3, 4, 5]])
     assert result["error"]
     assert (name if kind == "missing" else f"tensor under {extra}") in result["log"]
+
+
+def test_experts_are_not_cut_to_the_room_that_the_config_leaves(checkpoints, tmp_path):
+    folder = tmp_path / "changed"
+    shutil.copytree(checkpoints / "stock-moe-w4a4", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["moe_intermediate_size"] //= 2
+    (folder / "config.json").write_text(json.dumps(config))
+    result = serve(folder, [[3, 4, 5]], options={"quantization": "cat-modifier"})
+    assert result["error"]
+    assert "config.json is not that of the checkpoint" in result["log"]

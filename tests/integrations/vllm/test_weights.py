@@ -197,6 +197,24 @@ def test_a_tensor_that_the_checkpoint_lacks_is_named(keeps_packed, name, part):
         process(model)
 
 
+@KINDS
+@pytest.mark.parametrize("part", ["q", "k", None])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_weight_is_not_cut_to_the_room_that_the_config_leaves(
+    keeps_packed, is_quantized, part, dim
+):
+    model = make_model(keeps_packed, is_quantized)
+    layer = model.gate if part is None else model.qkv_proj
+    shape = [HIDDEN if part is None else PARTS[part], HIDDEN]
+    param = layer.weight_packed if is_quantized else layer.weight
+    expected = shape[dim]
+    shape[dim] += 8
+    weight = torch.zeros(shape, dtype=torch.int8)
+    loaded = pack_to_int32(weight, 4) if is_quantized else weight.float()
+    with pytest.raises(ValueError, match=f"has {expected + 8} .* has {expected}: config.json"):
+        param.weight_loader(param, loaded, *([] if part is None else [part]))
+
+
 @pytest.mark.parametrize("value", [0.0, -0.1, torch.inf])
 def test_scales_that_no_weight_has_are_refused(value):
     model = make_model(False, True)
