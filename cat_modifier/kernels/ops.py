@@ -132,7 +132,7 @@ def quantize(x: Tensor, num_bits: int, symmetric: bool) -> tuple[Tensor, Tensor,
     return q, scales, None if symmetric else zero_points
 
 
-_WARM_UP_TOKENS = {"cpu": (1, 2, 256), "cuda": (1, 32, 2048)}
+_WARM_UP_TOKENS = {"cpu": (1,), "cuda": (1, 32, 2048)}
 """Numbers of tokens, one for each way to launch the kernels"""
 
 _warm: set[tuple] = set()
@@ -156,15 +156,9 @@ def warm_up(x: Tensor, num_bits: int, symmetric: bool, transform: OnlineTransfor
     if kind in _warm:
         return
     _warm.add(kind)
-    # compile under the grad mode and default dtype used at inference, not those of loading
-    default_dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.inference_mode():
-            for tokens in _WARM_UP_TOKENS.get(x.device.type, ()):
-                quantizer(x.new_zeros((tokens, x.shape[1])), num_bits, symmetric)
-    finally:
-        torch.set_default_dtype(default_dtype)
+    with torch.inference_mode():
+        for tokens in _WARM_UP_TOKENS.get(x.device.type, ()):
+            quantizer(x.new_zeros((tokens, x.shape[1])), num_bits, symmetric)
 
 
 # operators cannot return None
@@ -226,7 +220,6 @@ for _name, _schema, _function, _fake in (
         _fake_quantize,
     ),
 ):
-    # not `torch.library.custom_op`: with it, torch.compile inside the CPU kernels is off
     _name = f"cat_modifier::{_name}"
     torch.library.define(_name, _schema)
     torch.library.register_fake(_name, _fake)

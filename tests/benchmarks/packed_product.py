@@ -26,8 +26,8 @@ import torch
 from torch.nn import Module, Parameter
 
 from cat_modifier.integrations.vllm.kernels import OneDNNInt8Kernel, PackedInt4Kernel
+from cat_modifier.kernels.native import why_unavailable
 from cat_modifier.kernels.ops import quantize
-from cat_modifier.kernels.packed import why_unavailable
 
 # name: inputs and outputs of the Linears as vLLM merges them
 SHAPES = {

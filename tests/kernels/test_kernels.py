@@ -7,13 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ["TRITON_INTERPRET"] = "1"
-
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from torch._dynamo.utils import counters
 
 from cat_modifier.functional.hadamard import hadamard_matrix
 from cat_modifier.functional.transform import apply_transform
@@ -147,27 +144,6 @@ def test_operators_have_fakes_and_can_be_compiled():
     compiled = torch.compile(lambda x: online.quantize(x, 4, False), fullgraph=True)
     for found, expected in zip(compiled(x), online.quantize(x, 4, False), strict=True):
         assert torch.equal(found, expected)
-
-
-def test_requests_find_the_kernels_compiled(monkeypatch):
-    """Compiled like in vLLM's loading: with gradients, and with another default dtype"""
-    monkeypatch.setattr(ops, "_warm", set())
-    # chunks of 4 tokens: of 9 tokens, one would be left over
-    monkeypatch.setattr(cpu, "_CHUNK", 4 * 576)
-    _, online, _ = inputs(1, 6, 96, 12, 48, torch.bfloat16, False)
-    x = torch.randn(300, 576).bfloat16()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        for transform in (online, None):
-            ops.warm_up(x[:0], 4, False, transform)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    graphs = counters["stats"]["unique_graphs"]
-    with torch.inference_mode():
-        for tokens in (1, 2, 9, 33, 300):
-            online.quantize(x[:tokens].clone(), 4, False)
-            ops.quantize(x[:tokens].clone(), 4, False)
-    assert counters["stats"]["unique_graphs"] == graphs
 
 
 def test_layers_which_are_alike_are_warmed_up_once(monkeypatch):

@@ -2,34 +2,21 @@
 """The product of packed 4-bit weights, with each of the instructions it is written for"""
 
 import os
-import platform
 import subprocess
 
 import pytest
 import torch
+from conftest import INSTRUCTIONS
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from cat_modifier.kernels import packed
-
-# name: flags of the compiler that leave the CPU only these
-INSTRUCTIONS = {
-    "fastest": "",
-    "loops": "-DCAT_PLAIN_LOOPS",
-}
-if platform.machine() == "x86_64":
-    INSTRUCTIONS["avx_vnni"] = "-mno-avx512f"
-    INSTRUCTIONS["avx2"] = "-mno-avx512f -mno-avxvnni"
+from cat_modifier.kernels import native, packed
 
 
 @pytest.fixture(scope="module")
-def products() -> dict:
+def products(libraries) -> dict:
     """The operator, once for each kind of instructions"""
-    found = {}
-    for name, flags in INSTRUCTIONS.items():
-        packed.load(f"cat_test_{name}", flags)
-        found[name] = getattr(torch.ops, f"cat_test_{name}").packed_product
-    return found
+    return {name: library.packed_product for name, library in libraries.items()}
 
 
 def ones(size: int) -> torch.Tensor:
@@ -160,9 +147,9 @@ def test_operands_that_do_not_fit_are_refused(products, change, message):
 def test_a_machine_without_a_compiler(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(FileNotFoundError, match="no-such-compiler"):
-        packed.load("cat_test_without")
-    assert "no-such-compiler" in packed.why_unavailable.__wrapped__()
+        native.load("cat_test_without")
+    assert "no-such-compiler" in native.why_unavailable.__wrapped__()
     monkeypatch.setenv("CXX", "g++ --no-such-option")
     with pytest.raises(subprocess.CalledProcessError):
-        packed.load("cat_test_without")
-    assert "no-such-option" in packed.why_unavailable.__wrapped__()
+        native.load("cat_test_without")
+    assert "no-such-option" in native.why_unavailable.__wrapped__()

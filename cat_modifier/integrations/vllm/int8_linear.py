@@ -39,8 +39,8 @@ from cat_modifier.integrations.vllm.kernels import Int8Kernel, choose_kernel
 from cat_modifier.integrations.vllm.registry import TransformedInput, TransformRegistry
 from cat_modifier.integrations.vllm.unloaded import check_loaded, fill_unloaded
 from cat_modifier.integrations.vllm.whole import whole_weights
+from cat_modifier.kernels.native import why_unavailable
 from cat_modifier.kernels.ops import quantize, warm_up
-from cat_modifier.kernels.packed import why_unavailable
 
 __all__ = ["Int8LinearMethod", "Integers", "keeps_packed"]
 

@@ -22,7 +22,7 @@ from cat_modifier.integrations.vllm.kernels import (
     choose_kernel,
 )
 from cat_modifier.integrations.vllm.registry import TransformRegistry
-from cat_modifier.kernels import packed
+from cat_modifier.kernels import native
 from cat_modifier.kernels.ops import quantize
 
 
@@ -53,7 +53,7 @@ def test_quantization_is_that_of_compressed_tensors(bits, symmetric, shift):
 
 @pytest.fixture(scope="module", autouse=True)
 def packed_product():
-    assert packed.why_unavailable() is None
+    assert native.why_unavailable() is None
 
 
 def make_product(kernel, symmetric, weight, scale, dtype):
@@ -140,7 +140,7 @@ def test_without_a_compiler_the_log_says_what_is_used(monkeypatch):
         int8_linear.logger, "warning_once", lambda text, *args: log.append(text % args)
     )
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr(int8_linear, "why_unavailable", packed.why_unavailable.__wrapped__)
+    monkeypatch.setattr(int8_linear, "why_unavailable", native.why_unavailable.__wrapped__)
     assert not keeps_packed(W8A8) and not log
     assert not keeps_packed(W4A4)
     assert "weights take 8 bits each in memory" in log[0] and "no-such-compiler" in log[0]
