@@ -237,8 +237,8 @@ def _of_field(path: tuple) -> Iterator[Mutation]:
 
 
 _MISFITS = (
-    r"\w+(\.\w+)+ (has shape|does not fit|is missing|has \d+ inputs)|config\.json is damaged"
-    "|num_kv_heads|not initialized from checkpoint"
+    r"\w+(\.\w+)+ (has shape|does not fit|is missing|has \d+ inputs)"
+    r"|config\.json is (damaged|not that)|num_kv_heads|not initialized from checkpoint"
 )
 """What is said of a tensor that does not fit the model, or of a model that cannot be made;
 vLLM's name of num_key_value_heads"""

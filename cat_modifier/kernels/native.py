@@ -11,6 +11,7 @@ import hashlib
 import os
 import shlex
 import subprocess
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -99,7 +100,7 @@ def _fake_transform_quantize(x, blocks, hadamard, interleave, num_bits, symmetri
     )
 
 
-_OPERATORS = [
+_OPERATORS: list[tuple[str, str, Callable]] = [
     (
         "packed_product",
         "(Tensor x, Tensor scale, Tensor? zero_point, Tensor weight, Tensor weight_scale, "

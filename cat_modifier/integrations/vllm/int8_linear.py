@@ -169,24 +169,21 @@ def keeps_packed(integers: Integers) -> bool:
             f"`{_OPTION}` of `--additional-config` must be int4, which takes less memory, or "
             f"int8, not {choice!r}"
         )
-    if integers.weight_bits != 4 or choice == "int8":
-        return False
     if not current_platform.is_cpu():
-        return choice == "int4"
+        return integers.weight_bits == 4 and choice == "int4"
     reason = why_unavailable()
-    if reason is None:
-        return True
-    if choice == "int4":
+    if reason is not None and choice == "int4":
         raise RuntimeError(
             f"The product of packed weights cannot be compiled here ({reason}): install g++, "
             f"or leave out `{_OPTION}` of `--additional-config`"
         )
-    logger.warning_once(
-        "4-bit weights take 8 bits each in memory, and decoding takes longer: the "
-        "product of packed weights cannot be compiled here (%s): install g++",
-        reason,
-    )
-    return False
+    if reason is not None:
+        logger.warning_once(
+            "Serving takes longer, and 4-bit weights take 8 bits each in memory: the kernels "
+            "cannot be compiled here (%s): install g++",
+            reason,
+        )
+    return reason is None and integers.weight_bits == 4 and choice != "int8"
 
 
 @register_weight_loader_v2_supported_method
