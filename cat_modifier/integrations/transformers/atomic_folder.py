@@ -29,7 +29,13 @@ from loguru import logger
 from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-__all__ = ["UnfinishedSaveError", "atomic_folder", "finish_save", "holds_weights"]
+__all__ = [
+    "UnfinishedSaveError",
+    "atomic_folder",
+    "find_unfinished",
+    "finish_save",
+    "holds_weights",
+]
 
 _WRITING = ".cat-save-writing"
 _FINISHED = ".cat-save-finished"
@@ -101,6 +107,12 @@ def finish_save(folder: str | os.PathLike):
             _finish(folder)
 
 
+def find_unfinished(folder: Path) -> Path | None:
+    """Find the folder with the files of a save that still runs, or was stopped"""
+    states = [folder / name for name in (_MOVING, _FINISHED, _WRITING)]
+    return next((path for path in states if path.exists()), None)
+
+
 def _finish(folder: Path):
     finished, moving = folder / _FINISHED, folder / _MOVING
     if finished.exists():
@@ -158,8 +170,7 @@ def _kept_files(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        states = [folder / name for name in (_MOVING, _FINISHED, _WRITING)]
-        place = next((path for path in states if path.exists()), None)
+        place = find_unfinished(folder)
         if place is None:
             raise
         first = f"rename {place} to {_FINISHED}, then " if place.name == _WRITING else ""

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is known of the model behind a checkpoint: its id on the Hub, its licence."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import RepoCard, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+__all__ = ["BaseModel", "find_base_model"]
+
+_CARD = "README.md"
+_LARGEST = 1 << 20
+"""Bytes of a card that are read"""
+_SECONDS = 3
+"""For which the Hub is asked; a save waits for it"""
+
+_CACHED = re.compile(r"models--([^/]+?)--([^/]+)")
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+_-]{0,99}")
+_LICENSE_NAME = re.compile(r"[\w.+ -]{1,100}")
+_LINK = re.compile(r"https?://[^\s<>\"'`|\\]{1,500}")
+_FILE = re.compile(r"[\w.-]{1,100}")
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """
+    :param name: short name, for a heading
+    :param id: id on the Hub; None if it is not known
+    :param license: `license`, `license_name` and `license_link` of its card, those it has
+    :param problem: why its card could not be read; None if it was, or if it has none
+    """
+
+    name: str
+    id: str | None = None
+    license: dict[str, str] = field(default_factory=dict)
+    problem: str | None = None
+
+
+def find_base_model(name_or_path: str) -> BaseModel:
+    """
+    Find out what is known of a model, without waiting for a network that does not answer.
+
+    :param name_or_path: of the model in its config: an id on the Hub, or a folder
+    """
+    folder = Path(name_or_path)
+    is_folder = bool(name_or_path) and folder.is_dir()
+    name = folder.resolve().name if is_folder else name_or_path.rpartition("/")[2]
+    repo = _cached_id(folder.absolute()) if is_folder else _valid_id(name_or_path)
+    try:
+        path = folder / _CARD if is_folder else _fetch_card(repo)
+        data = _front_matter(path)
+    except Exception as error:  # of files, YAML or the network: none is worth a checkpoint
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        return BaseModel(name, repo, problem=f"its {_CARD} cannot be read: {reason}")
+    # a card's base model is another model, unless it is a quantized version of that
+    if repo is None and data.get("base_model_relation") == "quantized":
+        repo = _valid_id(data.get("base_model"))
+        name = repo.rpartition("/")[2] if repo else name
+    return BaseModel(name, repo, _license(data, repo))
+
+
+def _valid_id(value: Any) -> str | None:
+    """The id itself if it can be one of the Hub"""
+    try:
+        validate_repo_id(value)
+    except HFValidationError:
+        return None
+    return value
+
+
+def _cached_id(folder: Path) -> str | None:
+    """The id of a model in a folder of the Hub's cache"""
+    found = [match for part in folder.parts if (match := _CACHED.fullmatch(part))]
+    return _valid_id(f"{found[-1][1]}/{found[-1][2]}") if found else None
+
+
+def _fetch_card(repo: str | None) -> Path | None:
+    """
+    Find the card of a model in the cache or on the Hub.
+
+    :return: None if it has none
+    """
+    if repo is None:
+        return None
+    cached = try_to_load_from_cache(repo, _CARD)
+    if isinstance(cached, str):
+        return Path(cached)
+    if cached is not None or constants.HF_HUB_OFFLINE:
+        return None
+    return Path(hf_hub_download(repo, _CARD, etag_timeout=_SECONDS))
+
+
+def _front_matter(path: Path | None) -> dict[str, Any]:
+    if path is None or not path.is_file():
+        return {}
+    with path.open("rb") as file:
+        text = file.read(_LARGEST).decode()
+    return RepoCard(text).data.to_dict()
+
+
+def _license(data: dict[str, Any], repo: str | None) -> dict[str, str]:
+    """
+    Take the licence of a card. What is no licence is left out.
+
+    :param data: front matter, of anybody
+    """
+    found = {}
+    for key, pattern in (("license", _LICENSE), ("license_name", _LICENSE_NAME)):
+        if isinstance(data.get(key), str) and pattern.fullmatch(data[key]):
+            found[key] = data[key]
+    link = data.get("license_link")
+    if isinstance(link, str) and _LINK.fullmatch(link):
+        found["license_link"] = link
+    elif isinstance(link, str) and _FILE.fullmatch(link) and repo is not None:
+        # a file of the base model, which is not in this folder
+        found["license_link"] = f"https://huggingface.co/{repo}/blob/main/{link}"
+    return found

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Upload a checkpoint to the Hugging Face Hub."""
+
+from pathlib import Path
+
+import httpx
+from huggingface_hub import HfApi, RepoCard
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+from cat_modifier.checkpoint.verify import find_damage
+from cat_modifier.hub.card import CARD
+from cat_modifier.integrations.transformers.atomic_folder import find_unfinished
+
+__all__ = ["push"]
+
+_NOT_UPLOADED = [".cache/*", ".cat-save*", f".{CARD}.new", "*__pycache__*"]
+_WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
+"""Files of an older checkpoint that a reader would take for parts of this one"""
+
+
+def push(folder: Path, repo: str, is_public: bool = False, revision: str | None = None) -> str:
+    """
+    Upload a checkpoint that is whole, in one commit: the repository holds the older one or
+    this one. What had arrived when an upload was stopped is not sent again.
+
+    :param folder: folder of the checkpoint
+    :param repo: id of the repository, which is made if it does not exist
+    :param is_public: whether all may read it; a public one is not written to without
+    :param revision: branch, which is made if it does not exist. Default: main
+    :return: address of the repository
+    :raises ValueError: if the folder holds no whole checkpoint or no card that the Hub takes,
+        or if the Hub refuses
+    """
+    _check(folder)
+    api = HfApi()
+    try:
+        _check_card((folder / CARD).read_bytes().decode(), api)
+        return _upload(folder, api, repo, is_public, revision)
+    except HFValidationError as error:
+        raise ValueError(f"{repo!r} is no id of a repository: {_one_line(error)}") from error
+    except LocalTokenNotFoundError as error:
+        raise ValueError(_NOT_LOGGED_IN) from error
+    except HfHubHTTPError as error:
+        raise ValueError(_explain(error, repo)) from error
+    # httpx raises the second without a network, huggingface_hub the third for a file
+    except (httpx.HTTPError, RuntimeError) as error:
+        cause = error.__cause__ or error
+        raise ValueError(
+            f"The upload to {repo} stopped ({_one_line(cause)}): repeat the command. Files "
+            "that arrived are not sent again"
+        ) from error
+
+
+_NOT_LOGGED_IN = "You are not logged in to the Hub: run `hf auth login`, or set HF_TOKEN"
+
+
+def _check(folder: Path):
+    """
+    :raises ValueError: if a folder does not hold a whole checkpoint with a card
+    """
+    if unfinished := find_unfinished(folder):
+        raise ValueError(
+            f"A save to {folder} was interrupted, or still runs: {unfinished} holds its files. "
+            "Save again; if you want the checkpoint that was there before, remove that folder"
+        )
+    if damage := find_damage(folder):
+        raise ValueError("; ".join(damage) + ". Nothing is uploaded: save it again")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json. Nothing is uploaded: save it again")
+    if not (folder / CARD).is_file():
+        raise ValueError(f"{folder} has no {CARD}, the model card: save the model again")
+
+
+def _check_card(text: str, api: HfApi):
+    """
+    Let the Hub check a card, before anything is made there.
+
+    :raises ValueError: if it is not valid
+    """
+    try:
+        RepoCard(text)
+    except Exception as error:  # of YAML
+        raise ValueError(
+            f"The front matter of {CARD} cannot be read: {_one_line(error)}"
+        ) from error
+    response = get_session().post(
+        f"{api.endpoint}/api/validate-yaml",
+        json={"repoType": "model", "content": text},
+        headers=build_hf_headers(),
+    )
+    if response.status_code == 400:
+        try:
+            errors = [str(one.get("message")) for one in response.json()["errors"]]
+        except (ValueError, LookupError, TypeError, AttributeError):
+            errors = [response.text]
+        raise ValueError(
+            f"The Hub refuses the front matter of {CARD}: {_short('; '.join(errors))}"
+        )
+    hf_raise_for_status(response)
+
+
+def _upload(folder: Path, api: HfApi, repo: str, is_public: bool, revision: str | None) -> str:
+    try:
+        is_private = api.model_info(repo).private
+    except RepositoryNotFoundError:
+        created = api.create_repo(repo, private=not is_public, exist_ok=True)
+        repo, is_private = created.repo_id, not is_public
+    if not is_private and not is_public:
+        raise ValueError(f"{repo} exists and is public: add --public to write to it")
+    if revision is not None:
+        api.create_branch(repo, branch=revision, exist_ok=True)
+    # upload_large_folder makes many commits, between which the repository holds a part, and is
+    # not in huggingface_hub 2.4
+    api.upload_folder(
+        repo_id=repo,
+        folder_path=folder,
+        revision=revision,
+        commit_message="Upload a checkpoint by cat-modifier",
+        ignore_patterns=_NOT_UPLOADED,
+        delete_patterns=_WEIGHTS,
+    )
+    return f"{api.endpoint}/{repo}" + (f"/tree/{revision}" if revision else "")
+
+
+def _explain(error: HfHubHTTPError, repo: str) -> str:
+    status = error.response.status_code
+    if status == 401:
+        return _NOT_LOGGED_IN
+    if status == 403:
+        return (
+            f"You have no right to write to {repo}: take a repository of your own, or a token "
+            "with the right to write (`hf auth login`)"
+        )
+    if isinstance(error, EntryNotFoundError) or status < 500:
+        return f"The Hub refuses the upload to {repo}: {_one_line(error)}"
+    return (
+        f"The Hub has a problem ({_one_line(error)}): repeat the command. Files that arrived "
+        "are not sent again"
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    message = getattr(error, "server_message", None) or str(error) or type(error).__name__
+    return _short(message)
+
+
+def _short(text: str) -> str:
+    return " ".join(text.split())[:500]
