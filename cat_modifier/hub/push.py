@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Upload a checkpoint to the Hugging Face Hub."""
 
+import re
 from pathlib import Path
 
 import httpx
-from huggingface_hub import HfApi, RepoCard
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     HfHubHTTPError,
     HFValidationError,
     LocalTokenNotFoundError,
@@ -20,9 +20,11 @@ from cat_modifier.integrations.transformers.atomic_folder import find_unfinished
 
 __all__ = ["push"]
 
-_NOT_UPLOADED = [".cache/*", ".cat-save*", f".{CARD}.new", "*__pycache__*"]
-_WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
-"""Files of an older checkpoint that a reader would take for parts of this one"""
+_NOT_UPLOADED = re.compile(rf"\.cache|\.cat-save.*|\.git|\.{re.escape(CARD)}\.new|__pycache__")
+"""Names of files and folders that are no part of a checkpoint"""
+_WEIGHTS = (".safetensors", ".safetensors.index.json")
+"""Ends of names of files that a reader would take for parts of a checkpoint"""
+_NOT_LOGGED_IN = "You are not logged in to the Hub: run `hf auth login`, or set HF_TOKEN"
 
 
 def push(folder: Path, repo: str, is_public: bool = False, revision: str | None = None) -> str:
@@ -56,9 +58,6 @@ def push(folder: Path, repo: str, is_public: bool = False, revision: str | None 
             f"The upload to {repo} stopped ({_one_line(cause)}): repeat the command. Files "
             "that arrived are not sent again"
         ) from error
-
-
-_NOT_LOGGED_IN = "You are not logged in to the Hub: run `hf auth login`, or set HF_TOKEN"
 
 
 def _check(folder: Path):
@@ -116,17 +115,34 @@ def _upload(folder: Path, api: HfApi, repo: str, is_public: bool, revision: str 
         raise ValueError(f"{repo} exists and is public: add --public to write to it")
     if revision is not None:
         api.create_branch(repo, branch=revision, exist_ok=True)
-    # upload_large_folder makes many commits, between which the repository holds a part, and is
-    # not in huggingface_hub 2.4
-    api.upload_folder(
-        repo_id=repo,
-        folder_path=folder,
-        revision=revision,
+    files = _files(folder)
+    stale = [
+        name
+        for name in api.list_repo_files(repo, revision=revision)
+        if name.endswith(_WEIGHTS) and name not in files
+    ]
+    # upload_folder and upload_large_folder make many commits, between which the repository
+    # holds parts of two checkpoints
+    api.create_commit(
+        repo,
+        [
+            *(CommitOperationDelete(name) for name in stale),
+            *(CommitOperationAdd(name, path) for name, path in files.items()),
+        ],
         commit_message="Upload a checkpoint by cat-modifier",
-        ignore_patterns=_NOT_UPLOADED,
-        delete_patterns=_WEIGHTS,
+        revision=revision,
     )
     return f"{api.endpoint}/{repo}" + (f"/tree/{revision}" if revision else "")
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Find the files to upload, by their names in the repository"""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.is_file() and not any(map(_NOT_UPLOADED.fullmatch, name.parts)):
+            found[name.as_posix()] = path
+    return found
 
 
 def _explain(error: HfHubHTTPError, repo: str) -> str:
@@ -138,7 +154,7 @@ def _explain(error: HfHubHTTPError, repo: str) -> str:
             f"You have no right to write to {repo}: take a repository of your own, or a token "
             "with the right to write (`hf auth login`)"
         )
-    if isinstance(error, EntryNotFoundError) or status < 500:
+    if status < 500:
         return f"The Hub refuses the upload to {repo}: {_one_line(error)}"
     return (
         f"The Hub has a problem ({_one_line(error)}): repeat the command. Files that arrived "
