@@ -2,21 +2,31 @@
 """What is known of the model behind a checkpoint: its id on the Hub, its licence."""
 
 import re
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import RepoCard, constants, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import RepoCard, constants, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import (
+    build_hf_headers,
+    get_session,
+    hf_raise_for_status,
+    validate_repo_id,
+)
 
 __all__ = ["BaseModel", "find_base_model"]
 
 _CARD = "README.md"
 _LARGEST = 1 << 20
 """Bytes of a card that are read"""
-_SECONDS = 3
-"""For which the Hub is asked; a save waits for it"""
+_SECONDS = 5
+"""For which the Hub is asked, and a save waits"""
 
 _CACHED = re.compile(r"models--([^/]+?)--([^/]+)")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+_-]{0,99}")
@@ -51,9 +61,10 @@ def find_base_model(name_or_path: str) -> BaseModel:
     name = folder.resolve().name if is_folder else name_or_path.rpartition("/")[2]
     repo = _cached_id(folder.absolute()) if is_folder else _valid_id(name_or_path)
     try:
-        path = folder / _CARD if is_folder else _fetch_card(repo)
-        data = _front_matter(path)
+        data = _front_matter(_read_file(folder / _CARD) if is_folder else _read_card(repo))
     except Exception as error:  # of files, YAML or the network: none is worth a checkpoint
+        if isinstance(error, RepositoryNotFoundError):
+            repo = None
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         return BaseModel(name, repo, problem=f"its {_CARD} cannot be read: {reason}")
     # a card's base model is another model, unless it is a quantized version of that
@@ -78,28 +89,44 @@ def _cached_id(folder: Path) -> str | None:
     return _valid_id(f"{found[-1][1]}/{found[-1][2]}") if found else None
 
 
-def _fetch_card(repo: str | None) -> Path | None:
+def _read_card(repo: str | None) -> bytes:
     """
-    Find the card of a model in the cache or on the Hub.
+    Read the card of a model from the cache or the Hub; empty if it has none.
 
-    :return: None if it has none
+    `hf_hub_download` repeats requests, for minutes if nobody answers
     """
     if repo is None:
-        return None
+        return b""
     cached = try_to_load_from_cache(repo, _CARD)
     if isinstance(cached, str):
-        return Path(cached)
+        return _read_file(Path(cached))
     if cached is not None or constants.HF_HUB_OFFLINE:
-        return None
-    return Path(hf_hub_download(repo, _CARD, etag_timeout=_SECONDS))
+        return b""
+    end = time.monotonic() + _SECONDS
+    url = hf_hub_url(repo, _CARD, endpoint=constants.ENDPOINT)
+    options: Any = {"headers": build_hf_headers(), "timeout": _SECONDS}
+    with get_session().stream("GET", url, **options) as response:
+        try:
+            hf_raise_for_status(response)
+        except EntryNotFoundError:
+            return b""
+        content = b""
+        for part in response.iter_bytes():
+            content += part
+            if len(content) > _LARGEST or time.monotonic() > end:
+                raise ValueError("it is too long, or comes too slowly")
+    return content
 
 
-def _front_matter(path: Path | None) -> dict[str, Any]:
-    if path is None or not path.is_file():
-        return {}
+def _read_file(path: Path) -> bytes:
+    if not path.is_file():
+        return b""
     with path.open("rb") as file:
-        text = file.read(_LARGEST).decode()
-    return RepoCard(text).data.to_dict()
+        return file.read(_LARGEST)
+
+
+def _front_matter(card: bytes) -> dict[str, Any]:
+    return RepoCard(card.decode()).data.to_dict() if card else {}
 
 
 def _license(data: dict[str, Any], repo: str | None) -> dict[str, str]:
