@@ -103,7 +103,7 @@ def update_evaluation(folder: Path, table: str):
 
 def _read_card(folder: Path) -> str | None:
     path = folder / CARD
-    return path.read_bytes().decode() if path.is_file() else None
+    return path.read_bytes().decode() if path.exists() else None
 
 
 def _is_ours(text: str) -> bool:

@@ -14,9 +14,9 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
+from cat_modifier.checkpoint.unfinished import WRITING, find_unfinished
 from cat_modifier.checkpoint.verify import find_damage
 from cat_modifier.hub.card import CARD
-from cat_modifier.integrations.transformers.atomic_folder import find_unfinished
 
 __all__ = ["push"]
 
@@ -64,10 +64,16 @@ def _check(folder: Path):
     """
     :raises ValueError: if a folder does not hold a whole checkpoint with a card
     """
-    if unfinished := find_unfinished(folder):
+    if (unfinished := find_unfinished(folder)) is not None:
+        advice = (
+            "remove that folder if you want the older checkpoint"
+            if unfinished.name == WRITING
+            else "finish it by finish_save of "
+            "cat_modifier.integrations.transformers.atomic_folder"
+        )
         raise ValueError(
-            f"A save to {folder} was interrupted, or still runs: {unfinished} holds its files. "
-            "Save again; if you want the checkpoint that was there before, remove that folder"
+            f"A save to {folder} was interrupted, or still runs: its files are in {unfinished}. "
+            f"Save again, or {advice}"
         )
     if damage := find_damage(folder):
         raise ValueError("; ".join(damage) + ". Nothing is uploaded: save it again")

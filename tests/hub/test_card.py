@@ -334,6 +334,14 @@ def test_a_card_that_cannot_be_updated_stays(compressed, tmp_path, logs, content
     assert "is not written or updated" in line
 
 
+def test_a_folder_in_place_of_the_card_stays(compressed, tmp_path, logs):
+    (tmp_path / "README.md").mkdir()
+    compressed.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").is_dir()
+    assert not find_damage(tmp_path)
+    assert any("is not written or updated" in one and "IsADirectory" in one for one in logs)
+
+
 # ---- the original model --------------------------------------------------------------------
 
 
