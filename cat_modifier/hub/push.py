@@ -72,7 +72,7 @@ def _check(folder: Path):
             "cat_modifier.integrations.transformers.atomic_folder"
         )
         raise ValueError(
-            f"A save to {folder} was interrupted, or still runs: its files are in {unfinished}. "
+            f"A save to {folder} was interrupted, or still runs: {unfinished} has its files. "
             f"Save again, or {advice}"
         )
     if damage := find_damage(folder):
