@@ -3,8 +3,8 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
-import httpx
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -24,6 +24,8 @@ _NOT_UPLOADED = re.compile(rf"\.cache|\.cat-save.*|\.git|\.{re.escape(CARD)}\.ne
 """Names of files and folders that are no part of a checkpoint"""
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
 """Ends of names of files that a reader would take for parts of a checkpoint"""
+_NETWORK_ERRORS: tuple[Any, ...] = HfHubHTTPError.__bases__
+"""Errors of the HTTP library, which releases of huggingface_hub differ in, and of the system"""
 _NOT_LOGGED_IN = "You are not logged in to the Hub: run `hf auth login`, or set HF_TOKEN"
 
 
@@ -51,8 +53,7 @@ def push(folder: Path, repo: str, is_public: bool = False, revision: str | None 
         raise ValueError(_NOT_LOGGED_IN) from error
     except HfHubHTTPError as error:
         raise ValueError(_explain(error, repo)) from error
-    # httpx raises the second without a network, huggingface_hub the third for a file
-    except (httpx.HTTPError, RuntimeError) as error:
+    except (*_NETWORK_ERRORS, RuntimeError) as error:  # the latter about one file
         cause = error.__cause__ or error
         raise ValueError(
             f"The upload to {repo} stopped ({_one_line(cause)}): repeat the command. Files "
