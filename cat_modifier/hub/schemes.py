@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cat_modifier.checkpoint.schema import read_quantization_config
+from cat_modifier.checkpoint.schema import CATTransformConfig, read_quantization_config
 
 __all__ = ["Schemes", "describe_schemes", "is_scheme_tag"]
 
@@ -62,7 +62,7 @@ def describe_schemes(quantization_config: Mapping[str, Any]) -> Schemes:
         label=", ".join(labels),
         text=sizes,
         tags=list(dict.fromkeys(tags)),
-        products=_products(kinds),
+        products=_products(kinds, _has_experts(read[1])),
     )
 
 
@@ -80,8 +80,21 @@ def _number_type(args: Mapping[str, Any] | None) -> str:
     return f"fp{args['num_bits']}"
 
 
-def _products(kinds: list[tuple[int, int, str]]) -> list[tuple[str, str]]:
+def _has_experts(transforms: CATTransformConfig) -> bool:
+    names = [name for _, args in transforms.inputs() for name in args.targets]
+    return any(".experts." in name for name in names)
+
+
+def _products(kinds: list[tuple[int, int, str]], has_experts: bool) -> list[tuple[str, str]]:
     """What runs where; as the support matrix of the README"""
+    are_integers = all(a <= 8 and number.startswith("int") for _, a, number in kinds)
+    if has_experts and not are_integers:
+        return [("any", "nothing in vLLM, since inputs of experts are transformed")]
+    if has_experts:
+        return [
+            ("x86 CPU", "exact int8 products"),
+            ("NVIDIA GPU", "refused, since inputs of experts are transformed"),
+        ]
     if any(number.endswith("fp4") for *_, number in kinds):
         return [
             ("NVIDIA Blackwell", "4-bit floating-point products (untested)"),

@@ -128,8 +128,24 @@ def test_tags_are_those_of_the_scheme(tmp_path, bits, tags):
     assert card.data.tags == [*TAGS, *tags, "arxiv:2603.04359"]
 
 
-@pytest.mark.parametrize("scheme, size", [("NVFP4", 16), ("MXFP4", 32)])
-def test_tags_of_floats(tmp_path, scheme, size):
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "input_bits, text", [(4, "| NVIDIA GPU | refused"), (None, "| any | nothing")]
+)
+def test_experts_are_said_not_to_be_served_everywhere(tmp_path, input_bits, text):
+    model = make_model(tmp_path / "tiny", family="qwen3-moe")
+    modifiers = [
+        CATModifier(transform_block_size=16),
+        QuantizationModifier(**int_scheme(4, input_bits)),
+    ]
+    oneshot(model=model, recipe=modifiers, dataset=make_loader(make_tokens()))
+    card = save(model, tmp_path / "saved")
+    assert text in read_section(card.text, "about")
+    assert "experts: " in read_section(card.text, "measured")
+
+
+@pytest.mark.parametrize("scheme", ["NVFP4", "MXFP4"])
+def test_tags_of_floats(tmp_path, scheme):
     model = make_model(tmp_path / "tiny")
     modifiers = [
         CATModifier(transform_block_size=16, rotation="block-hadamard"),
