@@ -41,37 +41,42 @@ class BaseModel:
     :param name: short name, for a heading
     :param id: id on the Hub; None if it is not known
     :param license: `license`, `license_name` and `license_link` of its card, those it has
+    :param card: text of the card that this is from; empty if there is none
     :param problem: why its card could not be read; None if it was, or if it has none
     """
 
     name: str
     id: str | None = None
     license: dict[str, str] = field(default_factory=dict)
+    card: str = ""
     problem: str | None = None
 
 
-def find_base_model(name_or_path: str) -> BaseModel:
+def find_base_model(name_or_path: str, is_quantized: bool = False) -> BaseModel:
     """
     Find out what is known of a model, without waiting for a network that does not answer.
 
     :param name_or_path: of the model in its config: an id on the Hub, or a folder
+    :param is_quantized: whether that is a checkpoint already, whose card names the original
     """
     folder = Path(name_or_path)
     is_folder = bool(name_or_path) and folder.is_dir()
     name = folder.resolve().name if is_folder else name_or_path.rpartition("/")[2]
     repo = _cached_id(folder.absolute()) if is_folder else _valid_id(name_or_path)
     try:
-        data = _front_matter(_read_file(folder / _CARD) if is_folder else _read_card(repo))
+        card = (_read_file(folder / _CARD) if is_folder else _read_card(repo)).decode()
+        data = RepoCard(card).data.to_dict() if card else {}
     except Exception as error:  # of files, YAML or the network: none is worth a checkpoint
-        if isinstance(error, RepositoryNotFoundError):
+        if is_quantized or isinstance(error, RepositoryNotFoundError):
             repo = None
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         return BaseModel(name, repo, problem=f"its {_CARD} cannot be read: {reason}")
     # a card's base model is another model, unless it is a quantized version of that
-    if repo is None and data.get("base_model_relation") == "quantized":
-        repo = _valid_id(data.get("base_model"))
+    if is_quantized or repo is None:
+        is_named = data.get("base_model_relation") == "quantized"
+        repo = _valid_id(data.get("base_model")) if is_named else None
         name = repo.rpartition("/")[2] if repo else name
-    return BaseModel(name, repo, _license(data, repo))
+    return BaseModel(name, repo, _license(data, repo), card)
 
 
 def _valid_id(value: Any) -> str | None:
@@ -123,10 +128,6 @@ def _read_file(path: Path) -> bytes:
         return b""
     with path.open("rb") as file:
         return file.read(_LARGEST)
-
-
-def _front_matter(card: bytes) -> dict[str, Any]:
-    return RepoCard(card.decode()).data.to_dict() if card else {}
 
 
 def _license(data: dict[str, Any], repo: str | None) -> dict[str, str]:

@@ -62,11 +62,10 @@ def write_card(folder: Path, target: Path, model: Any):
         source = str(getattr(model.config, "_name_or_path", None) or "")
         record = RunRecord.of(model)
         older = _read_card(target)
-        if older is None and record is None and source:
-            # a checkpoint that was loaded and is saved again. An original's card stays there
-            older = _read_card(Path(source))
-            older = older if older and _is_ours(older) else None
-        base = find_base_model(source)
+        # without a record, it is a checkpoint that was loaded and is saved again
+        base = find_base_model(source, is_quantized=record is None)
+        if older is None and record is None and _is_ours(base.card):
+            older = base.card
         new = _make_card(folder, model, base, record)
         content = f"{new}\n" if older is None else _merge(older, new, record is not None)
         (folder / CARD).write_text(content, encoding="utf-8", newline="")

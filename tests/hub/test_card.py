@@ -29,6 +29,7 @@ from cat_modifier.hub import base_model
 from cat_modifier.hub.base_model import find_base_model
 from cat_modifier.hub.card import update_evaluation
 from cat_modifier.hub.markdown import code, fenced, plain, read_section, replace_section
+from cat_modifier.hub.push import push
 from cat_modifier.hub.run_record import RunRecord, dataset_ids
 
 GOLDEN = Path(__file__).parents[1] / "checkpoint" / "golden"
@@ -240,6 +241,7 @@ def test_what_is_known_of_another_model_is_replaced(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     model = AutoModelForCausalLM.from_pretrained(GOLDEN)
     path, tags = tmp_path / "README.md", []
+    RunRecord(1, "float32").attach(model)  # as if it was made in this process
     for name in ("org/one", "org/one", "org/two"):
         with patch_attr(model.config, "_name_or_path", name):
             data = save(model, tmp_path).data.to_dict()
@@ -380,6 +382,22 @@ def test_a_folder_of_the_cache_has_an_id(tmp_path):
     assert find_base_model(str(folder)).id == "org/a-b"
     assert find_base_model("").id is None
     assert find_base_model(str(tmp_path / "gone")).id is None
+
+
+def test_a_checkpoint_of_the_hub_that_is_saved_again_keeps_its_card(compressed, hub, tmp_path):
+    save(compressed, tmp_path / "one")
+    path = tmp_path / "one" / "README.md"
+    names = "base_model: org/base\nbase_model_relation: quantized\n"
+    path.write_text(path.read_text().replace("---\n", f"---\n{names}", 1))
+    push(tmp_path / "one", "alice/one")
+    model = AutoModelForCausalLM.from_pretrained(GOLDEN)
+    with patch_attr(model.config, "_name_or_path", "alice/one"):
+        save(model, tmp_path / "two")
+    again = (tmp_path / "two" / "README.md").read_text()
+    assert again.count("base_model") == 2
+    assert "base_model: org/base\n" in again
+    for name in ("creation", "measured"):
+        assert read_section(again, name) == read_section(path.read_text(), name) != ""
 
 
 def test_an_id_is_looked_up_on_the_hub(hub):
