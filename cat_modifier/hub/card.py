@@ -71,6 +71,7 @@ def write_card(folder: Path, target: Path, model: Any):
         (folder / CARD).write_text(content, encoding="utf-8", newline="")
         _warn(target, base, RepoCard(content).data.to_dict())
     except Exception as error:
+        (folder / CARD).unlink(missing_ok=True)  # half of it
         reason = " ".join(str(error).split())
         logger.warning(
             f"{target / CARD}, the model card, is not written or updated, and the checkpoint "
@@ -148,7 +149,7 @@ def _describe_run(folder: Path, record: RunRecord | None) -> dict[str, Any]:
     if record.samples is not None:
         tokens += f" in {record.samples:,} samples"
     recipe = folder / _RECIPE
-    text = recipe.read_text() if recipe.is_file() else ""
+    text = recipe.read_text(errors="replace") if recipe.is_file() else ""
     if len(text) > _RECIPE_LENGTH:
         text = f"{text[:_RECIPE_LENGTH]}\n# ... the rest is in {_RECIPE}"
     after = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
@@ -188,13 +189,16 @@ def _find_task(model: Any) -> tuple[str | None, str]:
 
     :return: task of the Hub, None if it is in no table; name of the class to load it with
     """
-    from transformers.pipelines import SUPPORTED_TASKS
-
-    tasks: dict[str, Any] = SUPPORTED_TASKS
+    try:
+        from transformers import pipelines
+    except ImportError:  # of a library for one of the tasks
+        return None, type(model).__name__
+    tasks: dict[str, Any] = pipelines.SUPPORTED_TASKS
     found: dict[str, str] = {}
     for task, entry in tasks.items():
         for auto_class in entry.get("pt", ()):
-            classes = auto_class._model_mapping.get(type(model.config), ())
+            table = getattr(auto_class, "_model_mapping", {})
+            classes = table.get(type(model.config), ())
             classes = classes if isinstance(classes, (tuple, list)) else (classes,)
             if type(model) in classes:
                 found.setdefault(task, auto_class.__name__)
