@@ -207,6 +207,34 @@ def verify(
     print(f"{folder} is the checkpoint that was saved")
 
 
+@app.command()
+def push(
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="FOLDER", exists=True, file_okay=False, help="A checkpoint."),
+    ],
+    repo: Annotated[
+        str,
+        typer.Argument(metavar="REPO", help="Repository on the Hugging Face Hub: USER/NAME."),
+    ],
+    public: Annotated[
+        bool, typer.Option("--public", help="Let all read it. Default: you alone.")
+    ] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch to upload to.", show_default="main")
+    ] = None,
+):
+    """
+    Upload a CAT checkpoint to the Hugging Face Hub.
+
+    Checks that the checkpoint is whole and that the Hub takes its model card,
+    then uploads all files in one commit. Repeat the command if it was stopped.
+    """
+    from cat_modifier.hub.push import push
+
+    print(push(folder, repo, public, revision))
+
+
 def main():
     """Run the command; an error that a user can mend is one line, without a traceback"""
     try:

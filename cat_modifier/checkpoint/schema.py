@@ -3,14 +3,16 @@
 The online transforms of a checkpoint in ``config.json``, version 1 of the format.
 
 A CAT checkpoint is a compressed-tensors checkpoint. Its ``quantization_config`` differs in
-two places:
+three places:
 
+- ``weights`` of every config group has a field that tells what to install. Stock readers
+  refuse it first, and show its text in their errors.
 - ``transform_config`` is a :class:`CATTransformConfig`. A stock reader of transforms refuses
   its unknown fields.
 - ``format`` of every config group has a prefix. A reader that ignores ``transform_config``
   refuses the unknown format.
 
-Both errors name this package: weights that expect transformed inputs must never run without
+All errors name this package: weights that expect transformed inputs must never run without
 the transform. ``cat_modifier/README.md`` specifies the format.
 """
 
@@ -62,6 +64,9 @@ _TYPE = "cat"
 _VERSION = 1
 _REQUIRES = "cat-modifier>=0.1.0"
 """Oldest release that reads version 1"""
+_ADVICE_FIELD = "requires"
+_ADVICE = "pip install cat-modifier and import cat_modifier"
+"""For readers of errors of stock libraries. pydantic shows 48 characters of a string"""
 
 _PRECISIONS = {
     "bfloat16": torch.bfloat16,
@@ -289,6 +294,8 @@ def mark_quantization_config(quantization_config: dict[str, Any]) -> dict[str, A
         group_format = group.get("format") or marked["format"]
         if not group_format.startswith(_FORMAT_PREFIX):
             group["format"] = _FORMAT_PREFIX + group_format
+        if group.get("weights"):
+            group["weights"][_ADVICE_FIELD] = _ADVICE
     marked["transform_config"]["sha256"] = config_digests(marked)
     return marked
 
@@ -325,6 +332,8 @@ def read_quantization_config(
     digests = transform_config.pop("sha256", "missing")
     for group in stock["config_groups"].values():
         group["format"] = group["format"].removeprefix(_FORMAT_PREFIX)
+        if isinstance(group.get("weights"), dict):
+            group["weights"].pop(_ADVICE_FIELD, None)
     try:
         transforms = CATTransformConfig.model_validate(transform_config)
     except ValidationError as error:

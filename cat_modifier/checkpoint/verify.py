@@ -20,10 +20,15 @@ __all__ = ["SUMS", "find_damage", "unknown_files", "write_sums"]
 SUMS = "SHA256SUMS"
 """File with the digests"""
 
+_NOT_LISTED = (SUMS, "README.md")
+"""The model card is for users to edit"""
+
 
 def write_sums(folder: Path):
-    """Write the digests of all files in a folder that has just been written"""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != SUMS)
+    """Write the digests of the files in a folder that has just been written, except the card"""
+    files = sorted(
+        path for path in folder.iterdir() if path.is_file() and path.name not in _NOT_LISTED
+    )
     (folder / SUMS).write_text("".join(f"{_digest(path)}  {path.name}\n" for path in files))
 
 

@@ -123,8 +123,29 @@ def test_stock_readers_refuse_and_name_the_package():
     marked = mark_quantization_config(make_config())
     with pytest.raises(ValidationError, match="cat-modifier"):
         TransformConfig.model_validate(marked["transform_config"])
-    with pytest.raises(ValidationError, match="cat-modifier/pack-quantized"):
+    with pytest.raises(ValidationError, match="cat-modifier/pack-quantized") as refused:
         QuantizationConfig.model_validate(marked)
+    # the first line that a stranger reads, whole
+    line = str(refused.value).splitlines()[2]
+    assert "input_value='pip install cat-modifier and import cat_modifier'" in line
+
+
+def test_weights_are_read_without_the_advice_for_other_readers():
+    marked = mark_quantization_config(make_config())
+    for _ in range(2):  # also where somebody removed it, and vouches for the config
+        stock, _ = read_quantization_config(marked)
+        assert stock["config_groups"]["group_0"]["weights"] == {"num_bits": 4}
+        marked["config_groups"]["group_0"]["weights"] = {"num_bits": 4}
+        marked["transform_config"]["sha256"] = None
+
+
+def test_groups_without_weights_are_marked():
+    config = make_config()
+    config["config_groups"]["group_0"]["weights"] = None
+    marked = mark_quantization_config(config)
+    assert marked["config_groups"]["group_0"]["weights"] is None
+    stock, _ = read_quantization_config(marked)
+    assert stock["config_groups"]["group_0"]["weights"] is None
 
 
 def refuse(config: dict, *messages: str):

@@ -115,15 +115,18 @@ print(type(model.hf_quantizer).__name__, len(names) > 0)
 
 
 @pytest.mark.slow
-def test_transformers_refuses_checkpoints_without_the_package(checkpoint):
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_transformers_refuses_checkpoints_and_says_what_to_do(checkpoint, is_installed):
     code = f"""
+import sys
+if not {is_installed}:
+    sys.modules["cat_modifier"] = None  # an import fails
 from transformers import AutoModelForCausalLM
-try:
-    AutoModelForCausalLM.from_pretrained({checkpoint!r})
-except ValueError as error:
-    print("cat-modifier" in str(error))
+AutoModelForCausalLM.from_pretrained({checkpoint!r})
 """
-    assert run_python(code) == "True"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode
+    assert "input_value='pip install cat-modifier and import cat_modifier'" in process.stderr
 
 
 @pytest.mark.slow

@@ -29,11 +29,10 @@ from loguru import logger
 from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from cat_modifier.checkpoint.unfinished import FINISHED, MOVING, WRITING, find_unfinished
+
 __all__ = ["UnfinishedSaveError", "atomic_folder", "finish_save", "holds_weights"]
 
-_WRITING = ".cat-save-writing"
-_FINISHED = ".cat-save-finished"
-_MOVING = ".cat-save-moving"
 _LOCK = ".cat-save.lock"
 
 _WEIGHTS = re.compile(
@@ -65,7 +64,7 @@ def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    writing = folder / _WRITING
+    writing = folder / WRITING
     with _lock(folder):
         with _kept_files(folder):
             _finish(folder)
@@ -79,7 +78,7 @@ def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
             shutil.rmtree(writing, ignore_errors=True)
             raise
         with _kept_files(folder):
-            writing.rename(folder / _FINISHED)
+            writing.rename(folder / FINISHED)
             _finish(folder)
 
 
@@ -95,14 +94,14 @@ def finish_save(folder: str | os.PathLike):
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}")
     with _lock(folder):
-        if not ((folder / _FINISHED).exists() or (folder / _MOVING).exists()):
+        if not ((folder / FINISHED).exists() or (folder / MOVING).exists()):
             raise FileNotFoundError(f"{folder} holds no save that could be finished")
         with _kept_files(folder):
             _finish(folder)
 
 
 def _finish(folder: Path):
-    finished, moving = folder / _FINISHED, folder / _MOVING
+    finished, moving = folder / FINISHED, folder / MOVING
     if finished.exists():
         files = [path.relative_to(finished) for path in _files(finished)]
         _check_targets(folder, files)
@@ -158,11 +157,10 @@ def _kept_files(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        states = [folder / name for name in (_MOVING, _FINISHED, _WRITING)]
-        place = next((path for path in states if path.exists()), None)
+        place = find_unfinished(folder)
         if place is None:
             raise
-        first = f"rename {place} to {_FINISHED}, then " if place.name == _WRITING else ""
+        first = f"rename {place} to {FINISHED}, then " if place.name == WRITING else ""
         message = (
             f"A checkpoint is written, but could not be moved into {folder}. "
             f"{type(error).__name__}: {error}. "

@@ -27,6 +27,7 @@ from cat_modifier.checkpoint.digest import write_digests
 from cat_modifier.checkpoint.schema import mark_quantization_config
 from cat_modifier.checkpoint.transform_module import CATTransform
 from cat_modifier.checkpoint.verify import unknown_files, write_sums
+from cat_modifier.hub.card import write_card
 from cat_modifier.integrations.transformers.atomic_folder import (
     UnfinishedSaveError,
     atomic_folder,
@@ -120,6 +121,8 @@ def _save(model: PreTrainedModel, save: Any, target: Path, options: dict[str, An
                 "where you need them"
             ) from error
         _edit_config(model, staging)
+        if (staging / CONFIG_NAME).exists():  # an adapter has none
+            write_card(staging, target, model)
     logger.info(f"The checkpoint is in {target}")
     if others := unknown_files(target):
         logger.warning(
@@ -190,8 +193,8 @@ def _check(model: PreTrainedModel, options: dict[str, Any]):
     if options.get("push_to_hub"):
         # it would upload the staging folder, and before it is marked
         raise ValueError(
-            "`push_to_hub=True` is not supported by CAT checkpoints: call "
-            "`model.push_to_hub(repo_id)` instead"
+            "`push_to_hub=True` is not supported by CAT checkpoints: save to a folder, then "
+            "run `cat-modifier push FOLDER REPO`"
         )
     if options.get("distributed_checkpoint"):
         raise ValueError("`distributed_checkpoint=True` is not supported by CAT checkpoints")

@@ -32,7 +32,9 @@ from cat_modifier.functional.layout import (
     choose_attention_layout,
     choose_layout,
 )
+from cat_modifier.functional.sqnr import to_db
 from cat_modifier.functional.tensor_parallel import largest_tensor_parallel_size
+from cat_modifier.hub.run_record import RunRecord, dataset_ids
 from cat_modifier.integrations.transformers.saving import (
     check_complete,
     mark_complete,
@@ -197,6 +199,7 @@ class CATModifier(Modifier):
     _unaligned: list[str] = PrivateAttr(default_factory=list)
     _is_resident: bool = PrivateAttr(default=False)
     _ranks: int = PrivateAttr(default=1)
+    _record: RunRecord = PrivateAttr()
 
     @field_validator("targets", "ignore", mode="before")
     @classmethod
@@ -266,6 +269,7 @@ class CATModifier(Modifier):
             transform, or weights are quantized already
         """
         check_shared_pass(self)
+        self._record = self._start_record(state)
         self._config = check_earlier_transforms(state.model, self._linears)
         check_quantized(self._linears, self)
         warn_if_not_served(state.model, self._linears)
@@ -306,6 +310,7 @@ class CATModifier(Modifier):
         if is_source_process():
             warn_if_unaligned(self._unaligned, self.alignment_strength)
         batch_tokens(state.model)
+        self._record.attach(state.model)
         mark_complete(state.model)
         del self._collector, self._check
 
@@ -337,6 +342,19 @@ class CATModifier(Modifier):
         k = self.transform_block_size
         sizes = [one.in_features for one in self._linears.values()]
         return sum(4 * d * (d if k == "full" else min(k, d)) for d in sizes)
+
+    def _start_record(self, state: State) -> RunRecord:
+        """Note model and data before anything changes; continue an earlier modifier's"""
+        if (earlier := RunRecord.of(state.model)) is not None:
+            return earlier
+        data = state.data.calib
+        sampler = getattr(data, "sampler", None)
+        return RunRecord(
+            size_before=_size(state.model),
+            dtype=str(state.model.dtype).removeprefix("torch."),
+            samples=len(sampler) if isinstance(sampler, Sized) else None,
+            datasets=dataset_ids(getattr(data, "dataset", None)),
+        )
 
     def _find_value_projections(self, state: State) -> dict[str, ValueProjection]:
         """Find them on one batch; those that all ranks agree on"""
@@ -492,6 +510,9 @@ class CATModifier(Modifier):
             self._transformed.update(one.source.names)
             if one.is_rotation:
                 self._unaligned.append(one.source.first)
+            if one.source.is_quantized and one.before is not None and one.after is not None:
+                sqnr = to_db(one.before.sqnr), to_db(one.after.sqnr)
+                self._record.add(one.source.names, one.source.token_count, *sqnr)
             if is_source_process():
                 log_transform(one)
         if plan.overhead is not None and self.max_overhead and is_source_process():

@@ -105,9 +105,9 @@ def test_arguments_by_position_and_by_name(request, tmp_path, messages, name, ar
 def test_what_is_not_supported_is_an_error_that_writes_nothing(request, tmp_path, name):
     model = request.getfixturevalue(name)
     target = tmp_path / "saved"
-    with pytest.raises(ValueError, match=r"model\.push_to_hub\(repo_id\)"):
+    with pytest.raises(ValueError, match="cat-modifier push FOLDER REPO"):
         model.save_pretrained(target, push_to_hub=True)
-    with pytest.raises(ValueError, match=r"model\.push_to_hub\(repo_id\)"):
+    with pytest.raises(ValueError, match="cat-modifier push FOLDER REPO"):
         model.save_pretrained(target, True, None, True)
     with pytest.raises(ValueError, match="distributed_checkpoint"):
         model.save_pretrained(target, distributed_checkpoint=True)
