@@ -11,7 +11,12 @@ from cat_modifier.analysis import layers
 from cat_modifier.analysis.comparison import compare
 from cat_modifier.analysis.report import comparison_report, layer_report, new_report
 from cat_modifier.calibration.experts import make_experts_linears
-from cat_modifier.calibration.texts import load_texts, windows
+from cat_modifier.calibration.texts import (
+    CALIBRATION_SPLITS,
+    HELD_OUT_SPLITS,
+    load_texts,
+    windows,
+)
 from cat_modifier.version import __version__
 
 __all__ = ["run"]
@@ -26,7 +31,7 @@ def run(
     original: str | None,
     dataset: str,
     split: str | None,
-    column: str,
+    column: str | None,
     samples: int,
     length: int,
     **options: Any,
@@ -54,14 +59,15 @@ def run(
     if original is not None and not is_quantized:
         raise ValueError(f"{model} is not quantized: leave out --original")
 
-    split = split or ("test" if is_quantized else "train")
-    texts = load_texts(dataset, split, column)
-    ids = windows(texts, AutoTokenizer.from_pretrained(model), length, samples)
+    splits = split or (HELD_OUT_SPLITS if is_quantized else CALIBRATION_SPLITS)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    texts = load_texts(dataset, splits, column, tokenizer)
+    ids = windows(texts, tokenizer, length, samples)
     batches = ids.split(max(1, _TOKENS_PER_BATCH // length))
     settings: dict[str, Any] = {
         "cat-modifier": __version__,
         "model": model,
-        "dataset": f"{dataset} ({split})",
+        "dataset": f"{dataset} ({split or splits[0]})",
         "tokens": f"{ids.shape[0]} windows of {ids.shape[1]}",
     }
     with new_report(output, overwrite) as folder:

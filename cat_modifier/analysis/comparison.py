@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from cat_modifier.analysis.layers import call, warn_of_unseen
 from cat_modifier.calibration.experts import find_fused_experts
+from cat_modifier.checkpoint.integers import bits_name
 from cat_modifier.functional.sqnr import to_db
 
 __all__ = ["Comparison", "compare"]
@@ -162,14 +163,12 @@ def _add_errors(
 
 
 def _row(name: str, module: Any, energies: dict[str, float]) -> dict[str, str | int | float]:
-    scheme, parts = module.quantization_scheme, []
-    for factor, args in (("W", scheme.weights), ("A", scheme.input_activations)):
-        kind = "" if args is None or args.type == "int" else "F"
-        parts.append(f"{factor}{kind}{16 if args is None else args.num_bits}")
+    scheme = module.quantization_scheme
+    bits = bits_name(scheme.weights, scheme.input_activations)
     sizes = {"in_features": module.in_features, "out_features": module.out_features}
     signal = energies.pop("signal")
     ratios = {key: to_db(signal / e if e else math.inf) for key, e in energies.items()}
-    return {"layer": name, "scheme": "".join(parts)} | sizes | ratios
+    return {"layer": name, "scheme": bits} | sizes | ratios
 
 
 def _add_predictions(totals: dict[str, float], ids: Tensor, logits: Tensor, other: Tensor):
