@@ -68,7 +68,17 @@ def load_model(model: str, config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def load_processor(model: str, config: PreTrainedConfig) -> Any:
-    """Load all that belongs to the inputs of a model: its tokenizer, or its processor"""
-    if auto_class(config) is AutoModelForImageTextToText:
+    """
+    Load all that belongs to the inputs of a model: its tokenizer, or its processor.
+
+    :raises ValueError: if a library is missing that the processor needs
+    """
+    if auto_class(config) is not AutoModelForImageTextToText:
+        return AutoTokenizer.from_pretrained(model)
+    try:
         return AutoProcessor.from_pretrained(model)
-    return AutoTokenizer.from_pretrained(model)
+    except ImportError as error:
+        raise ValueError(
+            "The processor of the model, which belongs to its checkpoint, needs a library "
+            f"that is not installed, torchvision in most cases: {' '.join(str(error).split())}"
+        ) from error

@@ -6,6 +6,7 @@ The modifiers of the recipe decide: they are initialized on a model of random we
 CATModifier observes it on one short text.
 """
 
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 from compressed_tensors.quantization import QuantizationScheme
 from compressed_tensors.utils import patch_attr
 from llmcompressor.core import create_session
+from llmcompressor.modeling.moe.context import moe_calibration_context
 from llmcompressor.modifiers import Modifier
 from torch import Tensor
 from torch.nn import Linear
@@ -25,6 +27,7 @@ from cat_modifier.checkpoint.integers import bits_name
 from cat_modifier.checkpoint.schema import TENSOR_SUFFIX
 from cat_modifier.markdown import markdown_table
 from cat_modifier.modifiers.cat.base import CATModifier
+from cat_modifier.modifiers.cat.pipeline import as_it_is_run
 from cat_modifier.modifiers.cat.plan import InputToPlan
 from cat_modifier.quantize.sizes import quantized_linear, stored_bytes
 from cat_modifier.quantize.skeleton import fill, make_empty
@@ -52,9 +55,10 @@ class LinearOutline:
     transform: str
 
     @property
-    def kind(self) -> str:
-        """Name with * for the numbers of layers and experts"""
-        return re.sub(r"(?<=\.)\d+(?=\.)", "*", self.name)
+    def parent(self) -> str:
+        """Name of the module around it, with * for the numbers of layers and experts"""
+        parent = self.name.removeprefix("model.").rpartition(".")[0]
+        return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", parent)
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ def outline(config: PreTrainedConfig, recipe: str) -> Outline:
     data: Any = [{"input_ids": _some_text(config)}]
     loader: DataLoader = DataLoader(data, batch_size=1)
     inputs: list[InputToPlan] = []
-    with create_session() as session:
+    with create_session() as session, moe_calibration_context():  # as in oneshot
         session.initialize(recipe=recipe, model=model, calib_data=loader, start=-1)
         modifiers: list[Modifier] = session.lifecycle.recipe.modifiers
         for modifier in modifiers:
@@ -101,7 +105,8 @@ def outline(config: PreTrainedConfig, recipe: str) -> Outline:
                 with patch_attr(session.lifecycle.recipe, "modifiers", [modifier]):
                     inputs += modifier.outline(session.state)
                     modifier.on_finalize(session.state)  # chooses the format
-    return _describe(model, tensors, inputs, modifiers)
+    counts = _count_tokens(model, data[0]["input_ids"])
+    return _describe(model, tensors, inputs, modifiers, counts)
 
 
 def _some_text(config: PreTrainedConfig) -> Tensor:
@@ -123,10 +128,12 @@ def _describe(
     tensors: dict[str, Tensor],
     inputs: list[InputToPlan],
     modifiers: list[Modifier],
+    counts: Counter[str],
 ) -> Outline:
     """
     :param tensors: empty tensors of the model before it was filled, by name
     :param inputs: inputs that CATModifier transforms
+    :param counts: tokens that each Linear reads of a text
     """
     input_of = {name: one for one in inputs for name in one.names}
     linears, after = [], dict(tensors)
@@ -166,19 +173,43 @@ def _describe(
         stored_bytes(tensors),
         stored_bytes(after | transforms),
         stored_bytes(transforms),
-        _overhead(inputs, sizes),
+        _overhead(inputs, sizes, counts),
         any(one.max_overhead is not None for one in cat),
     )
 
 
-def _overhead(inputs: list[InputToPlan], shapes: dict[str, tuple[int, int]]) -> float:
-    """Relate multiply-adds, for the tokens that each input saw"""
+@torch.no_grad()
+def _count_tokens(model: PreTrainedModel, ids: Tensor) -> Counter[str]:
+    """Count the tokens that each Linear reads of a text; experts read those routed to them"""
+    counts: Counter[str] = Counter()
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, Linear):
+
+            def count(linear: Linear, args: tuple, name: str = name):
+                counts[name] += args[0].numel() // linear.in_features
+
+            handles.append(module.register_forward_pre_hook(count))
+    try:
+        with as_it_is_run(model):
+            model(input_ids=ids[None])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return counts
+
+
+def _overhead(
+    inputs: list[InputToPlan], shapes: dict[str, tuple[int, int]], counts: Counter[str]
+) -> float:
+    """Relate the multiply-adds of transforms to those of their Linears, for the same tokens"""
     added = total = 0
     for one in inputs:
+        # experts that share an input share its transform: a token is transformed once
+        tokens = min(_TOKENS, sum(counts[name] for name in one.names))
         fused = one.value_projection is not None
-        added += one.token_count * one.layout.multiply_adds(one.in_features, fused)
-        weights = sum(shapes[name][0] * shapes[name][1] for name in one.names)
-        total += one.token_count * weights
+        added += tokens * one.layout.multiply_adds(one.in_features, fused)
+        total += sum(counts[name] * math.prod(shapes[name]) for name in one.names)
     return added / total if total else 0.0
 
 
@@ -186,28 +217,29 @@ def _transform_name(one: InputToPlan) -> str:
     layout = one.layout
     if one.value_projection is not None:
         into = one.value_projection.linear.rpartition(".")[2]
-        parts = [f"blocks {layout.stored_size} in {into}"]
+        transform = f"{layout.stored_size} in {into}"
     else:
-        parts = [f"blocks {layout.stored_size}"]
-    if layout.hadamard_size > 1:
-        parts.append(f"Hadamard {layout.hadamard_size}")
-    return ", ".join(parts)
+        transform = str(layout.stored_size)
+    hadamard = layout.hadamard_size
+    return f"{transform}, Hadamard {hadamard}" if hadamard > 1 else transform
 
 
 def outline_table(found: Outline) -> str:
     """Write a table with a row for each kind of Linear, and what the checkpoint will weigh"""
-    rows = Counter(
-        (one.kind, one.shape, one.transform, one.scheme or "16 bits") for one in found.linears
-    )
+    kinds: dict[tuple, dict[str, int]] = {}
+    for one in found.linears:
+        key = (one.parent, one.shape[1], one.transform, one.scheme or "16 bits")
+        names = kinds.setdefault(key, {})
+        name = one.name.rpartition(".")[2]
+        names[name] = names.get(name, 0) + 1
+    rows = [
+        (".".join(filter(None, (parent, _join(list(names))))), str(sum(names.values())))
+        + (str(size), transform or "none", bits)
+        for (parent, size, transform, bits), names in kinds.items()
+    ]
     bound = "at most " if found.is_upper_bound else ""
     lines = [
-        markdown_table(
-            ("Linears", "number", "out x in", "transform", "bits"),
-            [
-                (kind, str(count), f"{out} x {size}", transform or "none", bits)
-                for (kind, (out, size), transform, bits), count in rows.items()
-            ],
-        ),
+        markdown_table(("Linears", "number", "inputs", "blocks", "bits"), rows),
         "",
         f"weights: {_megabytes(found.bytes_before)} -> {bound}{_megabytes(found.bytes_after)}",
     ]
@@ -217,6 +249,14 @@ def outline_table(found: Outline) -> str:
             f"{bound}{found.overhead:.1%} more multiply-adds than their Linears"
         )
     return "\n".join(lines)
+
+
+def _join(names: list[str]) -> str:
+    """Join q_proj and k_proj to q/k_proj"""
+    parts = [name.rpartition("_") for name in names]
+    if len(names) > 1 and all(head and tail == parts[0][2] for head, _, tail in parts):
+        return "/".join(head for head, _, _ in parts) + f"_{parts[0][2]}"
+    return "/".join(names)
 
 
 def _megabytes(size: int) -> str:

@@ -10,12 +10,13 @@ import math
 
 import torch
 from accelerate import init_empty_weights
+from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
+from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
 from torch import Tensor
 from torch.nn import Embedding, Module, Parameter
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from cat_modifier.auto_model import auto_class
-from cat_modifier.calibration.experts import make_experts_linears
 
 __all__ = ["fill", "make_empty"]
 
@@ -32,7 +33,11 @@ def make_empty(config: PreTrainedConfig) -> PreTrainedModel:
     dtype = config.dtype or config.get_text_config().dtype or torch.float32
     with init_empty_weights(include_buffers=False):
         model = auto_class(config).from_config(config, dtype=dtype)
-        make_experts_linears(model)
+        for name, module in get_non_linearized_moes(model):
+            # as linearize_moe does it, without weights to copy
+            experts = LinearExperts2D.get_linear_experts_cls(type(module))
+            made = experts(getattr(module, "config", model.config))
+            model.set_submodule(name, made.to(dtype))
     model.tie_weights()  # the context makes a parameter of its own for each module
     return model.eval()
 

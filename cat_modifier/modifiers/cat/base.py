@@ -340,7 +340,7 @@ class CATModifier(Modifier):
         blocks.
 
         :param state: state of an initialized session, with a little data
-        :return: inputs with their layouts. Token counts are those of the data
+        :return: inputs with their layouts
         """
         self.on_calibration_start(state, Event(type_=EventType.CALIBRATION_START))
         for index, batch in enumerate(state.data.calib or ()):
