@@ -6,6 +6,7 @@ This module imports nothing heavy: `--help` must answer at once.
 """
 
 import sys
+from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -222,6 +223,82 @@ def quantize(
     _need("compress", "llmcompressor")
 
     from cat_modifier.quantize.command import run
+
+    run(**arguments)
+
+
+class Engine(StrEnum):
+    """Library that computes tasks"""
+
+    HF = "hf"
+    VLLM = "vllm"
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            callback=_check,
+            help="Folder, or id on the Hugging Face Hub, of any model.",
+        ),
+    ],
+    base: Annotated[
+        str | None,
+        typer.Option(callback=_check, help="Model that the checkpoint was made from."),
+    ] = None,
+    dataset: Annotated[str, typer.Option(help=_DATASET_HELP)] = "pydoc-topics",
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="Split of a dataset on the Hub.",
+            show_default="test, test_sft, validation, or the only",
+        ),
+    ] = None,
+    column: Annotated[
+        str | None, typer.Option(help=_COLUMN_HELP, show_default=_COLUMN_DEFAULT)
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(min=0, help="Windows of text, at most. 0 measures tasks alone.")
+    ] = 48,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
+    tasks: Annotated[
+        str, typer.Option(metavar="NAME,...", help="Tasks of lm-eval, separated by commas.")
+    ] = "",
+    model: Annotated[
+        Engine, typer.Option(help="Library that computes the tasks: Transformers, or vLLM.")
+    ] = Engine.HF,
+    model_args: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME=VALUE,...",
+            help="Further arguments of lm-eval's model, as max_model_len=2048.",
+        ),
+    ] = "",
+    include_path: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="Folder with tasks of your own."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Samples of each task, at most.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None,
+):
+    """
+    Measure what a checkpoint has kept of its base.
+
+    On text, by Transformers: perplexity, and with --base also KL divergence and top-1
+    agreement. With --tasks, tasks of lm-eval. Prints a table; results of tasks are also
+    written into the checkpoint's folder, where the Hub looks for them (.eval_results).
+    """
+    arguments = locals() | {"model": str(model)}
+    if tasks:
+        _need("evaluate", "lm_eval", "accelerate")
+        if model is Engine.VLLM:
+            _need("serve", "vllm")
+
+    from cat_modifier.evaluate.command import run
 
     run(**arguments)
 

@@ -7,6 +7,7 @@ therefore run a few tokens: what is observed of it depends on shapes and code, n
 """
 
 import math
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -35,7 +36,8 @@ def make_empty(config: PreTrainedConfig) -> PreTrainedModel:
         model = auto_class(config).from_config(config, dtype=dtype)
         for name, module in get_non_linearized_moes(model):
             # as linearize_moe does it, without weights to copy
-            experts = LinearExperts2D.get_linear_experts_cls(type(module))
+            fused: Any = type(module)
+            experts = LinearExperts2D.get_linear_experts_cls(fused)
             made = experts(getattr(module, "config", model.config))
             model.set_submodule(name, made.to(dtype))
     model.tie_weights()  # the context makes a parameter of its own for each module
