@@ -70,9 +70,9 @@ def _check(model: str | None) -> str | None:
 
 
 _DATASET_HELP = (
-    "Text: id on the Hub (or id:configuration); a .txt, .md, .json, .jsonl, .csv or .parquet "
-    "file; pydoc-topics, the documentation of Python; or python-mixed, text of four kinds of "
-    "the Python installation."
+    "Text: id on the Hub (or id:configuration); a file (.txt, .md, .json, .jsonl, .csv or "
+    ".parquet); or texts of the Python installation: pydoc-topics, its documentation; "
+    "python-mixed, four kinds."
 )
 _COLUMN_HELP = "Column of the dataset with texts or chats."
 _COLUMN_DEFAULT = "text, or else the first with chats"
@@ -294,9 +294,11 @@ def evaluate(
     """
     arguments = locals() | {"model": str(model)}
     if tasks:
-        _need("evaluate", "lm_eval", "accelerate")
+        _need("evaluate", "lm_eval")
         if model is Engine.VLLM:
             _need("serve", "vllm")
+        else:
+            _need("evaluate", "accelerate")
 
     from cat_modifier.evaluate.command import run
 
