@@ -76,11 +76,11 @@ class _Chats(Collection[str]):
 
 def _observe_column(rows: Any, dataset: str) -> str:
     first = rows[0]
-    if isinstance(first.get(_TEXT), str):
+    chats = [name for name in rows.column_names if _is_chat(first[name])]
+    if isinstance(first.get(_TEXT), str) or (_TEXT in first and not chats):
         return _TEXT
-    for name in rows.column_names:
-        if _is_chat(first[name]):
-            return name
+    if chats:
+        return chats[0]
     raise ValueError(
         f"The dataset {dataset!r} has neither a column {_TEXT!r} nor one of chats, but "
         f"{rows.column_names}: choose one that holds text with --column"

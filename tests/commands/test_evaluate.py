@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import torch
+from command_data import write_task
 from huggingface_hub import parse_eval_result_entries
-from local_task import write_task
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from yaml import safe_load
 
