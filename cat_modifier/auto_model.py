@@ -52,7 +52,7 @@ def auto_class(config: PreTrainedConfig) -> Any:
     raise ValueError(
         f"The model is a {named or type(config).__name__}, and the commands take models that "
         "continue text, with or without pictures. For others, call llmcompressor.oneshot with "
-        "data of your own, as recipes/README.md shows"
+        "data of your own, and recipe=cat_modifier.recipe(NAME)"
     )
 
 

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from cat_modifier.analysis import layers
 from cat_modifier.analysis.comparison import compare
 from cat_modifier.analysis.report import comparison_report, layer_report, new_report
+from cat_modifier.auto_model import load_model, read_config
 from cat_modifier.calibration.experts import make_experts_linears
 from cat_modifier.calibration.texts import (
     CALIBRATION_SPLITS,
@@ -46,13 +47,7 @@ def run(
     # check everything that can be checked before a model is loaded
     schemes = layers.parse_names(options["schemes"], options["transforms"])
     options["schemes"] = [scheme.name for scheme in schemes]
-    try:
-        config = AutoConfig.from_pretrained(model)
-    except OSError as error:
-        if Path(model).is_dir():
-            raise
-        message = f"There is no folder {model}, and it could not be read from the Hub: {error}"
-        raise OSError(message) from error
+    config = read_config(model)
     is_quantized = getattr(config, "quantization_config", None) is not None
     if is_quantized and original is None:
         raise ValueError(f"{model} is quantized: name the model it was made from as --original")
@@ -88,12 +83,11 @@ def run(
 
 
 def _load(model: str) -> PreTrainedModel:
-    device_map = "auto" if torch.cuda.is_available() else None
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto", device_map=device_map)
+    loaded = load_model(model, read_config(model))
     devices = set(map(str, getattr(loaded, "hf_device_map", {}).values()))
-    if device_map and devices & {"cpu", "disk"}:
+    if torch.cuda.is_available() and devices & {"cpu", "disk"}:
         raise ValueError(
             f"{model} does not fit in the memory of the accelerators: use larger or more of "
             "them, or hide them (CUDA_VISIBLE_DEVICES=) to compute on the CPU"
         )
-    return loaded.eval()
+    return loaded

@@ -11,6 +11,7 @@ from tiny_models import make_model, make_vision_language_model, make_whisper
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import cat_modifier
+from cat_modifier import cli
 from cat_modifier.auto_model import auto_class
 from cat_modifier.checkpoint.schema import read_quantization_config
 from cat_modifier.quantize.outline import Outline, outline, outline_table
@@ -165,6 +166,12 @@ def test_misuse_is_one_line(folder, checkpoint, command, capsys, arguments, mess
     error = end.value.code if isinstance(end.value.code, str) else capsys.readouterr().err
     assert message in error and "Traceback" not in error
     assert not (folder / "new").exists()
+
+
+def test_a_missing_library_names_the_extra():
+    cli._need("compress", "torch")
+    with pytest.raises(ValueError, match=r"pip install 'cat-modifier\[compress\]'"):
+        cli._need("compress", "torch", "no_such_library")
 
 
 def test_models_that_do_not_continue_text_are_an_error(tmp_path):
