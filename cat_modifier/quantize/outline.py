@@ -88,11 +88,30 @@ def outline(config: PreTrainedConfig, recipe: str) -> Outline:
 
     :param config: config of the model
     :param recipe: path of a YAML file
-    :raises ValueError: if the recipe does not suit the model
+    :raises ValueError: if the recipe does not suit the model, or the model cannot be run with
+        random weights
     """
     model = make_empty(config)
     tensors = dict(model.state_dict(keep_vars=True))
     fill(model)
+    try:
+        return _observe(model, tensors, config, recipe)
+    except (RuntimeError, TypeError, IndexError, KeyError) as error:
+        raise ValueError(
+            f"A dry run of {type(model).__name__} is not possible, because it does not run "
+            f"with random weights on a short text: {error}. Leave out --dry-run"
+        ) from error
+
+
+def _observe(
+    model: PreTrainedModel, tensors: dict[str, Tensor], config: PreTrainedConfig, recipe: str
+) -> Outline:
+    """
+    Let the modifiers of a recipe decide.
+
+    :param model: model filled with random numbers
+    :param tensors: its tensors before it was filled, by name
+    """
     data: Any = [{"input_ids": _some_text(config)}]
     loader: DataLoader = DataLoader(data, batch_size=1)
     inputs: list[InputToPlan] = []

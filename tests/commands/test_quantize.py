@@ -109,6 +109,14 @@ def test_a_dry_run_names_an_upper_bound_of_blocks(folder, tmp_path, command):
     assert "-> at most 0." in text and "at most" in text.splitlines()[-1]
 
 
+def test_a_model_that_does_not_run_is_an_error(folder):
+    config = AutoConfig.from_pretrained(folder / "model")
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 1e4}
+    config.num_key_value_heads = 3  # does not divide the heads
+    with pytest.raises(ValueError, match="A dry run of LlamaForCausalLM is not possible"):
+        outline(config, cat_modifier.recipe("w4a4"))
+
+
 def test_a_skeleton_takes_the_memory_of_its_largest_weights(tmp_path):
     make_model(tmp_path, num_hidden_layers=8, vocab_size=4096)
     config = AutoConfig.from_pretrained(tmp_path)
