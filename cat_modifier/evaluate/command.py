@@ -62,7 +62,8 @@ def run(
             checkpoint, base, names, model, model_args, include_path, limit
         )
         measures += [measure for result in results for measure in result.measures]
-    print(results_table(measures))
+    table = results_table(measures)
+    print(table)
 
     versions = _versions()
     if output is not None:
