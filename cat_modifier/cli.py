@@ -6,6 +6,8 @@ This module imports nothing heavy: `--help` must answer at once.
 """
 
 import sys
+from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -43,6 +45,19 @@ def _options(
     """Take the options that belong to no command"""
 
 
+def _need(extra: str, *libraries: str):
+    """
+    :param libraries: modules that the extra installs
+    :raises ValueError: if one is missing
+    """
+    for name in libraries:
+        if find_spec(name) is None:
+            raise ValueError(
+                f"{name} is not installed. The command needs: "
+                f"pip install 'cat-modifier[{extra}]'"
+            )
+
+
 def _check(model: str | None) -> str | None:
     from cat_modifier.model_path import check_model
 
@@ -52,6 +67,15 @@ def _check(model: str | None) -> str | None:
     except FileNotFoundError as error:
         raise typer.BadParameter(str(error)) from error
     return model
+
+
+_DATASET_HELP = (
+    "Text: id on the Hub (or id:configuration); a file (.txt, .md, .json, .jsonl, .csv or "
+    ".parquet); or texts of the Python installation: pydoc-topics, its documentation; "
+    "python-mixed, four kinds."
+)
+_COLUMN_HELP = "Column of the dataset with texts or chats."
+_COLUMN_DEFAULT = "text, or else the first with chats"
 
 
 @app.command()
@@ -72,14 +96,7 @@ def analyze(
             callback=_check, help="Model that the quantized checkpoint MODEL was made from."
         ),
     ] = None,
-    dataset: Annotated[
-        str,
-        typer.Option(
-            help="Text: id on the Hub (or id:configuration); a .txt, .md, .json, .jsonl, .csv "
-            "or .parquet file; pydoc-topics, the documentation of Python; or python-mixed, "
-            "text of four kinds of the Python installation."
-        ),
-    ] = "pydoc-topics",
+    dataset: Annotated[str, typer.Option(help=_DATASET_HELP)] = "pydoc-topics",
     split: Annotated[
         str | None,
         typer.Option(
@@ -87,7 +104,9 @@ def analyze(
             show_default="train; with --original: test",
         ),
     ] = None,
-    column: Annotated[str, typer.Option(help="Column of the dataset with the text.")] = "text",
+    column: Annotated[
+        str | None, typer.Option(help=_COLUMN_HELP, show_default=_COLUMN_DEFAULT)
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Windows of text, at most.")] = 128,
     length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
     schemes: Annotated[
@@ -152,6 +171,136 @@ def analyze(
     arguments |= {"schemes": schemes.split(","), "transforms": transforms.split(",")}
 
     from cat_modifier.analysis.command import run
+
+    run(**arguments)
+
+
+@app.command()
+def quantize(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", callback=_check, help="Folder, or id on the Hugging Face Hub."
+        ),
+    ],
+    recipe: Annotated[
+        str, typer.Option(help="Name of a recipe of this package, as w4a4, or a YAML file.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the checkpoint.", show_default=False)
+    ] = None,
+    dataset: Annotated[str, typer.Option(help=_DATASET_HELP)] = "python-mixed",
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="Split of a dataset on the Hub.", show_default="train, train_sft, or the only"
+        ),
+    ] = None,
+    column: Annotated[
+        str | None, typer.Option(help=_COLUMN_HELP, show_default=_COLUMN_DEFAULT)
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Windows of text, at most.")] = 64,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a checkpoint in the folder.")
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Load no weights and write nothing: show which Linears are transformed and "
+            "quantized, what the checkpoint will weigh, and what transforms cost.",
+        ),
+    ] = False,
+):
+    """
+    Quantize a model with a recipe.
+
+    Loads the model, calibrates it on text with llm-compressor, and writes a checkpoint for
+    vLLM and Transformers.
+    """
+    arguments = locals()
+    _need("compress", "llmcompressor")
+
+    from cat_modifier.quantize.command import run
+
+    run(**arguments)
+
+
+class Engine(StrEnum):
+    """Library that computes tasks"""
+
+    HF = "hf"
+    VLLM = "vllm"
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            callback=_check,
+            help="Folder, or id on the Hugging Face Hub, of any model.",
+        ),
+    ],
+    base: Annotated[
+        str | None,
+        typer.Option(callback=_check, help="Model that the checkpoint was made from."),
+    ] = None,
+    dataset: Annotated[str, typer.Option(help=_DATASET_HELP)] = "pydoc-topics",
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="Split of a dataset on the Hub.",
+            show_default="test, test_sft, validation, or the only",
+        ),
+    ] = None,
+    column: Annotated[
+        str | None, typer.Option(help=_COLUMN_HELP, show_default=_COLUMN_DEFAULT)
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(min=0, help="Windows of text, at most. 0 measures tasks alone.")
+    ] = 48,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
+    tasks: Annotated[
+        str, typer.Option(metavar="NAME,...", help="Tasks of lm-eval, separated by commas.")
+    ] = "",
+    model: Annotated[
+        Engine, typer.Option(help="Library that computes the tasks: Transformers, or vLLM.")
+    ] = Engine.HF,
+    model_args: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME=VALUE,...",
+            help="Further arguments of lm-eval's model, as max_model_len=2048.",
+        ),
+    ] = "",
+    include_path: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="Folder with tasks of your own."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Samples of each task, at most.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None,
+):
+    """
+    Measure what a checkpoint has kept of its base.
+
+    On text, by Transformers: perplexity, and with --base also KL divergence and top-1
+    agreement. With --tasks, tasks of lm-eval. Prints a table; results of tasks are also
+    written into the checkpoint's folder, where the Hub looks for them (.eval_results).
+    """
+    arguments = locals() | {"model": str(model)}
+    if tasks:
+        _need("evaluate", "lm_eval")
+        if model is Engine.VLLM:
+            _need("serve", "vllm")
+        else:
+            _need("evaluate", "accelerate")
+
+    from cat_modifier.evaluate.command import run
 
     run(**arguments)
 

@@ -91,6 +91,6 @@ END
         > "$site/vllm-0.32.0+cpu.dist-info/METADATA"
 }
 
-set_up_compress() { set_up compress compress,analyze,examples,dev; }
+set_up_compress() { set_up compress compress,analyze,evaluate,examples,dev; }
 
-set_up_serve() { set_up serve serve-cpu,dev; }
+set_up_serve() { set_up serve serve-cpu,evaluate,dev; }

@@ -9,6 +9,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environments.sh"
 OUTPUT="${1:-$ROOT/output}"
 EXAMPLES="$ROOT/examples"
+COMMAND="$VENVS/compress/bin/cat-modifier"
 LOG="$OUTPUT/logs"
 PORT="${PORT:-8123}"
 mkdir -p "$LOG"
@@ -37,17 +38,18 @@ fi
 
 for recipe in w4a4_no_transform w4a4_hadamard w4a4; do
     say "Quantizing with the recipe $recipe to $OUTPUT/$recipe (minutes; log: $LOG/$recipe.log)"
-    run "$recipe" "$COMPRESS" "$EXAMPLES/quantize.py" "$MODEL" \
-        --recipe "$recipe" --output "$OUTPUT/$recipe"
+    run "$recipe" "$COMMAND" quantize "$MODEL" \
+        --recipe "$recipe" --output "$OUTPUT/$recipe" --overwrite
 done
 
-say "Evaluating the checkpoints (minutes; a row each)"
-"$COMPRESS" "$EXAMPLES/evaluate.py" "bf16=$MODEL" \
-    "W4A4, no transform=$OUTPUT/w4a4_no_transform" \
-    "W4A4, Hadamard=$OUTPUT/w4a4_hadamard" \
-    "W4A4, CAT=$OUTPUT/w4a4" \
-    --json "$OUTPUT/table.json" 2> "$LOG/evaluate.log" \
-    || fail "$(tail -n 5 "$LOG/evaluate.log")"
+for recipe in w4a4_no_transform w4a4_hadamard; do
+    say "Evaluating $recipe on held-out text (a minute; log: $LOG/evaluate-$recipe.log)"
+    run "evaluate-$recipe" "$COMMAND" evaluate "$OUTPUT/$recipe" --output "$OUTPUT/$recipe.json"
+done
+say "Evaluating w4a4 and comparing it with the original (minutes; log: $LOG/evaluate-w4a4.log)"
+run evaluate-w4a4 "$COMMAND" evaluate "$OUTPUT/w4a4" --base "$MODEL" --output "$OUTPUT/w4a4.json"
+"$COMPRESS" "$EXAMPLES/compare.py" "$MODEL" \
+    "$OUTPUT/w4a4_no_transform" "$OUTPUT/w4a4_hadamard" "$OUTPUT/w4a4"
 
 healthy() {
     "$SERVE" -c "import urllib.request as u; u.urlopen('http://127.0.0.1:$PORT/health', timeout=2)" \

@@ -18,7 +18,7 @@ say "Checking style and types"
 "$COMPRESS" -m mypy
 
 COMPRESS_TESTS="tests/functional tests/calibration tests/checkpoint tests/modifiers
-    tests/integrations/transformers tests/hub tests/analysis tests/package"
+    tests/integrations/transformers tests/hub tests/analysis tests/commands tests/package"
 command -v chromium > /dev/null || say "(without chromium, a report is not tested in a browser)"
 if [ "${1:-}" = --quick ]; then
     say "Testing what is quick"

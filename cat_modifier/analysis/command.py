@@ -5,13 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from cat_modifier.analysis import layers
 from cat_modifier.analysis.comparison import compare
 from cat_modifier.analysis.report import comparison_report, layer_report, new_report
+from cat_modifier.auto_model import load_model, read_config
 from cat_modifier.calibration.experts import make_experts_linears
-from cat_modifier.calibration.texts import load_texts, windows
+from cat_modifier.calibration.texts import (
+    CALIBRATION_SPLITS,
+    HELD_OUT_SPLITS,
+    load_texts,
+    windows,
+)
 from cat_modifier.version import __version__
 
 __all__ = ["run"]
@@ -26,7 +32,7 @@ def run(
     original: str | None,
     dataset: str,
     split: str | None,
-    column: str,
+    column: str | None,
     samples: int,
     length: int,
     **options: Any,
@@ -41,27 +47,22 @@ def run(
     # check everything that can be checked before a model is loaded
     schemes = layers.parse_names(options["schemes"], options["transforms"])
     options["schemes"] = [scheme.name for scheme in schemes]
-    try:
-        config = AutoConfig.from_pretrained(model)
-    except OSError as error:
-        if Path(model).is_dir():
-            raise
-        message = f"There is no folder {model}, and it could not be read from the Hub: {error}"
-        raise OSError(message) from error
+    config = read_config(model)
     is_quantized = getattr(config, "quantization_config", None) is not None
     if is_quantized and original is None:
         raise ValueError(f"{model} is quantized: name the model it was made from as --original")
     if original is not None and not is_quantized:
         raise ValueError(f"{model} is not quantized: leave out --original")
 
-    split = split or ("test" if is_quantized else "train")
-    texts = load_texts(dataset, split, column)
-    ids = windows(texts, AutoTokenizer.from_pretrained(model), length, samples)
+    splits = split or (HELD_OUT_SPLITS if is_quantized else CALIBRATION_SPLITS)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    texts = load_texts(dataset, splits, column, tokenizer)
+    ids = windows(texts, tokenizer, length, samples)
     batches = ids.split(max(1, _TOKENS_PER_BATCH // length))
     settings: dict[str, Any] = {
         "cat-modifier": __version__,
         "model": model,
-        "dataset": f"{dataset} ({split})",
+        "dataset": f"{dataset} ({split or splits[0]})",
         "tokens": f"{ids.shape[0]} windows of {ids.shape[1]}",
     }
     with new_report(output, overwrite) as folder:
@@ -82,12 +83,11 @@ def run(
 
 
 def _load(model: str) -> PreTrainedModel:
-    device_map = "auto" if torch.cuda.is_available() else None
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto", device_map=device_map)
+    loaded = load_model(model, read_config(model))
     devices = set(map(str, getattr(loaded, "hf_device_map", {}).values()))
-    if device_map and devices & {"cpu", "disk"}:
+    if torch.cuda.is_available() and devices & {"cpu", "disk"}:
         raise ValueError(
             f"{model} does not fit in the memory of the accelerators: use larger or more of "
             "them, or hide them (CUDA_VISIBLE_DEVICES=) to compute on the CPU"
         )
-    return loaded.eval()
+    return loaded

@@ -20,6 +20,8 @@ from tqdm import tqdm
 
 from cat_modifier.analysis.layers import call, warn_of_unseen
 from cat_modifier.calibration.experts import find_fused_experts
+from cat_modifier.checkpoint.integers import bits_name
+from cat_modifier.functional.predictions import compare_predictions
 from cat_modifier.functional.sqnr import to_db
 
 __all__ = ["Comparison", "compare"]
@@ -88,7 +90,10 @@ def compare(original: Module, quantized: Module, batches: Sequence[Tensor]) -> C
     warn_of_unseen(energies, [name for name, sums in energies.items() if sums])
     rows = [_row(name, pairs[name][1], sums) for name, sums in energies.items() if sums]
     means = {key: total / totals["tokens"] for key, total in totals.items()}
-    perplexity = {key: math.exp(means[key]) for key in ("original", "checkpoint")}
+    perplexity = {
+        "original": math.exp(means["reference_loss"]),
+        "checkpoint": math.exp(means["loss"]),
+    }
     scalars = perplexity, means["divergence"], means["agreement"], int(totals["tokens"])
     return Comparison(pd.DataFrame(rows), *scalars)
 
@@ -162,24 +167,17 @@ def _add_errors(
 
 
 def _row(name: str, module: Any, energies: dict[str, float]) -> dict[str, str | int | float]:
-    scheme, parts = module.quantization_scheme, []
-    for factor, args in (("W", scheme.weights), ("A", scheme.input_activations)):
-        kind = "" if args is None or args.type == "int" else "F"
-        parts.append(f"{factor}{kind}{16 if args is None else args.num_bits}")
+    scheme = module.quantization_scheme
+    bits = bits_name(scheme.weights, scheme.input_activations)
     sizes = {"in_features": module.in_features, "out_features": module.out_features}
     signal = energies.pop("signal")
     ratios = {key: to_db(signal / e if e else math.inf) for key, e in energies.items()}
-    return {"layer": name, "scheme": "".join(parts)} | sizes | ratios
+    return {"layer": name, "scheme": bits} | sizes | ratios
 
 
 def _add_predictions(totals: dict[str, float], ids: Tensor, logits: Tensor, other: Tensor):
     """Add the log-likelihoods and their differences, over all tokens but each row's last"""
-    original = logits[:, :-1].float().log_softmax(-1)
-    checkpoint = other[:, :-1].float().log_softmax(-1)
-    labels = ids[:, 1:, None]
-    totals["tokens"] += labels.numel()
-    totals["original"] -= original.gather(-1, labels).sum(dtype=torch.float64).item()
-    totals["checkpoint"] -= checkpoint.gather(-1, labels).sum(dtype=torch.float64).item()
-    divergence = (original.exp() * (original - checkpoint)).sum(-1)
-    totals["divergence"] += divergence.sum(dtype=torch.float64).item()
-    totals["agreement"] += (original.argmax(-1) == checkpoint.argmax(-1)).sum().item()
+    tokens = ids.shape[1] - 1
+    totals["tokens"] += ids.shape[0] * tokens
+    for name, means in compare_predictions(ids, other, logits).items():
+        totals[name] += means.sum().item() * tokens

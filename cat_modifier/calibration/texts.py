@@ -4,15 +4,26 @@
 import pydoc_data.topics
 import random
 import sysconfig
+from collections.abc import Collection, Iterable, Sequence
 from importlib.metadata import distributions
 from pathlib import Path
+from typing import Any
 
 import torch
 from loguru import logger
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-__all__ = ["EMBEDDED", "MIXED", "load_texts", "windows"]
+from cat_modifier.calibration.columns import texts_of
+
+__all__ = [
+    "CALIBRATION_SPLITS",
+    "EMBEDDED",
+    "HELD_OUT_SPLITS",
+    "MIXED",
+    "load_texts",
+    "windows",
+]
 
 EMBEDDED = "pydoc-topics"
 """English text of the Python installation: 150 kB, no download"""
@@ -24,6 +35,12 @@ licences of the installed packages, and the code of the standard library. No dow
 READMEs and licences there are depends on the environment
 """
 
+CALIBRATION_SPLITS = ("train", "train_sft")
+"""Splits of a dataset to calibrate on, the first that exists"""
+
+HELD_OUT_SPLITS = ("test", "test_sft", "validation")
+"""Splits of a dataset to evaluate on, the first that exists"""
+
 _LONGEST = 6000
 """Characters that are taken of one text, so that a window of tokens has few texts"""
 
@@ -31,18 +48,26 @@ _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parqu
 """File suffixes to loaders of the datasets library"""
 
 
-def load_texts(dataset: str, split: str, column: str = "text") -> list[str]:
+def load_texts(
+    dataset: str,
+    split: str | Sequence[str],
+    column: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Collection[str]:
     """
     Read texts to calibrate or evaluate on.
 
     :param dataset: ``pydoc-topics`` or ``python-mixed``; a text file (.txt, .md); a file with
-        a column of texts (.json, .jsonl, .csv, .parquet); or a dataset of the Hugging Face Hub,
-        ``id`` or ``id:configuration``
-    :param split: split of a dataset of the Hub, see ``datasets.load_dataset``. The
-        ``train`` split of pydoc-topics is one half of the topics, any other split the other
-        half; so with each kind of python-mixed. Files have no splits
-    :param column: column with the texts
-    :raises ValueError: if the dataset cannot be read
+        a column of texts or of chats (.json, .jsonl, .csv, .parquet); or a dataset of the
+        Hugging Face Hub, ``id`` or ``id:configuration``
+    :param split: split of a dataset of the Hub, see ``datasets.load_dataset``; or several, of
+        which the first that exists is taken, or else the only one. The ``train`` split of
+        pydoc-topics is one half of the topics, any other split the other half; so with each
+        kind of python-mixed. Files have no splits
+    :param column: column with the texts, or with chats: lists of ``{"role": ...,
+        "content": ...}``. Default: the column ``text``, or else the first one of chats
+    :param tokenizer: its chat template makes texts of chats
+    :raises ValueError: if the dataset cannot be read, or has no such split or column
     """
     if dataset == EMBEDDED:
         return _half(_topics(), split)
@@ -53,38 +78,16 @@ def load_texts(dataset: str, split: str, column: str = "text") -> list[str]:
             random.Random(0).shuffle(kind)
         # equal shares, also of the first few
         return [text[:_LONGEST] for texts in zip(*kinds, strict=False) for text in texts]
-
-    from datasets import load_dataset
-
-    path = Path(dataset)
-    try:
-        if path.suffix in (".txt", ".md"):
-            return [path.read_text()]
-        if path.suffix in _READERS:
-            rows = load_dataset(_READERS[path.suffix], data_files=dataset, split="train")
-        else:
-            name, _, configuration = dataset.partition(":")
-            rows = load_dataset(name, configuration or None, split=split)
-    except Exception as error:  # readers of all kinds, and the network
-        raise ValueError(
-            f"The dataset {dataset!r} (split {split!r}) cannot be read: {error}"
-        ) from error
-    if column not in rows.column_names:
-        raise ValueError(
-            f"The dataset {dataset!r} has no column {column!r} but {rows.column_names}: choose "
-            "one with --column"
-        )
-    texts = list(rows[column])
-    if wrong := {type(text).__name__ for text in texts if not isinstance(text, str)}:
-        raise ValueError(
-            f"Column {column!r} of the dataset {dataset!r} holds values of type "
-            f"{', '.join(sorted(wrong))}, not only text: choose another column with --column"
-        )
-    return texts
+    if Path(dataset).suffix in (".txt", ".md"):
+        try:
+            return [Path(dataset).read_text()]
+        except (OSError, ValueError) as error:
+            raise ValueError(f"The dataset {dataset!r} cannot be read: {error}") from error
+    return texts_of(_read_rows(dataset, split), dataset, column, tokenizer)
 
 
 def windows(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int, count: int
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, count: int
 ) -> Tensor:
     """
     Cut texts into windows of tokens, without padding.
@@ -111,9 +114,54 @@ def windows(
     return torch.tensor(ids[: found * length]).view(found, length)
 
 
-def _half(texts: list[str], split: str) -> list[str]:
+def _read_rows(dataset: str, split: str | Sequence[str]) -> Any:
+    """
+    Read a table of the datasets library.
+
+    :raises ValueError: if it cannot be read, or has none of the splits
+    """
+    try:
+        from datasets import get_dataset_split_names, load_dataset
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"The dataset {dataset!r} needs the library datasets: pip install datasets"
+        ) from error
+    name, _, configuration = dataset.partition(":")
+    try:
+        if kind := _READERS.get(Path(dataset).suffix):
+            return load_dataset(kind, data_files=dataset, split="train")
+        if not isinstance(split, str):
+            found = get_dataset_split_names(name, configuration or None)
+            split = _choose_split(dataset, split, found)
+        return load_dataset(name, configuration or None, split=split)
+    except NoSplitError:
+        raise
+    except Exception as error:  # readers of all kinds, and the network
+        which = f" (split {split!r})" if isinstance(split, str) else ""
+        raise ValueError(f"The dataset {dataset!r}{which} cannot be read: {error}") from error
+
+
+class NoSplitError(ValueError):
+    """None of the splits that are wanted exists, and there are several others"""
+
+
+def _choose_split(dataset: str, wanted: Sequence[str], found: Sequence[str]) -> str:
+    chosen = next((name for name in wanted if name in found), None)
+    if chosen is None and len(found) == 1:
+        chosen = found[0]
+    if chosen is None:
+        raise NoSplitError(
+            f"The dataset {dataset!r} has the splits {', '.join(found)}: choose one with "
+            "--split"
+        )
+    logger.info(f"The dataset {dataset!r} is read from its split {chosen!r}")
+    return chosen
+
+
+def _half(texts: list[str], split: str | Sequence[str]) -> list[str]:
     middle = len(texts) // 2
-    return texts[:middle] if split == "train" else texts[middle:]
+    first = split if isinstance(split, str) else split[0]
+    return texts[:middle] if first == "train" else texts[middle:]
 
 
 def _topics() -> list[str]:

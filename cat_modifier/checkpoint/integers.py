@@ -7,7 +7,13 @@ from compressed_tensors.quantization import (
     QuantizationType,
 )
 
-__all__ = ["INT8_PRODUCT_RULE", "is_integer", "suits_clipping", "suits_int8_product"]
+__all__ = [
+    "INT8_PRODUCT_RULE",
+    "bits_name",
+    "is_integer",
+    "suits_clipping",
+    "suits_int8_product",
+]
 
 INT8_PRODUCT_RULE = (
     "integers of fewer than 8 bits are served with symmetric weights of strategy `channel` "
@@ -22,6 +28,15 @@ def is_integer(weights: QuantizationArgs | None, inputs: QuantizationArgs | None
         and inputs is not None
         and weights.type == inputs.type == QuantizationType.INT
     )
+
+
+def bits_name(weights: QuantizationArgs | None, inputs: QuantizationArgs | None) -> str:
+    """Name the bits of a scheme: W4A4 for integers, WF4AF4 for floats, W4A16"""
+    parts = []
+    for factor, args in (("W", weights), ("A", inputs)):
+        kind = "" if args is None or args.type == QuantizationType.INT else "F"
+        parts.append(f"{factor}{kind}{16 if args is None else args.num_bits}")
+    return "".join(parts)
 
 
 def suits_int8_product(

@@ -20,7 +20,7 @@ from cat_modifier.calibration.texts import EMBEDDED
 from cat_modifier.modifiers.cat.base import CATModifier
 from cat_modifier.version import __version__
 
-COMMANDS = ([], ["analyze"], ["allocate"], ["verify"])
+COMMANDS = ([], ["analyze"], ["quantize"], ["evaluate"], ["allocate"], ["verify"])
 
 
 def defaults(function) -> dict:
@@ -41,7 +41,9 @@ def show_help(*command: str) -> str:
 def test_help_fits_a_narrow_terminal_without_broken_words(command):
     text = show_help(*command)
     assert max(map(len, text.splitlines())) <= 80
-    assert "..." not in text.replace("NAME,...", "").replace("[ARGS]...", "")
+    assert "..." not in text.replace("NAME,...", "").replace("NAME=VALUE,...", "").replace(
+        "[ARGS]...", ""
+    )
     words = set(re.split(r"[\s,()]+", text))
     for name in command and defaults(getattr(cli, command[0])):
         option = "--" + name.replace("_", "-")

@@ -122,7 +122,7 @@ def make_checkpoint(model: str, folder: Path, content: str, calibration: str, se
     rows = [json.dumps({"text": text}) for text in load_texts(calibration, "train")]
     random.Random(seed).shuffle(rows)
     texts.write_text("\n".join(rows))
-    command = [sys.executable, str(ROOT / "examples" / "quantize.py"), model]
+    command = [sys.executable, "-m", "cat_modifier.cli", "quantize", model]
     command += ["--recipe", str(recipe), "--output", str(folder / "checkpoint")]
     command += ["--dataset", str(texts)]
     subprocess.run(command, check=True, capture_output=True, text=True)

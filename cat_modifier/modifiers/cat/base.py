@@ -11,7 +11,7 @@ from compressed_tensors import TRANSFORM_CONFIG_NAME, CompressionFormat
 from compressed_tensors.distributed import is_source_process
 from compressed_tensors.offload import OffloadCache
 from compressed_tensors.utils import TorchDtype, get_execution_device
-from llmcompressor.core import Event, State
+from llmcompressor.core import Event, EventType, State
 from llmcompressor.modifiers import Modifier
 from llmcompressor.utils import untie_word_embeddings
 from loguru import logger
@@ -54,7 +54,7 @@ from cat_modifier.modifiers.cat.log import (
 )
 from cat_modifier.modifiers.cat.matching import match_linears, match_mappings
 from cat_modifier.modifiers.cat.pipeline import is_resident, run_batch
-from cat_modifier.modifiers.cat.plan import PlanOptions, plan_transforms
+from cat_modifier.modifiers.cat.plan import InputToPlan, PlanOptions, plan_transforms
 from cat_modifier.modifiers.cat.sharding import (
     count_heads,
     inputs_to_shard,
@@ -335,6 +335,36 @@ class CATModifier(Modifier):
                 )
         return True
 
+    def outline(self, state: State) -> list[InputToPlan]:
+        """
+        Describe the inputs that a run would transform, without transforming any.
+
+        Needs no real weights: the layouts of transforms depend on shapes, and on the Linears
+        that are observed to read one tensor. With `max_overhead`, a run may choose smaller
+        blocks.
+
+        :param state: state of an initialized session, with a little data
+        :return: inputs with their layouts
+        """
+        self.on_calibration_start(state, Event(type_=EventType.CALIBRATION_START))
+        for index, batch in enumerate(state.data.calib or ()):
+            state.current_batch_idx = index
+            run_batch(state, batch)
+        self.remove_hooks()
+        pending = {one.first for one in self._collector.pending()}
+        _, inputs = self._part_bypassed(self._untransformed())
+        return [
+            describe_input(
+                one,
+                self._shards(state, one),
+                self._layout(state, one),
+                self._collector.take(one) if one.first in pending else None,
+                self._value_projection(one),
+                is_anything_quantized=True,
+            )
+            for one in inputs
+        ]
+
     ## Calibration ##
 
     def _statistics_size(self) -> int:
@@ -520,12 +550,7 @@ class CATModifier(Modifier):
 
     def _rotate_unseen(self, state: State):
         """Rotate Linears that saw no tokens, such as unused experts, without alignment"""
-        left = [
-            one for one in self._collector.observer.inputs if one.first not in self._transformed
-        ]
-        known = {name for one in left for name in one.linears} | self._transformed
-        left += [SharedInput({n: one}) for n, one in self._linears.items() if n not in known]
-        bypassed, unseen = self._part_bypassed(left)
+        bypassed, unseen = self._part_bypassed(self._untransformed())
         total = len(self._linears)
         if unseen:
             rotated = [name for one in unseen for name in one.linears]
@@ -545,6 +570,16 @@ class CATModifier(Modifier):
             projection = self._value_projection(shared)
             projections = {} if projection is None else {shared.first: projection}
             self._transform_unit(state, PlanningUnit([shared], is_seen=False), projections)
+
+    def _untransformed(self) -> list[SharedInput]:
+        """List the inputs without a transform; each Linear that was not called is one"""
+        left = [
+            one for one in self._collector.observer.inputs if one.first not in self._transformed
+        ]
+        known = {name for one in left for name in one.linears} | self._transformed
+        return left + [
+            SharedInput({name: one}) for name, one in self._linears.items() if name not in known
+        ]
 
     def _part_bypassed(
         self, inputs: list[SharedInput]

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The class of Transformers that loads a model which continues text."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+__all__ = ["auto_class", "load_model", "load_processor", "read_config"]
+
+_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText)
+
+
+def read_config(model: str) -> PreTrainedConfig:
+    """
+    Read the config of a model.
+
+    :param model: folder, or id on the Hub
+    :raises OSError: if there is none
+    """
+    try:
+        return AutoConfig.from_pretrained(model)
+    except OSError as error:
+        if Path(model).is_dir():
+            raise
+        message = f"There is no folder {model}, and it could not be read from the Hub: {error}"
+        raise OSError(message) from error
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """
+    Find the auto class of a model.
+
+    :raises ValueError: if the model does not continue text
+    """
+    named = next(iter(config.architectures or ()), None)
+    for auto in _CLASSES:
+        found = auto._model_mapping.get(type(config), None)
+        classes = found if isinstance(found, tuple | list) else [found]
+        names = [one.__name__ for one in classes if one is not None]
+        if names and named in (None, *names):
+            return auto
+    raise ValueError(
+        f"The model is a {named or type(config).__name__}, and the commands take models that "
+        "continue text, with or without pictures. For others, call llmcompressor.oneshot with "
+        "data of your own, and recipe=cat_modifier.recipe(NAME)"
+    )
+
+
+def load_model(model: str, config: PreTrainedConfig) -> PreTrainedModel:
+    """
+    Load a model to the accelerators, if there are any and it fits.
+
+    :param model: folder, or id on the Hub
+    """
+    device_map = "auto" if torch.cuda.is_available() else None
+    loaded = auto_class(config).from_pretrained(model, dtype="auto", device_map=device_map)
+    return loaded.eval()
+
+
+def load_processor(model: str, config: PreTrainedConfig) -> Any:
+    """
+    Load all that belongs to the inputs of a model: its tokenizer, or its processor.
+
+    :raises ValueError: if a library is missing that the processor needs
+    """
+    if auto_class(config) is not AutoModelForImageTextToText:
+        return AutoTokenizer.from_pretrained(model)
+    try:
+        return AutoProcessor.from_pretrained(model)
+    except ImportError as error:
+        raise ValueError(
+            "The processor of the model, which belongs to its checkpoint, needs a library "
+            f"that is not installed, torchvision in most cases: {' '.join(str(error).split())}"
+        ) from error

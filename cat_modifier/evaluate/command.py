@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `cat-modifier evaluate`: from its arguments to a table and files."""
+
+import gc
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from cat_modifier.auto_model import auto_class, load_model, read_config
+from cat_modifier.calibration.texts import HELD_OUT_SPLITS, load_texts, windows
+from cat_modifier.evaluate.files import write_entries, write_json
+from cat_modifier.evaluate.results import Measure, TaskResult, results_table
+from cat_modifier.evaluate.texts import measure_texts
+from cat_modifier.hub.card import CARD, update_evaluation
+
+__all__ = ["run"]
+
+_LIBRARIES = ("cat-modifier", "torch", "transformers", "compressed-tensors", "lm-eval", "vllm")
+
+
+def run(
+    checkpoint: str,
+    base: str | None,
+    dataset: str,
+    split: str | None,
+    column: str | None,
+    samples: int,
+    length: int,
+    tasks: str,
+    model: str,
+    model_args: str,
+    include_path: Path | None,
+    limit: int | None,
+    output: Path | None,
+):
+    """
+    Run `cat-modifier evaluate`; see its help for the parameters.
+
+    :raises ValueError: if the arguments do not fit each other, the model or the data
+    :raises OSError: if a file cannot be read or written
+    """
+    names = [name for name in map(str.strip, tasks.split(",")) if name]
+    if not samples and not names:
+        raise ValueError("There is nothing to evaluate: name --tasks, or raise --samples")
+    if output is not None and not output.absolute().parent.is_dir():
+        raise FileNotFoundError(f"There is no folder for {output}")
+    for one in filter(None, (checkpoint, base)):
+        auto_class(read_config(one))
+
+    measures: list[Measure] = []
+    if samples:
+        measures += _measure_texts(checkpoint, base, dataset, split, column, samples, length)
+        gc.collect()  # memory of the models, before others are loaded
+        torch.cuda.empty_cache()
+    results: list[TaskResult] = []
+    if names:
+        from cat_modifier.evaluate.tasks import evaluate_tasks
+
+        results = evaluate_tasks(
+            checkpoint, base, names, model, model_args, include_path, limit
+        )
+        measures += [measure for result in results for measure in result.measures]
+    table = results_table(measures)
+    print(table)
+
+    versions = _versions()
+    if output is not None:
+        settings: dict[str, Any] = {"checkpoint": checkpoint, "base": base}
+        if samples:
+            settings |= {"dataset": dataset, "windows": samples, "length": length}
+        if names:
+            settings |= {"tasks": names, "model": model, "model_args": model_args}
+            settings["limit"] = limit
+        write_json(output, settings | {"versions": versions}, measures)
+    if Path(checkpoint).is_dir():
+        if (Path(checkpoint) / CARD).is_file():
+            update_evaluation(Path(checkpoint), table)
+        parts = [f"{name} {number}" for name, number in versions.items()]
+        if limit is not None:
+            parts.insert(0, f"limit {limit}")
+        write_entries(Path(checkpoint), results, ", ".join([f"--model {model}", *parts]))
+
+
+def _measure_texts(
+    checkpoint: str,
+    base: str | None,
+    dataset: str,
+    split: str | None,
+    column: str | None,
+    samples: int,
+    length: int,
+) -> list[Measure]:
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    texts = load_texts(dataset, split or HELD_OUT_SPLITS, column, tokenizer)
+    ids = windows(texts, tokenizer, length, samples)
+    original = None if base is None else load_model(base, read_config(base))
+    quantized = load_model(checkpoint, read_config(checkpoint))
+    return measure_texts(quantized, original, ids, dataset)
+
+
+def _versions() -> dict[str, str]:
+    """Look up the versions of the libraries that are installed"""
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

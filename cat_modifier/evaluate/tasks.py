@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tasks of lm-eval."""
+
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import simple_parse_args_string
+
+from cat_modifier.evaluate.results import Measure, TaskResult
+
+__all__ = ["evaluate_tasks"]
+
+_LOADERS = ("json", "csv", "parquet", "text", "arrow")
+"""Names of dataset loaders, which lm-eval gives as the dataset of local files"""
+
+
+def evaluate_tasks(
+    checkpoint: str,
+    base: str | None,
+    tasks: Sequence[str],
+    engine: str,
+    arguments: str,
+    include_path: Path | None,
+    limit: int | None,
+) -> list[TaskResult]:
+    """
+    Evaluate a checkpoint and its base, one after the other.
+
+    :param tasks: names of tasks, groups or tags
+    :param engine: `hf` or `vllm`
+    :param arguments: further arguments of lm-eval's model, as `max_model_len=2048`
+    :param include_path: folder with tasks beside those of lm-eval; None for none
+    :param limit: samples of each task, at most; None for all
+    :raises ValueError: if there is no such task
+    """
+    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    if unknown := [name for name in tasks if not manager.match_tasks([name])]:
+        raise ValueError(
+            f"lm-eval has no task {', '.join(unknown)}: `lm_eval ls tasks` lists them; "
+            "--include-path adds a folder of yours"
+        )
+
+    device = None
+    if engine == "hf":  # lm-eval's default is CUDA, also where there is none
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def evaluate(model: str) -> dict[str, Any]:
+        found = simple_evaluate(
+            model=engine,
+            model_args={"pretrained": model} | simple_parse_args_string(arguments),
+            tasks=list(tasks),
+            limit=limit,
+            device=device,
+            task_manager=manager,
+            log_samples=False,
+        )
+        gc.collect()  # memory of the model, before the next one is loaded
+        return dict(found or {})
+
+    before = None if base is None else evaluate(base)
+    return _collect(evaluate(checkpoint), before, tasks)
+
+
+def _collect(
+    found: dict[str, Any], before: dict[str, Any] | None, tasks: Sequence[str]
+) -> list[TaskResult]:
+    # tasks that were asked for, without the members of groups
+    names = [name for name in tasks if name in found["results"]] or list(found["results"])
+    results = []
+    for name in names:
+        numbers = found["results"][name]
+        base = None if before is None else before["results"][name]
+        better = found.get("higher_is_better", {}).get(name, {})
+        dataset = found.get("configs", {}).get(name, {}).get("dataset_path") or name
+        measures = [
+            _measure(name, key, numbers, base, better)
+            for key, value in numbers.items()
+            if _is_metric(key, value)
+        ]
+        results.append(TaskResult(name, name if dataset in _LOADERS else dataset, measures))
+    return results
+
+
+def _is_metric(key: str, value: Any) -> bool:
+    metric, comma, _ = key.partition(",")
+    return bool(comma) and not metric.endswith("_stderr") and isinstance(value, int | float)
+
+
+def _measure(
+    task: str,
+    key: str,
+    numbers: dict[str, Any],
+    base: dict[str, Any] | None,
+    better: dict[str, bool],
+) -> Measure:
+    """
+    :param key: metric and filter, as lm-eval joins them
+    :param numbers: metrics of the checkpoint
+    :param base: metrics of its base
+    :param better: whether higher is better, by metric
+    """
+    metric, _, kind = key.partition(",")
+    error = f"{metric}_stderr,{kind}"
+    return Measure(
+        f"{task}, {metric}" + ("" if kind == "none" else f" ({kind})"),
+        float(numbers[key]),
+        _float(numbers.get(error)),
+        None if base is None else float(base[key]),
+        None if base is None else _float(base.get(error)),
+        better.get(metric),
+    )
+
+
+def _float(value: Any) -> float | None:
+    """lm-eval writes N/A for errors that it does not know"""
+    return float(value) if isinstance(value, int | float) else None

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `cat-modifier quantize`: from its arguments to a checkpoint."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from llmcompressor import oneshot
+from transformers import AutoTokenizer, PreTrainedModel
+
+import cat_modifier
+from cat_modifier.auto_model import auto_class, load_model, load_processor, read_config
+from cat_modifier.calibration.texts import CALIBRATION_SPLITS, load_texts, windows
+from cat_modifier.hub.run_record import RunRecord
+from cat_modifier.quantize.outline import outline, outline_table
+from cat_modifier.quantize.sizes import stored_bytes, weight_bytes
+from cat_modifier.quantize.summary import summary
+
+__all__ = ["run"]
+
+
+def run(
+    model: str,
+    recipe: str,
+    output: Path | None,
+    dataset: str,
+    split: str | None,
+    column: str | None,
+    samples: int,
+    length: int,
+    overwrite: bool,
+    dry_run: bool,
+):
+    """
+    Run `cat-modifier quantize`; see its help for the parameters.
+
+    :raises ValueError: if the arguments do not fit each other, the model or the data
+    :raises OSError: if a file cannot be read or written
+    """
+    # check all that can be checked before a model is loaded
+    path = find_recipe(recipe)
+    if not dry_run:
+        output = _check_output(output, overwrite)
+    config = read_config(model)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{model} is quantized: name the model that it was made from")
+    auto_class(config)
+    if dry_run:
+        print(outline_table(outline(config, path)))
+        return
+    assert output is not None
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    texts = load_texts(dataset, split or CALIBRATION_SPLITS, column, tokenizer)
+    ids = windows(texts, tokenizer, length, samples)
+    processor = load_processor(model, config)
+    loaded = load_model(model, config)
+    before = stored_bytes(loaded.state_dict(keep_vars=True))
+    started = time.monotonic()
+    _oneshot(loaded, processor, path, ids, output)
+    minutes = (time.monotonic() - started) / 60
+    print(summary(model, output, before, weight_bytes(output), minutes, RunRecord.of(loaded)))
+
+
+def find_recipe(name: str) -> str:
+    """
+    Find a recipe by its name, or the name of a YAML file.
+
+    :raises OSError: if there is no such file
+    :raises ValueError: if there is no such recipe
+    """
+    if Path(name).is_file():
+        return name
+    if Path(name).suffix in (".yaml", ".yml"):
+        raise FileNotFoundError(f"There is no file {name}")
+    return cat_modifier.recipe(name)
+
+
+def _check_output(output: Path | None, overwrite: bool) -> Path:
+    if output is None:
+        raise ValueError("A folder for the checkpoint is missing: name one with --output")
+    if output.exists() and not output.is_dir():
+        raise NotADirectoryError(f"{output} is a file: name a folder with --output")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise FileExistsError(
+            f"{output} is not empty: choose another folder, or add --overwrite to replace the "
+            "checkpoint in it"
+        )
+    return output
+
+
+def _oneshot(
+    model: PreTrainedModel, processor: Any, recipe: str, ids: torch.Tensor, output: Path
+):
+    data = Dataset.from_dict(
+        {"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()}
+    )
+    oneshot(
+        model=model,
+        processor=processor,
+        recipe=recipe,
+        dataset=data,
+        num_calibration_samples=len(data),
+        max_seq_length=ids.shape[1],
+        shuffle_calibration_samples=False,
+        output_dir=str(output),
+    )
