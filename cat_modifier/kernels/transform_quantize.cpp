@@ -417,6 +417,9 @@ constexpr int64_t kWorkOfOneThread = 1 << 18;
 
 constexpr int64_t kTokensOfOnePass = 32;  // over T
 
+// Fewer tokens take as long, because T must be read
+constexpr int64_t kTokensOfOneRead = 8;
+
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <typename In>
@@ -431,7 +434,8 @@ template <typename In>
 void run_few(const Job<In>& job, const std::optional<Hadamard>& hadamard) {
   std::vector<float> z(job.tokens * job.inputs);
   if (job.blocks) {
-    const int64_t work = divide_up(job.tokens * job.size * job.size, kLanes);
+    const int64_t tokens = std::max(job.tokens, kTokensOfOneRead);
+    const int64_t work = divide_up(tokens * job.size * job.size, kLanes);
     torch::stable::parallel_for(0, job.inputs / job.size, divide_up(kWorkOfOneThread, work),
                                 [&](int64_t begin, int64_t end) {
                                   for (int64_t i = begin; i < end; ++i)
