@@ -13,7 +13,7 @@ the widths of current models: 576 = 2^4 * 36, 1536 = 2^7 * 12, 14336 = 2^9 * 28,
 """
 
 from functools import cache, lru_cache
-from math import isqrt, sqrt
+from math import isqrt, prod, sqrt
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ __all__ = [
     "is_hadamard_order",
     "largest_hadamard_order",
     "split_hadamard",
+    "without_twos",
 ]
 
 
@@ -64,6 +65,16 @@ def _kronecker_orders(n: int) -> tuple[int, ...] | None:
 def is_hadamard_order(n: int) -> bool:
     """Whether :func:`hadamard_matrix` can build a matrix of order ``n``"""
     return n >= 1 and _kronecker_orders(n) is not None
+
+
+def without_twos(n: int) -> int:
+    """
+    Find the order of the factor of ``hadamard_matrix(n)`` that is not Sylvester's.
+
+    :param n: any order; one without a matrix has no other factor
+    """
+    factors = _kronecker_orders(n)
+    return n if factors is None else prod(factor for factor in factors if factor != 2)
 
 
 def largest_hadamard_order(n: int) -> int:

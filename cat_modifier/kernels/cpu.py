@@ -5,9 +5,12 @@ Kernels for CPUs: ``transform_quantize.cpp`` for inputs of integer products, one
 Without a compiler, PyTorch computes what the first computes.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
+from cat_modifier.functional.hadamard import without_twos
 from cat_modifier.kernels import native, reference
 
 __all__ = ["quantize", "transform", "transform_quantize"]
@@ -54,17 +57,34 @@ def transform_quantize(
     """
     Transform as :func:`transform`, in float32, then quantize.
 
-    :return: see :func:`cat_modifier.kernels.reference.quantize_per_token`. A token with values
-        that are not finite has a scale that is no number
+    A Hadamard matrix of a large order is multiplied by oneDNN, in the dtype of x.
+
+    :return: see :func:`cat_modifier.kernels.reference.quantize_per_token`. The scale of a
+        token with values that are not finite is NaN
     """
-    if native.why_unavailable() is None:
-        q, scales, zero_points = torch.ops.cat_modifier.transform_quantize_cpu(
-            x.contiguous(), blocks, hadamard, interleave, num_bits, symmetric, clip_ratio
+    if native.why_unavailable() is not None:
+        x = x.float()
+        if blocks is not None or hadamard is not None:
+            blocks, hadamard = (m if m is None else m.float() for m in (blocks, hadamard))
+            x = transform(x, blocks, hadamard, interleave)
+        is_finite = x.isfinite().all(1, keepdim=True)
+        x = x.where(is_finite, 0)
+        q, scales, zero_points = reference.quantize_per_token(
+            x, num_bits, symmetric, clip_ratio
         )
-        return q, scales, None if symmetric else zero_points
-    if blocks is not None or hadamard is not None:
-        x = transform(x, blocks, hadamard, interleave)
-    return reference.quantize_per_token(x, num_bits, symmetric, clip_ratio)
+        return q, scales.where(is_finite, torch.nan), zero_points
+    if hadamard is not None and _is_large(hadamard.shape[0]):
+        x, blocks, hadamard = transform(x, blocks, hadamard, interleave), None, None
+    q, scales, zero_points = torch.ops.cat_modifier.transform_quantize_cpu(
+        x.contiguous(), blocks, hadamard, interleave, num_bits, symmetric, clip_ratio
+    )
+    return q, scales, None if symmetric else zero_points
+
+
+@cache
+def _is_large(order: int) -> bool:
+    """Whether the C++ kernel, which factorizes the matrix in each call, would be slower"""
+    return order > 256 or without_twos(order) > 64
 
 
 def quantize(

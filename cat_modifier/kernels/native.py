@@ -19,7 +19,13 @@ import torch
 from filelock import FileLock
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-__all__ = ["load", "why_unavailable"]
+__all__ = ["REMEDY", "load", "why_unavailable"]
+
+REMEDY = (
+    "install g++ 12 or newer; the folder of TORCHINDUCTOR_CACHE_DIR must be one that can be "
+    "written to"
+)
+"""What helps where the kernels cannot be compiled"""
 
 _SOURCES = [
     Path(__file__).with_name(name) for name in ("packed_product.cpp", "transform_quantize.cpp")
@@ -44,7 +50,8 @@ def why_unavailable() -> str | None:
     """
     try:
         load()
-    except (OSError, subprocess.CalledProcessError) as error:
+    # of the last: a file system without locks
+    except (OSError, subprocess.CalledProcessError, NotImplementedError) as error:
         lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         return next((line for line in lines if "error" in line), lines[-1])
     return None
@@ -69,14 +76,24 @@ def load(library: str = _LIBRARY, flags: str = ""):
     key = "\n".join((torch.__version__, *sources, *options, macros))
     name = f"kernels_{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     file = Path(cache_dir()) / "cat_modifier" / name
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{file}.lock"):  # each rank comes here
-        if not file.exists():
-            _compile(compiler, options, file)
-    torch.ops.load_library(str(file))
+    if not _is_loaded(file):  # without a lock at first: the folder may be read-only
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{file}.lock"):  # each rank comes here
+            if not _is_loaded(file):
+                _compile(compiler, options, file)
+                torch.ops.load_library(str(file))
     for name, schema, fake in _OPERATORS:
         torch.library.define(f"{library}::{name}", schema)
         torch.library.register_fake(f"{library}::{name}", fake)
+
+
+def _is_loaded(file: Path) -> bool:
+    """Load a library, unless it is not there or damaged"""
+    try:
+        torch.ops.load_library(str(file))
+    except OSError:
+        return False
+    return True
 
 
 def _compile(compiler: list[str], options: list[str], file: Path):

@@ -198,7 +198,7 @@ template <typename In, int kTokens>
 template <typename In, int kTokens>
 void multiply_tile(const Job<In>& job, const In* block, const In* x, float* z) {
   constexpr int64_t kRows = kLanes / kTokens;
-  if (job.size >= kRows) {
+  if (job.size >= kLanes) {  // for any number of tokens: the order of sums decides the bits
     for (int64_t i = 0; i < job.size; i += kRows) {
       const int64_t row = std::min(i, job.size - kRows);  // the last rows overlap
       multiply_rows<In, kTokens>(job, block + row * job.size, x, z + row);
@@ -511,17 +511,26 @@ std::tuple<Tensor, Tensor, Tensor> transform_quantize(Tensor x, std::optional<Te
                                                       int64_t interleave, int64_t bits,
                                                       bool symmetric,
                                                       std::optional<Tensor> clip_ratio) {
+  STD_TORCH_CHECK(x.dim() == 2, "x is not a matrix");
   const int64_t tokens = x.size(0), inputs = x.size(1);
   STD_TORCH_CHECK(inputs > 0, "x has no channels");
   STD_TORCH_CHECK(bits >= 2 && bits <= 8, "integers have 2 to 8 bits");
+  STD_TORCH_CHECK(interleave >= 1, "interleave is not positive");
   if (blocks) {
     STD_TORCH_CHECK(blocks->scalar_type() == x.scalar_type(), "blocks and x differ in dtype");
-    STD_TORCH_CHECK(blocks->size(0) * blocks->size(1) == inputs, "blocks and x differ");
+    STD_TORCH_CHECK(blocks->dim() == 3 && blocks->size(1) == blocks->size(2) &&
+                        blocks->size(0) * blocks->size(1) == inputs,
+                    "blocks and x differ");
   }
   if (hadamard) {
     STD_TORCH_CHECK(hadamard->scalar_type() == x.scalar_type(), "matrix and x differ in dtype");
-    STD_TORCH_CHECK(inputs % (hadamard->size(0) * interleave) == 0, "matrix and x differ");
+    STD_TORCH_CHECK(hadamard->dim() == 2 && hadamard->size(0) == hadamard->size(1) &&
+                        hadamard->size(0) > 0 && inputs % (hadamard->size(0) * interleave) == 0,
+                    "matrix and x differ");
   }
+  if (clip_ratio)
+    STD_TORCH_CHECK(clip_ratio->scalar_type() == ScalarType::Float && clip_ratio->numel() == 1,
+                    "clip_ratio is not one float32");
   Tensor q = torch::stable::new_empty(x, {tokens, inputs}, ScalarType::Char);
   Tensor scales = torch::stable::new_empty(x, {tokens, 1}, ScalarType::Float);
   Tensor zero_points =

@@ -12,7 +12,6 @@ byte; on GPUs, only if vLLM is asked to keep them packed.
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import wraps
 from typing import Any
 
 import torch
@@ -38,8 +37,8 @@ from cat_modifier.integrations.vllm.compat import (
 from cat_modifier.integrations.vllm.kernels import Int8Kernel, choose_kernel
 from cat_modifier.integrations.vllm.registry import TransformedInput, TransformRegistry
 from cat_modifier.integrations.vllm.unloaded import check_loaded, fill_unloaded
-from cat_modifier.integrations.vllm.whole import whole_weights
-from cat_modifier.kernels.native import why_unavailable
+from cat_modifier.integrations.vllm.whole import adapt_loader, whole_weights
+from cat_modifier.kernels.native import REMEDY, why_unavailable
 from cat_modifier.kernels.ops import quantize, warm_up
 
 __all__ = ["Int8LinearMethod", "Integers", "keeps_packed"]
@@ -172,18 +171,20 @@ def keeps_packed(integers: Integers) -> bool:
     if not current_platform.is_cpu():
         return integers.weight_bits == 4 and choice == "int4"
     reason = why_unavailable()
-    if reason is not None and choice == "int4":
+    is_small = integers.weight_bits == 4
+    if reason is not None and choice == "int4" and is_small:
         raise RuntimeError(
-            f"The product of packed weights cannot be compiled here ({reason}): install g++, "
-            f"or leave out `{_OPTION}` of `--additional-config`"
+            f"The product of packed weights cannot be compiled here ({reason}): {REMEDY}, or "
+            f"leave out `{_OPTION}` of `--additional-config`"
         )
     if reason is not None:
         logger.warning_once(
-            "Serving takes longer, and 4-bit weights take 8 bits each in memory: the kernels "
-            "cannot be compiled here (%s): install g++",
+            "Serving takes longer%s: the kernels cannot be compiled here (%s): %s",
+            ", and weights take 8 bits each in memory" if is_small else "",
             reason,
+            REMEDY,
         )
-    return reason is None and integers.weight_bits == 4 and choice != "int8"
+    return reason is None and is_small and choice != "int8"
 
 
 @register_weight_loader_v2_supported_method
@@ -247,7 +248,7 @@ class Int8LinearMethod(LinearMethodBase):
             )
             shape = BasevLLMParameter(
                 data=torch.empty(2, dtype=torch.int64),
-                weight_loader=_shape_loader(weight_loader),
+                weight_loader=adapt_loader(layer, weight_loader, _first_shape),
             )
             layer.register_parameter("weight_shape", shape)
         else:
@@ -300,16 +301,8 @@ class Int8LinearMethod(LinearMethodBase):
         return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
-def _shape_loader(load: Callable) -> Callable:
-    """
-    Make a loader of the shape of a weight, which nothing reads.
-
-    :param load: loader of the layer
-    """
-
-    @wraps(load)
-    def load_shape(param: Parameter, loaded_weight: Tensor, *args: Any, **kwargs: Any):
-        # one shape for each Linear that Transformers merged while it saved
-        load(param, loaded_weight.reshape(-1, 2)[0], *args, **kwargs)
-
-    return load_shape
+def _first_shape(
+    layer: Any, param: Parameter, loaded_weight: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """Take one shape of those of the Linears that Transformers merged while it saved"""
+    return loaded_weight.reshape(-1, 2)[0]

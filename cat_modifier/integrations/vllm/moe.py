@@ -215,19 +215,20 @@ class Int8ExpertsMethod(FusedMoEMethodBase):
         :param name: ``w13`` or ``w2``
         """
         dtype = torch.int32 if self.integers.is_packed else torch.int8
-        columns //= self.integers.pack_factor
+        numbers = columns // self.integers.pack_factor
         tensors = {
-            self.integers.weight_name: torch.empty(experts, rows, columns, dtype=dtype),
+            self.integers.weight_name: torch.empty(experts, rows, numbers, dtype=dtype),
             "weight_scale": torch.empty(experts, rows, 1, dtype=torch.float32),
         }
         if self.integers.is_packed:
             tensors["weight_shape"] = torch.empty(experts, 2, dtype=torch.int64)
         # one projection of an expert, on all ranks
-        whole = rows // self.moe.w13_num_shards * self.moe.tp_size, columns
+        outputs, inputs = rows // self.moe.w13_num_shards * self.moe.tp_size, columns
         if name == "w2":
-            whole = rows, columns * self.moe.tp_size
-        load = attributes["weight_loader"]
-        loaders = {self.integers.weight_name: whole_experts(self.prefix, load, whole)}
+            outputs, inputs = rows, columns * self.moe.tp_size
+        load, factor = attributes["weight_loader"], self.integers.pack_factor
+        whole = whole_experts(layer, self.prefix, load, outputs, inputs, factor)
+        loaders = {self.integers.weight_name: whole}
         for suffix, data in tensors.items():
             parameter = Parameter(fill_unloaded(data), requires_grad=False)
             attributes = attributes | {"weight_loader": loaders.get(suffix, load)}

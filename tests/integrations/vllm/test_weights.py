@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reload, offload and sharded state of weights, with layers of vLLM"""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
@@ -198,6 +201,16 @@ def test_a_tensor_that_the_checkpoint_lacks_is_named(keeps_packed, name, part):
 
 
 @KINDS
+def test_vllm_can_let_go_of_the_layers_of_a_model(keeps_packed, is_quantized):
+    """By loaders that are methods of the layer: the record for weight reloads is kept"""
+    model = make_model(keeps_packed, is_quantized)
+    layer = weakref.ref(model.qkv_proj)
+    del model
+    gc.collect()
+    assert layer() is None
+
+
+@KINDS
 @pytest.mark.parametrize("part", ["q", "k", None])
 @pytest.mark.parametrize("dim", [0, 1])
 def test_a_weight_is_not_cut_to_the_room_that_the_config_leaves(
@@ -211,7 +224,9 @@ def test_a_weight_is_not_cut_to_the_room_that_the_config_leaves(
     shape[dim] += 8
     weight = torch.zeros(shape, dtype=torch.int8)
     loaded = pack_to_int32(weight, 4) if is_quantized else weight.float()
-    with pytest.raises(ValueError, match=f"has {expected + 8} .* has {expected}: config.json"):
+    with pytest.raises(
+        ValueError, match=f"has {expected + 8} .*put channels .* has {expected}: config.json"
+    ):
         param.weight_loader(param, loaded, *([] if part is None else [part]))
 
 
