@@ -3,6 +3,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from tiny_models import make_model, make_vision_language_model, make_whisper
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import cat_modifier
-from cat_modifier import cli
+from cat_modifier import CATModifier, cli
 from cat_modifier.auto_model import auto_class
 from cat_modifier.checkpoint.schema import read_quantization_config
 from cat_modifier.quantize.outline import Outline, outline, outline_table
@@ -74,6 +76,19 @@ def test_the_transforms_of_a_dry_run_cost_what_their_sizes_say(folder):
     assert found.overhead == pytest.approx(added / weights)
     tensors = 2 * 2 * added
     assert found.transform_bytes == pytest.approx(tensors, rel=0.05)
+
+
+@pytest.mark.slow
+def test_the_output_is_the_result_and_the_log_is_an_error_stream(folder):
+    command = [sys.executable, "-m", "cat_modifier.cli", "quantize", folder / "model"]
+    done = subprocess.run(
+        [*command, "--recipe", "w4a4", "--dry-run"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert all(re.match(r"\||weights: |transforms: |$", line) for line in lines), lines
+    assert lines[0].startswith("| Linears")
+    assert " | INFO - " in done.stderr
 
 
 @pytest.mark.slow
@@ -201,3 +216,47 @@ def test_a_dry_run_leaves_the_vision_tower_alone(tmp_path):
     assert towers and not any(one.transform or one.scheme for one in towers)
     rest = [one for one in found.linears if "language_model" in one.name]
     assert rest and all(one.transform and one.scheme == "W4A4" for one in rest)
+
+
+@pytest.mark.slow
+def test_a_vision_language_model_keeps_the_files_of_its_processor(tmp_path, command):
+    original, made = tmp_path / "model", tmp_path / "made"
+    make_vision_language_model(original)
+    # tokens below 8 stand for pictures
+    (tmp_path / "text.txt").write_text(" ".join(f"<{8 + i * 31 % 120}>" for i in range(600)))
+    command(
+        *("quantize", original, "--recipe", "w4a8", "--output", made),
+        *("--dataset", tmp_path / "text.txt", "--samples", "8", "--length", "64"),
+    )
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        assert (made / name).read_bytes() == (original / name).read_bytes()
+    names = transformed(made)
+    assert names and not any("visual" in name for name in names)
+    assert "is the checkpoint that was saved" in command("verify", made)
+    # a file that is missing is noticed
+    (made / "preprocessor_config.json").unlink()
+    with pytest.raises(SystemExit, match="preprocessor_config.json"):
+        command("verify", made)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [None, 0.9])
+def test_experts_read_their_own_tokens_where_overhead_is_limited(
+    folder, tmp_path, command, monkeypatch, limit
+):
+    model, recipe = tmp_path / "model", tmp_path / "recipe.yaml"
+    make_chat_model(model, "qwen3-moe", num_experts=8, num_experts_per_tok=2)
+    text = open(cat_modifier.recipe("w4a4")).read()
+    option = f"rotation: hadamard\n      max_overhead: {limit}"
+    recipe.write_text(text.replace("rotation: hadamard", option) if limit else text)
+    tokens = []
+    start = CATModifier.on_calibration_start
+
+    def watch(self, state, event, **options):
+        expert = state.model.model.layers[0].mlp.experts[0].gate_proj
+        expert.register_forward_pre_hook(lambda _, args: tokens.append(args[0].shape[-2]))
+        return start(self, state, event, **options)
+
+    monkeypatch.setattr(CATModifier, "on_calibration_start", watch)
+    command("quantize", model, "--recipe", recipe, "--output", tmp_path / "made", *DATA)
+    assert (max(tokens) < 64) == bool(limit), sorted(tokens)

@@ -143,7 +143,7 @@ def test_a_new_user_goes_from_the_wheel_to_an_answer(tmp_path):
         *("--samples", 8, "--length", 256),
         cwd=tmp_path,
     )
-    assert any(line.startswith("| q_proj, k_proj, v_proj") for line in lines)
+    assert any(line.startswith("| q_proj/k_proj/v_proj") for line in lines)
     assert f"    cat-modifier evaluate {checkpoint} --base {model}" in lines
     check_card(checkpoint, model)
 
