@@ -156,7 +156,7 @@ def test_a_run_ends_with_what_it_made_and_the_next_commands(folder, command, tmp
     text = command(*arguments)
     rows = re.findall(r"^\| (\S.*?) +\| +(\d+) \| +(\S+) \| +(\S+) \|$", text, re.MULTILINE)
     kinds = {kind: (count, float(before), float(after)) for kind, count, before, after in rows}
-    assert set(kinds) == {"q_proj, k_proj, v_proj", "o_proj", "gate_proj, up_proj", "down_proj"}
+    assert set(kinds) == {"q_proj/k_proj/v_proj", "o_proj", "gate_proj/up_proj", "down_proj"}
     assert all(count == "2" and before < after for count, before, after in kinds.values())
     size = (output / "model.safetensors").stat().st_size
     assert f"-> {size / 1e6:,.1f} MB" in text
@@ -259,4 +259,4 @@ def test_experts_read_their_own_tokens_where_overhead_is_limited(
 
     monkeypatch.setattr(CATModifier, "on_calibration_start", watch)
     command("quantize", model, "--recipe", recipe, "--output", tmp_path / "made", *DATA)
-    assert (max(tokens) < 64) == bool(limit), sorted(tokens)
+    assert (min(tokens) < 64) == bool(limit)
