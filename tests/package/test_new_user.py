@@ -162,7 +162,7 @@ def test_a_new_user_goes_from_the_wheel_to_an_answer(tmp_path):
     assert {"perplexity", "KL divergence", "top-1 agreement", "capitals, acc"} <= found.keys()
     assert 0.3 < found["perplexity"]["recovery"] < 1
     assert found["capitals, acc"]["base"] == 1
-    assert found["capitals, acc"]["value"] >= 5 / 6
+    assert found["capitals, acc"]["value"] >= 4 / 6
     table = [line for line in lines if line.startswith("|")]
     assert "\n".join(table) in (checkpoint / "README.md").read_text()
 
