@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The class of Transformers that loads a model which continues text."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,16 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoProcessor,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
+)
+from transformers.utils import (
+    IMAGE_PROCESSOR_NAME,
+    LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
+    PROCESSOR_NAME,
+    VIDEO_PROCESSOR_NAME,
+    cached_file,
 )
 
 __all__ = ["auto_class", "load_model", "load_processor", "read_config"]
@@ -69,16 +76,41 @@ def load_model(model: str, config: PreTrainedConfig) -> PreTrainedModel:
 
 def load_processor(model: str, config: PreTrainedConfig) -> Any:
     """
-    Load all that belongs to the inputs of a model: its tokenizer, or its processor.
+    Load what turns text into the inputs of a model, and is saved with it.
 
-    :raises ValueError: if a library is missing that the processor needs
+    :return: tokenizer; of a model for pictures, which has a processor, a ProcessorFiles
     """
+    tokenizer = AutoTokenizer.from_pretrained(model)
     if auto_class(config) is not AutoModelForImageTextToText:
-        return AutoTokenizer.from_pretrained(model)
-    try:
-        return AutoProcessor.from_pretrained(model)
-    except ImportError as error:
-        raise ValueError(
-            "The processor of the model, which belongs to its checkpoint, needs a library "
-            f"that is not installed, torchvision in most cases: {' '.join(str(error).split())}"
-        ) from error
+        return tokenizer
+    return ProcessorFiles(model, tokenizer)
+
+
+class ProcessorFiles:
+    """
+    A processor as its files, which are copied to the checkpoint.
+
+    Text needs the tokenizer alone. To load processors of pictures takes torchvision.
+
+    :param model: folder, or id on the Hub
+    :param tokenizer: tokenizer of the model
+    """
+
+    def __init__(self, model: str, tokenizer: Any):
+        self.tokenizer = tokenizer
+        names = (
+            PROCESSOR_NAME,
+            IMAGE_PROCESSOR_NAME,
+            VIDEO_PROCESSOR_NAME,
+            LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
+        )
+        found = (
+            cached_file(model, name, _raise_exceptions_for_missing_entries=False)
+            for name in names
+        )
+        self.files = [Path(file) for file in found if file is not None]
+
+    def save_pretrained(self, folder: str):
+        self.tokenizer.save_pretrained(folder)
+        for file in self.files:
+            shutil.copyfile(file, Path(folder) / file.name)

@@ -5,7 +5,9 @@ The command `cat-modifier`.
 This module imports nothing heavy: `--help` must answer at once.
 """
 
+import os
 import sys
+from contextlib import redirect_stdout
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
@@ -56,6 +58,18 @@ def _need(extra: str, *libraries: str):
                 f"{name} is not installed. The command needs: "
                 f"pip install 'cat-modifier[{extra}]'"
             )
+
+
+def _log_to_stderr():
+    """
+    Keep the log of libraries out of the output, which is for results.
+
+    llm-compressor logs to the output that it finds when it is imported.
+    """
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    if find_spec("llmcompressor") is not None:
+        with redirect_stdout(sys.stderr):
+            import llmcompressor  # noqa: F401
 
 
 def _check(model: str | None) -> str | None:
@@ -170,6 +184,7 @@ def analyze(
     arguments = locals()
     arguments |= {"schemes": schemes.split(","), "transforms": transforms.split(",")}
 
+    _log_to_stderr()
     from cat_modifier.analysis.command import run
 
     run(**arguments)
@@ -222,6 +237,7 @@ def quantize(
     arguments = locals()
     _need("compress", "llmcompressor")
 
+    _log_to_stderr()
     from cat_modifier.quantize.command import run
 
     run(**arguments)
@@ -300,6 +316,7 @@ def evaluate(
         else:
             _need("evaluate", "accelerate")
 
+    _log_to_stderr()
     from cat_modifier.evaluate.command import run
 
     run(**arguments)

@@ -10,7 +10,7 @@ from tiny_models import VOCABULARY, make_model
 from transformers import AutoTokenizer
 
 TASK = """
-task: words
+task: NAME
 dataset_path: json
 dataset_kwargs:
   data_files: {test: FILE}
@@ -57,7 +57,6 @@ def write_chats(file: Path):
 
 def write_task(folder: Path):
     """Write the task `words`: 12 questions of four choices"""
-    folder.mkdir()
     random.seed(0)
 
     def words(count: int) -> list[str]:
@@ -67,6 +66,17 @@ def write_task(folder: Path):
         {"question": " ".join(words(8)), "choices": words(4), "answer": random.randrange(4)}
         for _ in range(12)
     ]
-    file = folder / "words.jsonl"
+    save_task(folder, "words", rows)
+
+
+def save_task(folder: Path, name: str, rows: list[dict]):
+    """
+    Write a task of lm-eval into a new folder.
+
+    :param rows: `question`, `choices`, and the index of the right one as `answer`
+    """
+    folder.mkdir()
+    file = folder / f"{name}.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
-    (folder / "words.yaml").write_text(TASK.replace("FILE", json.dumps(str(file))))
+    text = TASK.replace("NAME", name).replace("FILE", json.dumps(str(file)))
+    (folder / f"{name}.yaml").write_text(text)

@@ -19,6 +19,7 @@ say "Checking style and types"
 
 COMPRESS_TESTS="tests/functional tests/calibration tests/checkpoint tests/modifiers
     tests/integrations/transformers tests/hub tests/analysis tests/commands tests/package"
+NEW_USER=tests/package/test_new_user.py  # needs both environments
 command -v chromium > /dev/null || say "(without chromium, a report is not tested in a browser)"
 if [ "${1:-}" = --quick ]; then
     say "Testing what is quick"
@@ -27,7 +28,7 @@ if [ "${1:-}" = --quick ]; then
 fi
 say "Testing the mathematics, compressing, loading, the analysis and the package"
 # shellcheck disable=SC2086
-"$COMPRESS" -m pytest $COMPRESS_TESTS
+"$COMPRESS" -m pytest --ignore "$NEW_USER" $COMPRESS_TESTS
 
 set_up_serve
 
@@ -44,5 +45,8 @@ say "Testing the kernels and serving"
 # apart from the others, because its tests turn on TRITON_INTERPRET
 "$SERVE" -m pytest tests/kernels
 "$SERVE" -m pytest tests/calibration tests/checkpoint tests/integrations/vllm
+
+say "Testing all that a new user does"
+CAT_TEST_SERVE="$SERVE" "$COMPRESS" -m pytest "$NEW_USER"
 
 say "All tests passed"

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from datasets import Dataset
 from llmcompressor import oneshot
-from transformers import AutoTokenizer, PreTrainedModel
+from llmcompressor.recipe import Recipe
+from transformers import PreTrainedModel
 
 import cat_modifier
 from cat_modifier.auto_model import auto_class, load_model, load_processor, read_config
 from cat_modifier.calibration.texts import CALIBRATION_SPLITS, load_texts, windows
 from cat_modifier.hub.run_record import RunRecord
+from cat_modifier.modifiers.cat.base import CATModifier
 from cat_modifier.quantize.outline import outline, outline_table
 from cat_modifier.quantize.sizes import stored_bytes, weight_bytes
 from cat_modifier.quantize.summary import summary
@@ -52,10 +54,10 @@ def run(
         return
     assert output is not None
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    processor = load_processor(model, config)
+    tokenizer = getattr(processor, "tokenizer", processor)
     texts = load_texts(dataset, split or CALIBRATION_SPLITS, column, tokenizer)
     ids = windows(texts, tokenizer, length, samples)
-    processor = load_processor(model, config)
     loaded = load_model(model, config)
     before = stored_bytes(loaded.state_dict(keep_vars=True))
     started = time.monotonic()
@@ -105,5 +107,15 @@ def _oneshot(
         num_calibration_samples=len(data),
         max_seq_length=ids.shape[1],
         shuffle_calibration_samples=False,
+        # a limit counts the tokens that are routed to an expert
+        moe_calibrate_all_experts=not _limits_overhead(recipe),
         output_dir=str(output),
+    )
+
+
+def _limits_overhead(recipe: str) -> bool:
+    """Whether a recipe sets `max_overhead`, a limit for the multiply-adds of transforms"""
+    return any(
+        isinstance(one, CATModifier) and one.max_overhead is not None
+        for one in Recipe.create_instance(recipe).modifiers
     )

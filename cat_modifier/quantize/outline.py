@@ -46,19 +46,25 @@ class LinearOutline:
     :param name: full name
     :param shape: (out, in)
     :param scheme: its bits, as W4A4; empty if it is not quantized
-    :param transform: transform of its input; empty for none
+    :param blocks: channels per block of the transform of its input; empty for none
+    :param hadamard: size of its Hadamard product; empty for none
     """
 
     name: str
     shape: tuple[int, int]
     scheme: str
-    transform: str
+    blocks: str = ""
+    hadamard: str = ""
 
     @property
     def parent(self) -> str:
-        """Name of the module around it, with * for the numbers of layers and experts"""
+        """
+        Name of the module around it, within its layer of the language model, with * for the
+        numbers of experts
+        """
         parent = self.name.removeprefix("model.").rpartition(".")[0]
-        return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", parent)
+        parent = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", parent)
+        return re.sub(r"^(language_model\.)?layers\.\*\.", "", parent)
 
 
 @dataclass(frozen=True)
@@ -174,7 +180,7 @@ def _describe(
                 name,
                 (linear.out_features, linear.in_features),
                 bits,
-                "" if transform is None else _transform_name(transform),
+                *(("", "") if transform is None else _sizes(transform)),
             )
         )
     cat = [one for one in modifiers if isinstance(one, CATModifier)]
@@ -232,33 +238,30 @@ def _overhead(
     return added / total if total else 0.0
 
 
-def _transform_name(one: InputToPlan) -> str:
+def _sizes(one: InputToPlan) -> tuple[str, str]:
+    """Name the sizes of a transform's blocks and of its Hadamard product"""
     layout = one.layout
-    if one.value_projection is not None:
-        into = one.value_projection.linear.rpartition(".")[2]
-        transform = f"{layout.stored_size} in {into}"
-    else:
-        transform = str(layout.stored_size)
+    fused = " fused" if one.value_projection is not None else ""
     hadamard = layout.hadamard_size
-    return f"{transform}, Hadamard {hadamard}" if hadamard > 1 else transform
+    return f"{layout.stored_size}{fused}", str(hadamard) if hadamard > 1 else ""
 
 
 def outline_table(found: Outline) -> str:
     """Write a table with a row for each kind of Linear, and what the checkpoint will weigh"""
     kinds: dict[tuple, dict[str, int]] = {}
     for one in found.linears:
-        key = (one.parent, one.shape[1], one.transform, one.scheme or "16 bits")
+        key = (one.parent, one.shape[1], one.blocks, one.hadamard, one.scheme or "16")
         names = kinds.setdefault(key, {})
         name = one.name.rpartition(".")[2]
         names[name] = names.get(name, 0) + 1
     rows = [
         (".".join(filter(None, (parent, _join(list(names))))), str(sum(names.values())))
-        + (str(size), transform or "none", bits)
-        for (parent, size, transform, bits), names in kinds.items()
+        + (str(size), *others)
+        for (parent, size, *others), names in kinds.items()
     ]
     bound = "at most " if found.is_upper_bound else ""
     lines = [
-        markdown_table(("Linears", "number", "inputs", "blocks", "bits"), rows),
+        markdown_table(("Linears", "count", "inputs", "blocks", "Hadamard", "bits"), rows),
         "",
         f"weights: {_megabytes(found.bytes_before)} -> {bound}{_megabytes(found.bytes_after)}",
     ]

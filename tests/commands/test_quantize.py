@@ -3,6 +3,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from tiny_models import make_model, make_vision_language_model, make_whisper
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import cat_modifier
-from cat_modifier import cli
+from cat_modifier import CATModifier, cli
 from cat_modifier.auto_model import auto_class
 from cat_modifier.checkpoint.schema import read_quantization_config
 from cat_modifier.quantize.outline import Outline, outline, outline_table
@@ -40,7 +42,7 @@ def check_outline(found: Outline, checkpoint):
     """Compare a dry run with what was made"""
     size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
     assert found.bytes_after == pytest.approx(size, rel=0.02)
-    assert {one.name for one in found.linears if one.transform} == transformed(checkpoint)
+    assert {one.name for one in found.linears if one.blocks} == transformed(checkpoint)
     config = json.loads((checkpoint / "config.json").read_text())["quantization_config"]
     names = {one.name for one in found.linears}
     # routers of experts are no Linears
@@ -58,12 +60,9 @@ def test_a_dry_run_says_what_a_run_makes(folder, checkpoint, command):
     assert sorted(folder.iterdir()) == files
     assert outline_table(found) in text
     (row,) = re.findall(r".*self_attn\.q/k/v_proj.*", text)
-    assert (
-        row.split()[1:-1]
-        == "layers.*.self_attn.q/k/v_proj | 6 | 96 | 96, Hadamard 96 | W4A4".split()
-    )
-    assert re.search(r"self_attn\.o_proj .* 24 in v_proj, Hadamard 24 \| +W4A4", text)
-    assert re.search(r"lm_head .* none \| 16 bits", text)
+    assert row.split()[1:-1] == "self_attn.q/k/v_proj | 6 | 96 | 96 | 96 | W4A4".split()
+    assert re.search(r"self_attn\.o_proj .* 24 fused \| +24 \| +W4A4", text)
+    assert re.search(r"lm_head .* \|  +\|  +\| +16 ", text)
 
 
 def test_the_transforms_of_a_dry_run_cost_what_their_sizes_say(folder):
@@ -74,6 +73,19 @@ def test_the_transforms_of_a_dry_run_cost_what_their_sizes_say(folder):
     assert found.overhead == pytest.approx(added / weights)
     tensors = 2 * 2 * added
     assert found.transform_bytes == pytest.approx(tensors, rel=0.05)
+
+
+@pytest.mark.slow
+def test_the_output_is_the_result_and_the_log_is_an_error_stream(folder):
+    command = [sys.executable, "-m", "cat_modifier.cli", "quantize", folder / "model"]
+    done = subprocess.run(
+        [*command, "--recipe", "w4a4", "--dry-run"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert all(re.match(r"\||weights: |transforms: |$", line) for line in lines), lines
+    assert lines[0].startswith("| Linears")
+    assert " | INFO - " in done.stderr
 
 
 @pytest.mark.slow
@@ -141,7 +153,7 @@ def test_a_run_ends_with_what_it_made_and_the_next_commands(folder, command, tmp
     text = command(*arguments)
     rows = re.findall(r"^\| (\S.*?) +\| +(\d+) \| +(\S+) \| +(\S+) \|$", text, re.MULTILINE)
     kinds = {kind: (count, float(before), float(after)) for kind, count, before, after in rows}
-    assert set(kinds) == {"q_proj, k_proj, v_proj", "o_proj", "gate_proj, up_proj", "down_proj"}
+    assert set(kinds) == {"q_proj/k_proj/v_proj", "o_proj", "gate_proj/up_proj", "down_proj"}
     assert all(count == "2" and before < after for count, before, after in kinds.values())
     size = (output / "model.safetensors").stat().st_size
     assert f"-> {size / 1e6:,.1f} MB" in text
@@ -198,6 +210,50 @@ def test_a_dry_run_leaves_the_vision_tower_alone(tmp_path):
     make_vision_language_model(tmp_path)
     found = plan(tmp_path, "w4a4")
     towers = [one for one in found.linears if "visual" in one.name]
-    assert towers and not any(one.transform or one.scheme for one in towers)
+    assert towers and not any(one.blocks or one.scheme for one in towers)
     rest = [one for one in found.linears if "language_model" in one.name]
-    assert rest and all(one.transform and one.scheme == "W4A4" for one in rest)
+    assert rest and all(one.blocks and one.scheme == "W4A4" for one in rest)
+
+
+@pytest.mark.slow
+def test_a_vision_language_model_keeps_the_files_of_its_processor(tmp_path, command):
+    original, made = tmp_path / "model", tmp_path / "made"
+    make_vision_language_model(original)
+    # tokens below 8 stand for pictures
+    (tmp_path / "text.txt").write_text(" ".join(f"<{8 + i * 31 % 120}>" for i in range(600)))
+    command(
+        *("quantize", original, "--recipe", "w4a8", "--output", made),
+        *("--dataset", tmp_path / "text.txt", "--samples", "8", "--length", "64"),
+    )
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        assert (made / name).read_bytes() == (original / name).read_bytes()
+    names = transformed(made)
+    assert names and not any("visual" in name for name in names)
+    assert "is the checkpoint that was saved" in command("verify", made)
+    # a file that is missing is noticed
+    (made / "preprocessor_config.json").unlink()
+    with pytest.raises(SystemExit, match="preprocessor_config.json"):
+        command("verify", made)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [None, 0.9])
+def test_experts_read_their_own_tokens_where_overhead_is_limited(
+    folder, tmp_path, command, monkeypatch, limit
+):
+    model, recipe = tmp_path / "model", tmp_path / "recipe.yaml"
+    make_chat_model(model, "qwen3-moe", num_experts=8, num_experts_per_tok=2)
+    text = open(cat_modifier.recipe("w4a4")).read()
+    option = f"rotation: hadamard\n      max_overhead: {limit}"
+    recipe.write_text(text.replace("rotation: hadamard", option) if limit else text)
+    tokens = []
+    start = CATModifier.on_calibration_start
+
+    def watch(self, state, event, **options):
+        expert = state.model.model.layers[0].mlp.experts[0].gate_proj
+        expert.register_forward_pre_hook(lambda _, args: tokens.append(args[0].shape[-2]))
+        return start(self, state, event, **options)
+
+    monkeypatch.setattr(CATModifier, "on_calibration_start", watch)
+    command("quantize", model, "--recipe", recipe, "--output", tmp_path / "made", *DATA)
+    assert (min(tokens) < 64) == bool(limit)

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hub_server import Hub, serve_hub
 from huggingface_hub import constants
-from server import Hub, serve_hub
 
 GOLDEN = Path(__file__).parents[1] / "checkpoint" / "golden"
 

@@ -10,10 +10,10 @@ import yaml
 from compressed_tensors.utils import patch_attr
 from datasets import Dataset
 from datasets.info import DatasetInfo
+from hub_server import Repo
 from huggingface_hub import RepoCard, constants
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import QuantizationModifier
-from server import Repo
 from tiny_models import (
     int_scheme,
     make_loader,

@@ -3,26 +3,19 @@
 The wheel, installed into an environment of its own outside the clone: quantize with a
 recipe of the package, and reload.
 
-The environment shares the libraries of the one that runs the tests, torch and llm-compressor
-above all, because installing them takes minutes. It does not share cat-modifier: an
-editable install works by a .pth file, and Python reads none in a folder that another
-.pth file names. With CAT_TEST_EMPTY_ENVIRONMENT=1 it shares nothing, and holds what the
-wheel asks for.
+With CAT_TEST_EMPTY_ENVIRONMENT=1 the environment shares nothing with the one that runs the
+tests, and holds what the wheel asks for.
 """
 
 import os
-import subprocess
 import sys
-import sysconfig
-import venv
 from pathlib import Path
 
 import pytest
+from installing import PIP, ROOT, build_wheel, install_beside, run
 from tiny_models import make_model
 
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).parents[2]
 
 QUANTIZE = """
 import sys
@@ -50,37 +43,16 @@ print(type(reloaded.hf_quantizer).__name__, error.item())
 """
 
 
-def run(*command, cwd: Path) -> list[str]:
-    """Run a command that must succeed, without this process' paths; return its lines"""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-    process = subprocess.run(
-        [str(part) for part in command],
-        cwd=cwd,
-        env=environment | {"PYTHONNOUSERSITE": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stdout + process.stderr
-    return process.stdout.splitlines()
-
-
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory) -> Path:
     """Folder of a virtual environment that holds the wheel"""
     folder = tmp_path_factory.mktemp("wheel")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    run(*pip, "wheel", "--no-deps", "--wheel-dir", folder, ROOT, cwd=folder)
-    (wheel,) = folder.glob("*.whl")
-
-    venv.create(folder / "venv", symlinks=True)
-    python = folder / "venv/bin/python"
-    install = [*pip, "--python", python, "install", "--quiet"]
-    if os.environ.get("CAT_TEST_EMPTY_ENVIRONMENT"):
-        run(*install, "torch==2.13.0", f"{wheel}[compress]", cwd=folder)
-        return folder / "venv"
-    run(*install, "--no-deps", "--no-index", wheel, cwd=folder)
-    (site,) = (folder / "venv/lib").glob("python*/site-packages")
-    (site / "shared.pth").write_text(sysconfig.get_path("purelib"))
+    wheel = build_wheel(folder)
+    if not os.environ.get("CAT_TEST_EMPTY_ENVIRONMENT"):
+        return install_beside(sys.executable, wheel, folder / "venv").parents[1]
+    run(sys.executable, "-m", "venv", "--without-pip", folder / "venv", cwd=folder)
+    install = (*PIP, "--python", folder / "venv/bin/python", "install", "--quiet")
+    run(*install, "torch==2.13.0", f"{wheel}[compress]", cwd=folder)
     return folder / "venv"
 
 

@@ -12,6 +12,7 @@ from compressed_tensors.distributed import is_source_process
 from compressed_tensors.offload import OffloadCache
 from compressed_tensors.utils import TorchDtype, get_execution_device
 from llmcompressor.core import Event, EventType, State
+from llmcompressor.modeling.moe.context import moe_calibration_context
 from llmcompressor.modifiers import Modifier
 from llmcompressor.utils import untie_word_embeddings
 from loguru import logger
@@ -390,9 +391,11 @@ class CATModifier(Modifier):
         """Find them on one batch; those that all ranks agree on"""
         # one and the same batch: by default, oneshot shuffles the data anew for each pass
         batch = next(iter(state.data.calib or ()))
-        found = find_value_projections(
-            state.model, self._linears, lambda: run_batch(state, batch)
-        )
+        # all experts read all tokens: inputs are compared, and rounding may change a route
+        with moe_calibration_context():
+            found = find_value_projections(
+                state.model, self._linears, lambda: run_batch(state, batch)
+            )
         everywhere = gather(found)
         return {
             name: projection
