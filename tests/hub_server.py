@@ -191,7 +191,8 @@ class Handler(BaseHTTPRequestHandler):
         if not self.may_write(repo):
             return
         if repo in self.server.repos:
-            return self.reply(409, {"error": "You already created this model repo"})
+            url = f"{self.server.url}/{repo}"
+            return self.reply(409, {"error": "You already created this model repo", "url": url})
         visibility = data.get("visibility", "private" if data.get("private") else "public")
         self.server.repos[repo] = Repo(private=visibility == "private")
         self.reply(200, {"url": f"{self.server.url}/{repo}", "name": repo, "id": "0"})
@@ -208,6 +209,10 @@ class Handler(BaseHTTPRequestHandler):
                     "siblings": [{"rfilename": name} for name in found[1]],
                 },
             )
+
+    def unknown(self, name: str):
+        """A model without a user, of which there are none"""
+        self.reply(404, {"error": "Not found"}, X_Error_Code="RepoNotFound")
 
     def branch(self, repo: str, revision: str):
         if not self.may_write(repo) or not (found := self.find(repo)):
@@ -320,6 +325,7 @@ ROUTES = [
     ("POST", "/api/validate-yaml", Handler.validate),
     ("POST", "/api/repos/create", Handler.create),
     ("GET", _API, Handler.info),
+    ("GET", r"/api/models/(?P<name>[\w.-]+)", Handler.unknown),
     ("GET", f"{_API}/revision{_REVISION}", Handler.info),
     ("GET", f"{_API}/tree{_REVISION}", Handler.tree),
     ("POST", f"{_API}/branch{_REVISION}", Handler.branch),

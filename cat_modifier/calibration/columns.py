@@ -4,6 +4,7 @@
 from collections.abc import Collection, Iterator
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 __all__ = ["texts_of"]
@@ -41,7 +42,7 @@ def texts_of(
                 f"has no chat template: choose one of {rows.column_names} that holds text with "
                 "--column, or another dataset"
             )
-        return _Chats(rows[column], tokenizer)
+        return _Chats(rows[column], tokenizer, f"column {column!r} of the dataset {dataset!r}")
     texts = list(rows[column])
     if wrong := {type(text).__name__ for text in texts if not isinstance(text, str)}:
         raise ValueError(
@@ -57,15 +58,23 @@ class _Chats(Collection[str]):
 
     :param chats: lists of messages
     :param tokenizer: holds the chat template
+    :param source: what they are, for errors
     """
 
-    def __init__(self, chats: Any, tokenizer: PreTrainedTokenizerBase):
-        self._chats, self._tokenizer = chats, tokenizer
+    def __init__(self, chats: Any, tokenizer: PreTrainedTokenizerBase, source: str):
+        self._chats, self._tokenizer, self._source = chats, tokenizer, source
 
     def __iter__(self) -> Iterator[str]:
-        for chat in self._chats:
-            # the template of a window's first chat brings the first special token
-            yield str(self._tokenizer.apply_chat_template(chat, tokenize=False))
+        for number, chat in enumerate(self._chats):
+            try:
+                # the template of a window's first chat brings the first special token
+                text = str(self._tokenizer.apply_chat_template(chat, tokenize=False))
+            except (TemplateError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"Row {number} in {self._source} is no chat that the tokenizer's template "
+                    f"takes ({error}): choose another column with --column, or another dataset"
+                ) from error
+            yield text
 
     def __len__(self) -> int:
         return len(self._chats)

@@ -2,11 +2,13 @@
 """The command `cat-modifier evaluate`: from its arguments to a table and files."""
 
 import gc
+import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from cat_modifier.auto_model import auto_class, load_model, read_config
@@ -14,7 +16,7 @@ from cat_modifier.calibration.texts import HELD_OUT_SPLITS, load_texts, windows
 from cat_modifier.evaluate.files import write_entries, write_json
 from cat_modifier.evaluate.results import Measure, TaskResult, results_table
 from cat_modifier.evaluate.texts import measure_texts
-from cat_modifier.hub.card import CARD, update_evaluation
+from cat_modifier.hub.card import update_evaluation
 
 __all__ = ["run"]
 
@@ -50,9 +52,16 @@ def run(
     for one in filter(None, (checkpoint, base)):
         auto_class(read_config(one))
 
+    if re.search(r"(^|,)\s*pretrained\s*=", model_args):
+        raise ValueError("--model-args cannot name another model than CHECKPOINT")
+
     measures: list[Measure] = []
+    settings: dict[str, Any] = {"checkpoint": checkpoint, "base": base}
     if samples:
-        measures += _measure_texts(checkpoint, base, dataset, split, column, samples, length)
+        ids, measures = _measure_texts(
+            checkpoint, base, dataset, split, column, samples, length
+        )
+        settings |= {"dataset": dataset, "windows": ids.shape[0], "length": ids.shape[1]}
         gc.collect()  # memory of the models, before others are loaded
         torch.cuda.empty_cache()
     results: list[TaskResult] = []
@@ -62,26 +71,30 @@ def run(
         results = evaluate_tasks(
             checkpoint, base, names, model, model_args, include_path, limit
         )
-        measures += [measure for result in results for measure in result.measures]
-    table = results_table(measures)
-    print(table)
+        settings |= {"tasks": names, "model": model, "model_args": model_args, "limit": limit}
+    of_tasks = [measure for result in results for measure in result.measures]
+    print(results_table(measures + of_tasks))
 
     versions = _versions()
     if output is not None:
-        settings: dict[str, Any] = {"checkpoint": checkpoint, "base": base}
-        if samples:
-            settings |= {"dataset": dataset, "windows": samples, "length": length}
-        if names:
-            settings |= {"tasks": names, "model": model, "model_args": model_args}
-            settings["limit"] = limit
-        write_json(output, settings | {"versions": versions}, measures)
-    if Path(checkpoint).is_dir():
-        if (Path(checkpoint) / CARD).is_file():
-            update_evaluation(Path(checkpoint), table)
-        parts = [f"{name} {number}" for name, number in versions.items()]
+        write_json(output, settings | {"versions": versions}, measures + of_tasks)
+    if not Path(checkpoint).is_dir():
+        return
+    made_with = ", ".join(f"{name} {number}" for name, number in versions.items())
+    if base is not None:
+        made_with = f"base: {base}; {made_with}"
+    if measures:
+        conditions = f"{settings['windows']} windows of {settings['length']} tokens"
+        table = results_table(measures)
+        update_evaluation(Path(checkpoint), "texts", table, f"{conditions}; {made_with}")
+    if of_tasks:
+        conditions = f"--model {model}"
         if limit is not None:
-            parts.insert(0, f"limit {limit}")
-        write_entries(Path(checkpoint), results, ", ".join([f"--model {model}", *parts]))
+            conditions += f", of {limit} samples of each task only (--limit)"
+        table = results_table(of_tasks)
+        update_evaluation(Path(checkpoint), "tasks", table, f"{conditions}; {made_with}")
+        if limit is None:
+            write_entries(Path(checkpoint), results, f"{conditions}; {made_with}")
 
 
 def _measure_texts(
@@ -92,13 +105,13 @@ def _measure_texts(
     column: str | None,
     samples: int,
     length: int,
-) -> list[Measure]:
+) -> tuple[Tensor, list[Measure]]:
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     texts = load_texts(dataset, split or HELD_OUT_SPLITS, column, tokenizer)
     ids = windows(texts, tokenizer, length, samples)
     original = None if base is None else load_model(base, read_config(base))
     quantized = load_model(checkpoint, read_config(checkpoint))
-    return measure_texts(quantized, original, ids, dataset)
+    return ids, measure_texts(quantized, original, ids, dataset)
 
 
 def _versions() -> dict[str, str]:

@@ -79,26 +79,30 @@ def write_card(folder: Path, target: Path, model: Any):
         )
 
 
-def update_evaluation(folder: Path, table: str):
+def update_evaluation(folder: Path, kind: str, table: str, conditions: str) -> bool:
     """
-    Write the results of an evaluation into the card of a checkpoint, in place of older ones.
+    Write the results of an evaluation into the card of a checkpoint, in place of older ones of
+    the same kind.
 
     :param folder: folder of the checkpoint
-    :param table: Markdown
-    :raises FileNotFoundError: if the folder has no card
+    :param kind: name of the kind, in lower case
+    :param table: results in Markdown
+    :param conditions: how they were measured, in plain text
+    :return: whether the folder has a card that saving has written; others are left alone
     """
     path = folder / CARD
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} has no {CARD}, the model card that saving writes: nothing is added to it"
-        )
-    text = path.read_bytes().decode()
-    content = f"## Evaluation\n\n{without_comments(table).strip()}"
-    text = replace_section(text, "evaluation", content)
+    text = path.read_bytes().decode() if path.is_file() else ""
+    if not _is_ours(text):
+        return False
+    section = read_section(text, "evaluation") if has_section(text, "evaluation") else ""
+    results = f"{without_comments(table).strip()}\n\n*{plain(conditions)}*"
+    section = replace_section(section or "## Evaluation\n", f"evaluation-{kind}", results)
+    text = replace_section(text, "evaluation", section)
     # a kill in between leaves the older card
     written = path.with_name(f".{CARD}.new")
     written.write_bytes(text.encode())
     written.replace(path)
+    return True
 
 
 def _read_card(folder: Path) -> str | None:

@@ -13,6 +13,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+from loguru import logger
 
 from cat_modifier.checkpoint.unfinished import WRITING, find_unfinished
 from cat_modifier.checkpoint.verify import find_damage
@@ -20,7 +21,7 @@ from cat_modifier.hub.card import CARD
 
 __all__ = ["push"]
 
-_NOT_UPLOADED = re.compile(rf"\.cache|\.cat-save.*|\.git|\.{re.escape(CARD)}\.new|__pycache__")
+_HIDDEN = re.compile(r"\.(?!eval_results$).*|__pycache__")
 """Names of files and folders that are no part of a checkpoint"""
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
 """Ends of names of files that a reader would take for parts of a checkpoint"""
@@ -114,11 +115,12 @@ def _check_card(text: str, api: HfApi):
 
 def _upload(folder: Path, api: HfApi, repo: str, is_public: bool, revision: str | None) -> str:
     try:
-        is_private = api.model_info(repo).private
+        info = api.model_info(repo)
     except RepositoryNotFoundError:
-        created = api.create_repo(repo, private=not is_public, exist_ok=True)
-        repo, is_private = created.repo_id, not is_public
-    if not is_private and not is_public:
+        # an id without a user is that of the user's own repository, which may exist
+        repo = api.create_repo(repo, private=not is_public, exist_ok=True).repo_id
+        info = api.model_info(repo)
+    if not info.private and not is_public:
         raise ValueError(f"{repo} exists and is public: add --public to write to it")
     if revision is not None:
         api.create_branch(repo, branch=revision, exist_ok=True)
@@ -143,12 +145,18 @@ def _upload(folder: Path, api: HfApi, repo: str, is_public: bool, revision: str 
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Find the files to upload, by their names in the repository"""
-    found = {}
+    """Find the files to upload, by their names in the repository; none that is hidden"""
+    found, hidden = {}, set()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        if path.is_file() and not any(map(_NOT_UPLOADED.fullmatch, name.parts)):
+        if not path.is_file():
+            continue
+        if parts := list(filter(_HIDDEN.fullmatch, name.parts)):
+            hidden.add(parts[0])
+        else:
             found[name.as_posix()] = path
+    if hidden:
+        logger.info(f"Left out, because hidden: {', '.join(sorted(hidden))}")
     return found
 
 

@@ -10,7 +10,7 @@ from cat_modifier.checkpoint.schema import CATTransformConfig, read_quantization
 
 __all__ = ["Schemes", "describe_schemes", "is_scheme_tag"]
 
-_TAG = re.compile(r"w\d+a\d+|int[48]|fp8|nvfp4|mxfp4")
+_TAG = re.compile(r"w\d+a\d+|int\d+|fp8|nvfp4|mxfp4")
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,17 @@ def _products(kinds: list[tuple[int, int, str]], has_experts: bool) -> list[tupl
         ]
     is_small = any(w < 8 and a <= 8 for w, a, _ in kinds)
     if not is_small:
+        is_tested = {kind[:2] for kind in kinds} <= {(8, 8), (4, 16)} and all(
+            number.startswith("int") for *_, number in kinds
+        )
+        note = "" if is_tested else " (untested)"
         return [
-            ("x86 CPU", "tested: vLLM's own kernels"),
+            ("x86 CPU", f"vLLM's own kernels{note}"),
             ("NVIDIA GPU", "vLLM's own kernels (untested)"),
         ]
+    packed = ", of weights that stay packed in 4 bits" if any(w == 4 for w, *_ in kinds) else ""
     return [
-        ("x86 CPU", "exact int8 products, of weights that stay packed in 4 bits"),
+        ("x86 CPU", f"exact int8 products{packed}"),
         ("NVIDIA Ampere to Hopper", "exact int8 products, weights as bytes (untested)"),
         ("NVIDIA Blackwell", "refused: quantize to NVFP4 or MXFP4"),
     ]

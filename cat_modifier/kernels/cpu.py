@@ -67,12 +67,13 @@ def transform_quantize(
         if blocks is not None or hadamard is not None:
             blocks, hadamard = (m if m is None else m.float() for m in (blocks, hadamard))
             x = transform(x, blocks, hadamard, interleave)
-        is_finite = x.isfinite().all(1, keepdim=True)
-        x = x.where(is_finite, 0)
         q, scales, zero_points = reference.quantize_per_token(
             x, num_bits, symmetric, clip_ratio
         )
-        return q, scales.where(is_finite, torch.nan), zero_points
+        is_finite = x.isfinite().all(1, keepdim=True)
+        if zero_points is not None:
+            zero_points = zero_points.where(is_finite, 0)
+        return q.where(is_finite, 0), scales.where(is_finite, torch.nan), zero_points
     if hadamard is not None and _is_large(hadamard.shape[0]):
         x, blocks, hadamard = transform(x, blocks, hadamard, interleave), None, None
     q, scales, zero_points = torch.ops.cat_modifier.transform_quantize_cpu(

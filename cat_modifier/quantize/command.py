@@ -44,7 +44,7 @@ def run(
     # check all that can be checked before a model is loaded
     path = find_recipe(recipe)
     if not dry_run:
-        output = _check_output(output, overwrite)
+        output = _check_output(output, overwrite, model)
     config = read_config(model)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{model} is quantized: name the model that it was made from")
@@ -80,9 +80,13 @@ def find_recipe(name: str) -> str:
     return cat_modifier.recipe(name)
 
 
-def _check_output(output: Path | None, overwrite: bool) -> Path:
+def _check_output(output: Path | None, overwrite: bool, model: str) -> Path:
     if output is None:
         raise ValueError("A folder for the checkpoint is missing: name one with --output")
+    if output.resolve() == Path(model).resolve():
+        raise ValueError(
+            f"{output} holds the model itself, which would be lost: choose another --output"
+        )
     if output.exists() and not output.is_dir():
         raise NotADirectoryError(f"{output} is a file: name a folder with --output")
     if output.is_dir() and any(output.iterdir()) and not overwrite:

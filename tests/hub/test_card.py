@@ -253,7 +253,7 @@ def test_what_is_known_of_another_model_is_replaced(tmp_path, monkeypatch):
 
 def test_a_loaded_checkpoint_keeps_its_card_and_its_evaluation(compressed, tmp_path):
     save(compressed, tmp_path / "one")
-    update_evaluation(tmp_path / "one", "| a |\n|---|\n| 1 |")
+    assert update_evaluation(tmp_path / "one", "texts", "| a |\n|---|\n| 1 |", "of a test")
     text = (tmp_path / "one" / "README.md").read_text()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
     save(model, tmp_path / "two")
@@ -276,17 +276,30 @@ def test_a_loaded_checkpoint_without_a_card_gets_what_is_observed(tmp_path):
     assert not read_section(card.text, "measured")
 
 
-def test_an_evaluation_is_replaced_alone(tmp_path):
+def test_an_evaluation_replaces_one_of_its_kind_alone(tmp_path):
     path = tmp_path / "README.md"
-    with pytest.raises(FileNotFoundError, match="has no README.md"):
-        update_evaluation(tmp_path, "x")
-    path.write_bytes(b"---\r\n# comment\r\na: 1\r\n---\r\ntext\r\n")
-    update_evaluation(tmp_path, "| first |\n<!-- /cat-modifier:evaluation -->\n")
-    update_evaluation(tmp_path, r"| sec\1ond |")
+    head = b"---\r\n# comment\r\na: 1\r\n---\r\ntext\r\n"
+    path.write_bytes(
+        head + b"<!-- cat-modifier:evaluation -->\n<!-- /cat-modifier:evaluation -->\n"
+    )
+    evil = "| first |\n<!-- /cat-modifier:evaluation -->\n"
+    assert update_evaluation(tmp_path, "texts", evil, "of 3 windows")
+    assert update_evaluation(tmp_path, "tasks", "| task |", "--limit 10")
+    assert update_evaluation(tmp_path, "texts", r"| sec\1ond |", "of 4 *windows*")
     text = path.read_bytes().decode()
     assert text.startswith("---\r\n# comment\r\na: 1\r\n---\r\ntext")
-    assert read_section(text, "evaluation") == "## Evaluation\n\n| sec\\1ond |\n"
+    section = read_section(text, "evaluation")
+    assert section.count("## Evaluation") == 1 and "first" not in section
+    for part in (r"| sec\1ond |", r"*of 4 \*windows\**", "| task |", r"*\-\-limit 10*"):
+        assert section.count(part) == 1, part
     assert [one.name for one in tmp_path.iterdir()] == ["README.md"]
+
+
+def test_a_card_of_somebody_else_is_left_alone(tmp_path):
+    assert not update_evaluation(tmp_path, "texts", "| a |", "of a test")
+    (tmp_path / "README.md").write_text("# Original model of somebody\n")
+    assert not update_evaluation(tmp_path, "texts", "| a |", "of a test")
+    assert (tmp_path / "README.md").read_text() == "# Original model of somebody\n"
 
 
 # ---- untrusted text ------------------------------------------------------------------------

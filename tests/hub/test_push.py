@@ -51,6 +51,7 @@ def test_what_is_downloaded_is_what_was_pushed(hub, checkpoint, tmp_path):
     (checkpoint / ".cache" / "huggingface").mkdir(parents=True)
     (checkpoint / ".cache" / "huggingface" / "note").write_text("of a download")
     (checkpoint / ".cat-save.lock").write_text("")
+    (checkpoint / ".env").write_text("HF_TOKEN=of a user")
     assert push(checkpoint, REPO) == f"{hub.url}/{REPO}"
     assert hub.repos[REPO].private
     assert len(hub.repos[REPO].branches["main"]) == 2  # the first commit, and this one
@@ -92,6 +93,9 @@ def test_a_public_repository_is_not_written_to_unless_asked(hub, checkpoint):
     push(checkpoint, REPO, is_public=True)
     with pytest.raises(ValueError, match=f"{REPO} exists and is public: add --public"):
         push(checkpoint, REPO)
+    with pytest.raises(ValueError, match=f"{REPO} exists and is public: add --public"):
+        push(checkpoint, REPO.partition("/")[2])  # of the user who is logged in
+    assert len(hub.repos[REPO].branches["main"]) == 2
     push(checkpoint, REPO, is_public=True)
 
 
