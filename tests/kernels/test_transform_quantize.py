@@ -214,5 +214,5 @@ def test_the_library_in_the_cache_is_used_if_it_is_whole(tmp_path):
     lock.unlink()
     assert load() == before
     assert not lock.exists()  # whose folder may be read-only
-    next(tmp_path.glob("cat_modifier/*.so")).write_bytes(before[:1000])  # by a full disk
+    next(tmp_path.glob("cat_modifier/*.so")).write_bytes(b"")
     assert load() == before
