@@ -145,6 +145,7 @@ def test_a_new_user_goes_from_the_wheel_to_an_answer(tmp_path):
     )
     assert any(line.startswith("| q_proj/k_proj/v_proj") for line in lines)
     assert f"    cat-modifier evaluate {checkpoint} --base {model}" in lines
+    assert not any(" | INFO - " in line for line in lines)  # the log is elsewhere
     check_card(checkpoint, model)
 
     write_capitals(tmp_path / "tasks")
