@@ -53,8 +53,9 @@ def auto_class(config: PreTrainedConfig) -> Any:
     for auto in _CLASSES:
         found = auto._model_mapping.get(type(config), None)
         classes = found if isinstance(found, tuple | list) else [found]
-        names = [one.__name__ for one in classes if one is not None]
-        if names and named in (None, *names):
+        # early conversions wrote LLaMAForCausalLM
+        names = [one.__name__.lower() for one in classes if one is not None]
+        if names and (named is None or named.lower() in names):
             return auto
     raise ValueError(
         f"The model is a {named or type(config).__name__}, and the commands take models that "
@@ -65,7 +66,7 @@ def auto_class(config: PreTrainedConfig) -> Any:
 
 def load_model(model: str, config: PreTrainedConfig) -> PreTrainedModel:
     """
-    Load a model to the accelerators, if there are any and it fits.
+    Load a model to the GPUs, if there are any and it fits, else to the CPU.
 
     :param model: folder, or id on the Hub
     """

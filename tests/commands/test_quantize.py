@@ -10,7 +10,7 @@ import pytest
 import torch
 from command_data import make_chat_model
 from tiny_models import make_model, make_vision_language_model, make_whisper
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 import cat_modifier
 from cat_modifier import CATModifier, cli
@@ -192,6 +192,12 @@ def test_a_missing_library_names_the_extra():
     cli._need("compress", "torch")
     with pytest.raises(ValueError, match=r"pip install 'cat-modifier\[compress\]'"):
         cli._need("compress", "torch", "no_such_library")
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "LLaMAForCausalLM", None])
+def test_models_that_continue_text_are_known_by_their_config(name):
+    config = LlamaConfig(architectures=None if name is None else [name])
+    assert auto_class(config) is AutoModelForCausalLM
 
 
 def test_models_that_do_not_continue_text_are_an_error(tmp_path):
