@@ -21,6 +21,7 @@ __all__ = [
     "EMBEDDED",
     "HELD_OUT_SPLITS",
     "MIXED",
+    "hub_id",
     "load_texts",
     "windows",
 ]
@@ -84,6 +85,17 @@ def load_texts(
         except (OSError, ValueError) as error:
             raise ValueError(f"The dataset {dataset!r} cannot be read: {error}") from error
     return texts_of(_read_rows(dataset, split), dataset, column, tokenizer)
+
+
+def hub_id(dataset: str) -> str | None:
+    """
+    :param dataset: as for :func:`load_texts`
+    :return: id of a dataset on the Hub; None for other texts
+    """
+    is_file = Path(dataset).suffix in (".txt", ".md", *_READERS)
+    if is_file or dataset in (EMBEDDED, MIXED):
+        return None
+    return dataset.partition(":")[0]
 
 
 def windows(

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetInfo
 from llmcompressor import oneshot
 from llmcompressor.recipe import Recipe
 from transformers import PreTrainedModel
 
 import cat_modifier
 from cat_modifier.auto_model import auto_class, load_model, load_processor, read_config
-from cat_modifier.calibration.texts import CALIBRATION_SPLITS, load_texts, windows
+from cat_modifier.calibration.texts import CALIBRATION_SPLITS, hub_id, load_texts, windows
 from cat_modifier.hub.run_record import RunRecord
 from cat_modifier.modifiers.cat.base import CATModifier
 from cat_modifier.quantize.outline import outline, outline_table
@@ -61,7 +61,7 @@ def run(
     loaded = load_model(model, config)
     before = stored_bytes(loaded.state_dict(keep_vars=True))
     started = time.monotonic()
-    _oneshot(loaded, processor, path, ids, output)
+    _oneshot(loaded, processor, path, calibration_data(ids, dataset), output)
     minutes = (time.monotonic() - started) / 60
     print(summary(model, output, before, weight_bytes(output), minutes, RunRecord.of(loaded)))
 
@@ -97,19 +97,29 @@ def _check_output(output: Path | None, overwrite: bool, model: str) -> Path:
     return output
 
 
-def _oneshot(
-    model: PreTrainedModel, processor: Any, recipe: str, ids: torch.Tensor, output: Path
-):
-    data = Dataset.from_dict(
-        {"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()}
-    )
+def calibration_data(ids: torch.Tensor, dataset: str) -> Dataset:
+    """
+    Make a dataset of windows of tokens.
+
+    :param ids: token ids, shape (windows, length)
+    :param dataset: name of the texts. An id of the Hub is kept, for the model card
+    """
+    info = DatasetInfo()
+    if (repo := hub_id(dataset)) is not None:
+        # as in a dataset that was loaded from there
+        info.download_checksums = {f"hf://datasets/{repo}@main": {}}
+    columns = {"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()}
+    return Dataset.from_dict(columns, info=info)
+
+
+def _oneshot(model: PreTrainedModel, processor: Any, recipe: str, data: Dataset, output: Path):
     oneshot(
         model=model,
         processor=processor,
         recipe=recipe,
         dataset=data,
         num_calibration_samples=len(data),
-        max_seq_length=ids.shape[1],
+        max_seq_length=len(data[0]["input_ids"]),
         shuffle_calibration_samples=False,
         # a limit counts the tokens that are routed to an expert
         moe_calibrate_all_experts=not _limits_overhead(recipe),

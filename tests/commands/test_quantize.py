@@ -15,7 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 import cat_modifier
 from cat_modifier import CATModifier, cli
 from cat_modifier.auto_model import auto_class
+from cat_modifier.calibration.texts import MIXED
 from cat_modifier.checkpoint.schema import read_quantization_config
+from cat_modifier.hub.run_record import dataset_ids
+from cat_modifier.quantize.command import calibration_data
 from cat_modifier.quantize.outline import Outline, outline, outline_table
 from cat_modifier.quantize.skeleton import fill, make_empty
 
@@ -192,6 +195,16 @@ def test_a_missing_library_names_the_extra():
     cli._need("compress", "torch")
     with pytest.raises(ValueError, match=r"pip install 'cat-modifier\[compress\]'"):
         cli._need("compress", "torch", "no_such_library")
+
+
+@pytest.mark.parametrize(
+    "dataset, ids",
+    [("org/set", ["org/set"]), ("org/set:part", ["org/set"]), ("a/b.jsonl", []), (MIXED, [])],
+)
+def test_a_dataset_of_the_hub_keeps_its_id(dataset, ids):
+    data = calibration_data(torch.ones(3, 5, dtype=torch.long), dataset)
+    assert data[2] == {"input_ids": [1] * 5, "attention_mask": [1] * 5}
+    assert dataset_ids(data) == ids
 
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "LLaMAForCausalLM", None])
