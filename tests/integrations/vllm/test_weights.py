@@ -69,9 +69,11 @@ def make_config(symmetric=False, quantized=("Linear",)) -> CATCompressedTensorsC
 class Attention(Module):
     """A merged layer and another layer that read the same input"""
 
-    def __init__(self, config: CATCompressedTensorsConfig, gate=f"{LAYER}.gate"):
+    def __init__(
+        self, config: CATCompressedTensorsConfig, gate=f"{LAYER}.gate", dtype=torch.float32
+    ):
         super().__init__()
-        options = {"params_dtype": torch.float32, "quant_config": config}
+        options = {"params_dtype": dtype, "quant_config": config}
         self.qkv_proj = QKVParallelLinear(
             HIDDEN, HEAD, 4, 2, False, prefix=f"{LAYER}.qkv_proj", **options
         )
@@ -82,7 +84,12 @@ class Attention(Module):
 
 
 def make_model(
-    keeps_packed: bool, is_quantized: bool, gate=f"{LAYER}.gate", is_declared=True, others=()
+    keeps_packed: bool,
+    is_quantized: bool,
+    gate=f"{LAYER}.gate",
+    is_declared=True,
+    others=(),
+    dtype=torch.float32,
 ) -> Attention:
     """
     :param is_declared: whether the model says which Linears its merged layer consists of
@@ -108,7 +115,7 @@ def make_model(
     config.registry = TransformRegistry(transforms)
     vllm_config = get_current_vllm_config()
     vllm_config.additional_config = {"cat_weights": "int4" if keeps_packed else "int8"}
-    model = Attention(config, gate)
+    model = Attention(config, gate, dtype)
     record_metadata_for_reloading(model)
     return model
 
