@@ -22,7 +22,7 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 __all__ = ["REMEDY", "load", "why_unavailable"]
 
 REMEDY = (
-    "install g++ 12 or newer; the folder of TORCHINDUCTOR_CACHE_DIR must be one that can be "
+    "install g++ 11 or newer; the folder of TORCHINDUCTOR_CACHE_DIR must be one that can be "
     "written to"
 )
 """What helps where the kernels cannot be compiled"""

@@ -28,6 +28,13 @@
 #include <immintrin.h>
 #endif
 
+// GCC has the first since version 12
+#if __has_builtin(__builtin_shufflevector)
+#define CAT_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define CAT_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (Words){__VA_ARGS__})
+#endif
+
 #ifndef CAT_LIBRARY
 #define CAT_LIBRARY cat_modifier
 #endif
@@ -131,45 +138,45 @@ inline Floats add_lanes(const Floats* sums) {
 #pragma GCC unroll 16
   for (int i = 0; i < 8; ++i) {
     const Floats a = sums[2 * i], b = sums[2 * i + 1];
-    by8[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-             __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    by8[i] = CAT_SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+             CAT_SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
   }
 #pragma GCC unroll 16
   for (int i = 0; i < 4; ++i) {
     const Floats a = by8[2 * i], b = by8[2 * i + 1];
-    by4[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-             __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    by4[i] = CAT_SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+             CAT_SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
   }
 #pragma GCC unroll 16
   for (int i = 0; i < 2; ++i) {
     const Floats a = by4[2 * i], b = by4[2 * i + 1];
-    by2[i] = __builtin_shufflevector(a, b, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
-             __builtin_shufflevector(a, b, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
+    by2[i] = CAT_SHUFFLE(a, b, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
+             CAT_SHUFFLE(a, b, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
   }
   const Floats a = by2[0], b = by2[1];
-  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-         __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  return CAT_SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+         CAT_SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
 template <typename In>
 struct Job {
-  const In* x;            // shape (tokens, inputs)
-  const In* blocks;       // shape (inputs / size, size, size), or null
-  int64_t size;           // k; 1 without blocks
+  const In* x;       // shape (tokens, inputs)
+  const In* blocks;  // shape (inputs / size, size, size), or null
+  int64_t size;      // k; 1 without blocks
   int64_t interleave;
   int bits;
   bool symmetric;
   float clip_ratio;
-  int8_t* q;            // shape (tokens, inputs)
-  float* scales;        // shape (tokens)
+  int8_t* q;             // shape (tokens, inputs)
+  float* scales;         // shape (tokens)
   int32_t* zero_points;  // shape (tokens), or null
   int64_t tokens, inputs;
 };
 
 // Multiply kTokens tokens by 16 / kTokens rows of a block.
 template <typename In, int kTokens>
-[[gnu::always_inline]] inline void multiply_rows(const Job<In>& job, const In* rows, const In* x,
-                                                 float* z) {
+[[gnu::always_inline]] inline void multiply_rows(const Job<In>& job, const In* rows,
+                                                 const In* x, float* z) {
   constexpr int kRows = kLanes / kTokens;
   using S = Step<In>;
   Floats sums[kLanes] = {};
@@ -320,7 +327,8 @@ void multiply_matrix(const Hadamard& h, int64_t stride, float* z, std::vector<fl
     }
     for (int64_t a = 0; a < h.order; a += kSums) {
       const float* row[kSums];
-      for (int64_t k = 0; k < kSums; ++k) row[k] = &h.matrix[std::min(a + k, h.order - 1) * h.order];
+      for (int64_t k = 0; k < kSums; ++k)
+        row[k] = &h.matrix[std::min(a + k, h.order - 1) * h.order];
       Floats sums[kSums] = {};
       for (int64_t b = 0; b < h.order; ++b) {
         const Floats values = load(&rows[b * kLanes]);
@@ -354,13 +362,13 @@ struct Range {
 };
 
 Range find_range(const float* z, int64_t count) {
-  Floats low = {}, high = {}, zeros = {};  // zero is always within the range
+  Floats low = {}, high = {}, zeros = {};  // 0 is always within the range
   const int64_t whole = count - count % kLanes;
   for (int64_t i = 0; i < count; i += kLanes) {
     const Floats v = i < whole ? load(z + i) : load(z + i, count - i);
     low = v < low ? v : low;
     high = v > high ? v : high;
-    zeros += v * 0.f;  // not a number if one value is none, or infinite
+    zeros += v * 0.f;  // NaN if a value is NaN or infinite
   }
   Range range{0, 0, true};
   for (int i = 0; i < kLanes; ++i) {
@@ -371,14 +379,18 @@ Range find_range(const float* z, int64_t count) {
   return range;
 }
 
-// Round to integers and store them. 1.5 * 2^23 leaves no bits below 1: the sum with it is rounded
-// to even as by `rint`, and its last byte is the integer.
-[[gnu::always_inline]] inline void store_codes(Floats z, float scale, float zero, float least, float most, int8_t* q,
-                        int64_t count) {
-  Floats codes = z / scale + zero;
-  codes = codes < least ? Floats{} + least : codes;
-  codes = codes > most ? Floats{} + most : codes;
-  const Bytes bytes = last_bytes((Words)(codes + 12582912.f));
+// How a token becomes integers.
+struct Integers {
+  float scale, zero, least, most;
+};
+
+// Round to integers and store them. 1.5 * 2^23 leaves no bits below 1: the sum with it is
+// rounded to even as by `rint`, and its last byte is the integer.
+inline void store_integers(const Integers& to, Floats z, int8_t* q, int64_t count) {
+  Floats values = z / to.scale + to.zero;
+  values = values < to.least ? Floats{} + to.least : values;
+  values = values > to.most ? Floats{} + to.most : values;
+  const Bytes bytes = last_bytes((Words)(values + 12582912.f));
   std::memcpy(q, &bytes, count);
 }
 
@@ -388,26 +400,26 @@ void quantize_token(const Job<In>& job, int64_t token, const float* z) {
   const float least = -(1 << (job.bits - 1)), most = (1 << (job.bits - 1)) - 1;
   const float tiny = std::numeric_limits<float>::min();
   auto [low, high, is_finite] = find_range(z, job.inputs);
-  float scale, zero = 0;
+  Integers to{.scale = 0, .zero = 0, .least = least, .most = most};
   if (job.symmetric) {
-    scale = std::max(std::max(-low, high) / ((most - least) / 2), tiny);
+    to.scale = std::max(std::max(-low, high) / ((most - least) / 2), tiny);
   } else {
     low *= job.clip_ratio, high *= job.clip_ratio;
-    scale = std::max((high - low) / (most - least), tiny);
-    zero = std::rint(std::clamp(least - low / scale, least, most));
+    to.scale = std::max((high - low) / (most - least), tiny);
+    to.zero = std::rint(std::clamp(least - low / to.scale, least, most));
   }
   int8_t* q = job.q + token * job.inputs;
   if (is_finite) {
     const int64_t whole = job.inputs - job.inputs % kLanes;
-    for (int64_t i = 0; i < whole; i += kLanes) store_codes(load(z + i), scale, zero, least, most, q + i, kLanes);
+    for (int64_t i = 0; i < whole; i += kLanes) store_integers(to, load(z + i), q + i, kLanes);
     if (const int64_t rest = job.inputs - whole)
-      store_codes(load(z + whole, rest), scale, zero, least, most, q + whole, rest);
-  } else {  // what follows has no numbers either
+      store_integers(to, load(z + whole, rest), q + whole, rest);
+  } else {  // what follows is NaN as well
     std::fill_n(q, job.inputs, 0);
-    scale = std::numeric_limits<float>::quiet_NaN(), zero = 0;
+    to.scale = std::numeric_limits<float>::quiet_NaN(), to.zero = 0;
   }
-  job.scales[token] = scale;
-  if (job.zero_points) job.zero_points[token] = static_cast<int32_t>(zero);
+  job.scales[token] = to.scale;
+  if (job.zero_points) job.zero_points[token] = static_cast<int32_t>(to.zero);
 }
 
 // ---- all tokens ----------------------------------------------------------------------------
