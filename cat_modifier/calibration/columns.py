@@ -58,7 +58,7 @@ class _Chats(Collection[str]):
 
     :param chats: lists of messages
     :param tokenizer: holds the chat template
-    :param source: what they are, for errors
+    :param source: column and dataset, for errors
     """
 
     def __init__(self, chats: Any, tokenizer: PreTrainedTokenizerBase, source: str):

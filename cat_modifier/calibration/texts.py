@@ -89,7 +89,7 @@ def load_texts(
 
 def hub_id(dataset: str) -> str | None:
     """
-    :param dataset: as for :func:`load_texts`
+    :param dataset: name of texts, see :func:`load_texts`
     :return: id of a dataset on the Hub; None for other texts
     """
     is_file = Path(dataset).suffix in (".txt", ".md", *_READERS)

@@ -15,7 +15,7 @@ class Measure:
     """
     One number of a checkpoint, and of its base.
 
-    :param name: what was measured, on what
+    :param name: name of the measure and of its texts or task
     :param value: number of the checkpoint
     :param error: its standard error; None if not known
     :param base: number of the base; None if there is none

@@ -56,7 +56,7 @@ def find_base_model(name_or_path: str, is_quantized: bool = False) -> BaseModel:
     """
     Find out what is known of a model, without waiting for a network that does not answer.
 
-    :param name_or_path: of the model in its config: an id on the Hub, or a folder
+    :param name_or_path: id on the Hub, or folder, in the config of the model
     :param is_quantized: whether that is a checkpoint already, whose card names the original
     """
     folder = Path(name_or_path)

@@ -242,8 +242,8 @@ def _merge_data(older: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, A
     """
     Merge front matters.
 
-    :param older: of the card that is there, with keys of the user
-    :param new: of a new card
+    :param older: front matter that is there, with keys of the user
+    :param new: front matter of a new card
     """
     # what is known of another base model is not true of this one
     is_other = "base_model" in older and older["base_model"] != new.get("base_model")

@@ -43,7 +43,7 @@ def has_section(text: str, name: str) -> bool:
 
 def read_section(text: str, name: str) -> str:
     """
-    :return: what is between the marks of a name
+    :return: text between the marks of a name
     :raises ValueError: if there are no such marks
     """
     match = _section(name).search(text)

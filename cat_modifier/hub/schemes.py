@@ -18,7 +18,7 @@ class Schemes:
     """
     :param label: short, for a heading: W4A4
     :param text: for a sentence: 4-bit weights and 4-bit activations
-    :param tags: of the card
+    :param tags: tags of the card
     :param products: hardware, and what it computes, a row for each
     """
 

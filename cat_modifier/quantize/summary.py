@@ -23,7 +23,7 @@ def summary(
 
     :param before: bytes of the model
     :param after: bytes of the checkpoint
-    :param record: what CATModifier left; None if the recipe has none
+    :param record: record of CATModifier; None if the recipe has none
     """
     lines = [""]
     if record is not None and record.predictions:

@@ -118,7 +118,7 @@ def _output_channels(layer: Any, part: Any) -> int:
     """
     Count the channels that a part of a merged layer has on all ranks.
 
-    :param part: what vLLM calls ``loaded_shard_id``; None for the whole layer
+    :param part: vLLM's ``loaded_shard_id``; None for the whole layer
     """
     sizes = getattr(layer, "output_sizes", [layer.output_size])
     if isinstance(layer, QKVParallelLinear):
