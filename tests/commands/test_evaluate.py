@@ -4,7 +4,10 @@
 import json
 import math
 import re
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -158,3 +161,20 @@ def test_a_table_is_markdown_with_recovery_and_errors():
     assert rows[2] == ["perplexity, a\\|b", "10.00 +- 0.25", "20.00 +- 0.50", "50.0%"]
     assert rows[3] == ["KL divergence", "", "0.1250", ""]
     assert rows[4] == ["task, acc", "0.8000", "0.6000 +- 0.0100", "75.0%"]
+
+
+def test_the_table_of_the_quickstart(folder, command):
+    """examples/compare.py, of what the command writes"""
+    for name, base in (("one", []), ("again", ["--base", "model"])):
+        shutil.copytree(folder / "model", folder / name)
+        command("evaluate", name, *base, "--output", f"{name}.json", *DATA)
+    script = Path(__file__).parents[2] / "examples" / "compare.py"
+    arguments = [sys.executable, str(script), "model", "one", "again"]
+    run = subprocess.run(arguments, capture_output=True, text=True, check=True, cwd=folder)
+    perplexity = json.loads((folder / "one.json").read_text())["measures"][0]["value"]
+    size = (folder / "model" / "model.safetensors").stat().st_size
+    head, _, *rows = [line.split("|")[1:-1] for line in run.stdout.splitlines()]
+    assert "held-out tokens" in head[0]
+    assert len(rows) == 3 and rows[2][0].strip() == "again"
+    for row in rows:
+        assert [cell.strip() for cell in row[1:]] == [f"{perplexity:.2f}", f"{size / 1e6:.0f}"]
