@@ -69,7 +69,7 @@ for second in $(seq 300); do
     [ "$second" -lt 300 ] || fail "the server does not answer: see $LOG/serve.log"
     sleep 1
 done
-grep -o 'Using .*Int8Kernel.*' "$LOG/serve.log" || true
+grep -o 'Using .*Int[48]Kernel.*' "$LOG/serve.log" || true
 
 say "Asking it"
 "$SERVE" "$EXAMPLES/ask.py" "http://127.0.0.1:$PORT/v1" "What is the capital of France?"
