@@ -12,8 +12,6 @@ from command_data import write_task
 from conftest import ENVIRONMENT
 from yaml import safe_load
 
-pytest.importorskip("lm_eval", reason="needs cat-modifier[evaluate]")
-
 
 def test_a_task_is_computed_by_vllm_with_4_bit_activations(checkpoints, tmp_path):
     write_task(tmp_path / "tasks")
