@@ -72,6 +72,7 @@ _PRECISIONS = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float32": torch.float32,
+    "int8": torch.int8,
 }
 
 # strict: JSON's `true` and "16" are not sizes
@@ -105,7 +106,8 @@ class CATScheme(TransformScheme):
         each span of p * q channels; 1 if p is 1
     :param clip_ratio: clipped range of each transformed token, relative to the range of its
         values and zero; 1 does not clip
-    :param precision: dtype of the stored tensors: bfloat16, float16 or float32
+    :param precision: dtype of the stored tensors: bfloat16, float16, float32, or int8 in
+        steps of 1/1024
     """
 
     type: Literal["cat"]
@@ -245,21 +247,20 @@ class CATTransformConfig(TransformConfig):
         self,
         names: list[str],
         layout: TransformLayout,
-        has_blocks: bool,
         clip_ratio: float,
-        precision: torch.dtype,
+        precision: torch.dtype | None,
     ) -> tuple[CATScheme, CATInput]:
         """
         Add the transform of an input.
 
         :param names: Linears that read the input; the first holds the tensor
         :param layout: sizes of the transform
-        :param has_blocks: whether blocks are applied online
         :param clip_ratio: see :class:`CATScheme`
-        :param precision: dtype of the stored blocks
+        :param precision: dtype of the stored blocks; None if no blocks are applied online
         :return: scheme of the input, and entry of the input in the scheme
         """
-        block_size = layout.stored_size if has_blocks else None
+        block_size = None if precision is None else layout.stored_size
+        precision = precision or torch.bfloat16  # which the format wants in any case
         sizes = (block_size or 0, layout.online_hadamard_size, layout.interleave)
         dtype = str(precision).removeprefix("torch.")
         key = "_".join(map(str, (_TYPE, *sizes, clip_ratio, dtype)))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The module that applies the online transform of an input."""
 
+import math
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from cat_modifier.functional.transform import apply_transform
 
 __all__ = [
     "CATTransform",
+    "absent",
     "attach_transforms",
     "online_hadamard",
     "validate_stored_transform",
@@ -43,24 +45,30 @@ def online_hadamard(scheme: CATScheme, device: torch.device) -> Tensor | None:
     return hadamard_matrix(scheme.online_hadamard_size).to(device, torch.float32)
 
 
+def absent(dtype: torch.dtype) -> float:
+    """Get the number that stands for an element not loaded: no checkpoint holds it"""
+    return -128 if dtype == torch.int8 else math.nan
+
+
 def validate_transform(name: str, blocks: Tensor, shape: tuple[int, ...]):
     """
     Check a loaded transform tensor.
 
     :param name: name of the tensor, for the error
-    :param blocks: T, or the part of it that a rank applies
+    :param blocks: T as stored, or the part of it that a rank applies
     :param shape: shape that the model needs
-    :raises ValueError: if the shape differs, or an element is not finite
+    :raises ValueError: if the shape differs, or an element is not one that T can have
     """
     if tuple(blocks.shape) != tuple(shape):
         raise ValueError(
             f"Transform tensor {name} has shape {tuple(blocks.shape)}, but the model needs "
             f"{tuple(shape)}: the checkpoint is damaged"
         )
-    if not torch.isfinite(blocks).all():
+    is_valid = blocks != absent(torch.int8) if blocks.dtype == torch.int8 else blocks.isfinite()
+    if not is_valid.all():
         raise ValueError(
             f"Transform tensor {name} is missing from the checkpoint or holds values that "
-            "are not finite: the checkpoint is damaged"
+            "are not finite, or -128: the checkpoint is damaged"
         )
 
 
@@ -79,7 +87,8 @@ def validate_stored_transform(
     :param shape: shape that the model needs
     :param precision: dtype that the config promises
     :param sha256: digest that the config promises; None to skip the check
-    :raises ValueError: if shape, dtype or digest differ, or an element is not finite
+    :raises ValueError: if shape, dtype or digest differ, or an element is not one that T can
+        have
     """
     if blocks.dtype != precision:
         raise ValueError(

@@ -21,6 +21,7 @@ from cat_modifier.functional.alignment import (
 from cat_modifier.functional.clipping import clip_tokens
 from cat_modifier.functional.hadamard import apply_hadamard, hadamard_matrix
 from cat_modifier.functional.layout import Rotation, TransformLayout
+from cat_modifier.functional.stored import dequantize_blocks, fits_int8, store_blocks
 
 __all__ = [
     "FusedTransform",
@@ -59,7 +60,7 @@ def apply_transform(
     Multiply tokens by the blocks, then by the online Hadamard matrix, then clip them.
 
     :param x: shape (..., d), the dtype to compute in
-    :param blocks: T, shape (d/k, k, k), any dtype; None for no blocks
+    :param blocks: T as stored, shape (d/k, k, k), floating point or int8; None for no blocks
     :param hadamard: online Hadamard matrix, shape (p, p), any dtype; None for none
     :param interleave: q, distance of the channels that ``hadamard`` multiplies
     :param clip_ratio: see :func:`cat_modifier.functional.clipping.clip_tokens`; 1 does not
@@ -67,7 +68,7 @@ def apply_transform(
     :return: shape and dtype of x
     """
     if blocks is not None:
-        x = apply_blocks(x, blocks.to(x.dtype))
+        x = apply_blocks(x, dequantize_blocks(blocks, x.dtype))
     if hadamard is not None:
         x = apply_hadamard(x, hadamard.to(x.dtype), interleave)
     if isinstance(clip_ratio, Tensor) or clip_ratio < 1:
@@ -154,11 +155,11 @@ def invert_blocks(blocks: Tensor) -> Tensor:
     """
     Invert the blocks of a transform as they are stored.
 
-    :param blocks: shape (d/k, k, k), any floating point dtype
+    :param blocks: shape (d/k, k, k), floating point or int8
     :return: shape (d/k, k, k), float64
     :raises ValueError: if a block is singular or not finite
     """
-    blocks = blocks.to(torch.float64)
+    blocks = dequantize_blocks(blocks, torch.float64)
     inverse, info = torch.linalg.inv_ex(blocks)
     if info.any() or not torch.isfinite(inverse).all():
         raise ValueError(
@@ -173,7 +174,8 @@ class StoredTransform:
     """
     A transform as a checkpoint stores it.
 
-    :param blocks: T as stored, shape (d/s, s, s), dtype of the checkpoint; float64 where
+    :param blocks: T as stored, shape (d/s, s, s), dtype of the checkpoint, see
+        :mod:`cat_modifier.functional.stored`; float64 where
         T itself is fused into the rows of another Linear
     :param layout: sizes of the blocks and of the Hadamard product
     """
@@ -237,6 +239,7 @@ def compute_transform(
     dampening_frac: float,
     stored: Tensor,
     repeats: int = 1,
+    alternative: torch.dtype | None = None,
 ) -> StoredTransform:
     """
     Compute the transform of an input, and round it to its stored dtype.
@@ -248,6 +251,8 @@ def compute_transform(
     :param stored: receives the blocks, shape (d/s, s, s), dtype of the checkpoint
     :param repeats: number of neighbouring blocks that must be equal: attention heads that
         share one value head
+    :param alternative: dtype to store in instead, if ``stored`` is int8 and does not hold T
+        well; None to take int8 in any case
     :raises ValueError: if the second moments are not finite, or no Hadamard matrix of the
         layout's order is known
     """
@@ -261,5 +266,8 @@ def compute_transform(
     blocks = compute_blocks(
         sx, sw, rotation, layout.fused_hadamard_size, alignment_strength, dampening_frac
     )
-    stored.copy_(blocks.repeat_interleave(repeats, 0))
+    blocks = blocks.repeat_interleave(repeats, 0)
+    if stored.dtype == torch.int8 and alternative is not None and not fits_int8(blocks):
+        stored = torch.empty_like(stored, dtype=alternative)
+    store_blocks(blocks, stored)
     return StoredTransform(stored, layout)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cat_modifier.functional.hadamard import without_twos
+from cat_modifier.functional.stored import dequantize_blocks
 from cat_modifier.kernels import native, reference
 
 __all__ = ["quantize", "transform", "transform_quantize"]
@@ -23,7 +24,7 @@ def transform(
     Multiply tokens by the blocks, then by the Hadamard matrix.
 
     :param x: shape (tokens, d)
-    :param blocks: T, shape (d/k, k, k), dtype of x; None for none
+    :param blocks: T, shape (d/k, k, k), dtype of x, or int8 as stored; None for none
     :param hadamard: shape (p, p), dtype of x; None for none
     :param interleave: q, distance of the channels that ``hadamard`` multiplies
     :return: shape (tokens, d)
@@ -33,7 +34,7 @@ def transform(
     count = in_features // size
     z = x.view(tokens, count, size).transpose(0, 1)
     if blocks is not None:
-        z = torch.bmm(z, blocks.mT)
+        z = torch.bmm(z, dequantize_blocks(blocks, x.dtype).mT)
     if hadamard is None:
         return z.transpose(0, 1).reshape(x.shape)
     # one product for all tokens, instead of one product per token
@@ -65,7 +66,8 @@ def transform_quantize(
     if native.why_unavailable() is not None:
         x = x.float()
         if blocks is not None or hadamard is not None:
-            blocks, hadamard = (m if m is None else m.float() for m in (blocks, hadamard))
+            blocks = None if blocks is None else dequantize_blocks(blocks, torch.float32)
+            hadamard = None if hadamard is None else hadamard.float()
             x = transform(x, blocks, hadamard, interleave)
         q, scales, zero_points = reference.quantize_per_token(
             x, num_bits, symmetric, clip_ratio

@@ -31,7 +31,8 @@ class OnlineTransform(Module):
         zero; 1 does not clip
 
     Attributes:
-        weight: parameter, T, shape (d/k, k, k), dtype :attr:`dtype`; None for none
+        weight: parameter, T, shape (d/k, k, k), int8 if it is stored so, else dtype
+            :attr:`dtype`; None for none
         hadamard: buffer, ``hadamard / norm_scale``, shape (p, p), dtype :attr:`dtype`.
             Entries are +-2^-e, exact in every dtype; None for none
         clip_ratio: buffer, shape (), float32; None for 1
@@ -55,8 +56,8 @@ class OnlineTransform(Module):
         self.dtype = dtype if blocks is None else _compute_dtype(blocks.dtype, dtype)
         self.weight = None
         if blocks is not None:
-            data = blocks.to(self.dtype).contiguous()
-            self.weight = Parameter(data, requires_grad=False)
+            stored = torch.int8 if blocks.dtype == torch.int8 else self.dtype
+            self.weight = Parameter(blocks.to(stored).contiguous(), requires_grad=False)
         self.norm_scale, clip = 1.0, None
         if hadamard is not None:
             root = sqrt(hadamard.shape[0])
@@ -113,7 +114,7 @@ def _compute_dtype(stored: torch.dtype, inputs: torch.dtype) -> torch.dtype:
     """Choose the dtype of the inputs if it holds the stored blocks, else float32"""
     # float16 holds all of bfloat16 but its extremes. Values below 2^-24 do not matter beside
     # the other values of a row
-    if (stored, inputs) == (torch.bfloat16, torch.float16):
+    if stored == torch.int8 or (stored, inputs) == (torch.bfloat16, torch.float16):
         return inputs
     return torch.promote_types(stored, inputs)
 

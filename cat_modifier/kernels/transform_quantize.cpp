@@ -85,7 +85,36 @@ inline Floats load(const Half* p) {
 #endif
 }
 
+inline Floats load(const int8_t* p) {
+#if defined(__AVX512F__) && !defined(CAT_PLAIN_LOOPS)
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+#else
+  Floats values;
+  for (int i = 0; i < kLanes; ++i) values[i] = p[i];
+  return values;
+#endif
+}
+
 inline void store(float* p, Floats values) { *reinterpret_cast<Floats*>(p) = values; }
+
+// of values that bfloat16 holds
+inline void store(BFloat16* p, Floats values) {
+  const Words high = (Words)values >> 16;
+#if defined(__AVX512F__) && !defined(CAT_PLAIN_LOOPS)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)high));
+#else
+  *reinterpret_cast<Shorts*>(p) = __builtin_convertvector(high, Shorts);
+#endif
+}
+
+inline void store(Half* p, Floats values) {
+#if defined(__AVX512F__) && !defined(CAT_PLAIN_LOOPS)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)values, 0));
+#else
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<Half>(values[i]);
+#endif
+}
 
 // Load `count` values, at most kLanes, and zeros.
 template <typename In>
@@ -111,8 +140,14 @@ template <typename In>
 struct Step {
   static constexpr int kInputs = kLanes;
   using Operand = Floats;
-  static Operand get(const In* p) { return load(p); }
-  static Operand get(const In* p, int64_t count) { return load(p, count); }
+  template <typename Entry>
+  static Operand get(const Entry* p) {
+    return load(p);
+  }
+  template <typename Entry>
+  static Operand get(const Entry* p, int64_t count) {
+    return load(p, count);
+  }
   static Floats add(Floats sum, Operand t, Operand x) { return multiply_add(t, x, sum); }
 };
 
@@ -125,6 +160,14 @@ struct Step<BFloat16> {
   static Operand get(const BFloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
   static Operand get(const BFloat16* p, int64_t count) {
     return (__m512bh)_mm512_maskz_loadu_epi16((__mmask32)((1ull << count) - 1), p);
+  }
+  static Operand get(const int8_t* p) {
+    return _mm512_cvtne2ps_pbh((__m512)load(p + kLanes), (__m512)load(p));
+  }
+  static Operand get(const int8_t* p, int64_t count) {
+    alignas(64) int8_t values[kInputs] = {};
+    std::memcpy(values, p, count);
+    return get(values);
   }
   static Floats add(Floats sum, Operand t, Operand x) {
     return (Floats)_mm512_dpbf16_ps((__m512)sum, t, x);
@@ -160,9 +203,11 @@ inline Floats add_lanes(const Floats* sums) {
 
 template <typename In>
 struct Job {
-  const In* x;       // shape (tokens, inputs)
-  const In* blocks;  // shape (inputs / size, size, size), or null
-  int64_t size;      // k; 1 without blocks
+  const In* x;              // shape (tokens, inputs)
+  const In* blocks;         // shape (inputs / size, size, size), or null
+  const int8_t* integers;   // the same, or null
+  float unit;               // T of an entry of 1
+  int64_t size;             // k; 1 without blocks
   int64_t interleave;
   int bits;
   bool symmetric;
@@ -171,11 +216,13 @@ struct Job {
   float* scales;         // shape (tokens)
   int32_t* zero_points;  // shape (tokens), or null
   int64_t tokens, inputs;
+
+  bool has_blocks() const { return blocks || integers; }
 };
 
 // Multiply kTokens tokens by 16 / kTokens rows of a block.
-template <typename In, int kTokens>
-[[gnu::always_inline]] inline void multiply_rows(const Job<In>& job, const In* rows,
+template <typename In, int kTokens, typename Entry>
+[[gnu::always_inline]] inline void multiply_rows(const Job<In>& job, const Entry* rows,
                                                  const In* x, float* z) {
   constexpr int kRows = kLanes / kTokens;
   using S = Step<In>;
@@ -195,15 +242,15 @@ template <typename In, int kTokens>
   int64_t j = 0;
   for (; j + S::kInputs <= job.size; j += S::kInputs) add(j);
   if (j < job.size) add(j, job.size - j);
-  const Floats found = add_lanes(sums);
+  const Floats found = add_lanes(sums) * job.unit;
 #pragma GCC unroll 16
   for (int t = 0; t < kTokens; ++t)
     std::memcpy(z + t * job.inputs, reinterpret_cast<const float*>(&found) + t * kRows,
                 kRows * sizeof(float));
 }
 
-template <typename In, int kTokens>
-void multiply_tile(const Job<In>& job, const In* block, const In* x, float* z) {
+template <int kTokens, typename In, typename Entry>
+void multiply_tile(const Job<In>& job, const Entry* block, const In* x, float* z) {
   constexpr int64_t kRows = kLanes / kTokens;
   if (job.size >= kLanes) {  // for any number of tokens: the order of sums decides the bits
     for (int64_t i = 0; i < job.size; i += kRows) {
@@ -218,26 +265,60 @@ void multiply_tile(const Job<In>& job, const In* block, const In* x, float* z) {
       for (int64_t j = 0; j < job.size; ++j)
         sum += static_cast<float>(block[i * job.size + j]) *
                static_cast<float>(x[t * job.inputs + j]);
-      z[t * job.inputs + i] = sum;
+      z[t * job.inputs + i] = sum * job.unit;
     }
 }
 
+// Multiply tokens by a block.
+template <typename In, typename Entry>
+void multiply_tiles(const Job<In>& job, const Entry* block, const In* x, int64_t tokens,
+                    float* z) {
+  for (int64_t t = 0; t < tokens;) {
+    const In* from = x + t * job.inputs;
+    float* to = z + t * job.inputs;
+    if (tokens - t >= 4) {
+      multiply_tile<4>(job, block, from, to), t += 4;
+    } else if (tokens - t >= 2) {
+      multiply_tile<2>(job, block, from, to), t += 2;
+    } else {
+      multiply_tile<1>(job, block, from, to), t += 1;
+    }
+  }
+}
+
+// Integers of a block as floats, which hold them exactly.
+template <typename In>
+const In* convert(const int8_t* block, int64_t count, std::vector<In>& room) {
+  room.resize(count);
+  int64_t i = 0;
+  using S = Step<In>;
+  if constexpr (sizeof(typename S::Operand) == S::kInputs * sizeof(In)) {
+    for (; i + S::kInputs <= count; i += S::kInputs) {
+      const auto values = S::get(block + i);
+      std::memcpy(static_cast<void*>(room.data() + i), &values, sizeof(values));
+    }
+  }
+  for (; i + kLanes <= count; i += kLanes) store(room.data() + i, load(block + i));
+  for (; i < count; ++i) room[i] = static_cast<In>(static_cast<float>(block[i]));
+  return room.data();
+}
+
+constexpr int64_t kTokensOfConversion = 20;  // fewer are faster with integers as they are
+
 // Multiply tokens from `first` to `last` by a block; z is the first of them.
 template <typename In>
-void multiply_block(const Job<In>& job, int64_t index, int64_t first, int64_t last, float* z) {
-  const int64_t channel = index * job.size;
-  const In* block = job.blocks + index * job.size * job.size;
-  z += channel;
-  for (int64_t t = first; t < last;) {
-    const In* x = job.x + t * job.inputs + channel;
-    float* out = z + (t - first) * job.inputs;
-    if (last - t >= 4) {
-      multiply_tile<In, 4>(job, block, x, out), t += 4;
-    } else if (last - t >= 2) {
-      multiply_tile<In, 2>(job, block, x, out), t += 2;
-    } else {
-      multiply_tile<In, 1>(job, block, x, out), t += 1;
-    }
+void multiply_block(const Job<In>& job, int64_t index, int64_t first, int64_t last, float* z,
+                    std::vector<In>& room) {
+  const int64_t channel = index * job.size, count = job.size * job.size;
+  const In* x = job.x + first * job.inputs + channel;
+  const int64_t tokens = last - first;
+  if (!job.integers) {
+    multiply_tiles(job, job.blocks + index * count, x, tokens, z + channel);
+  } else if (tokens < kTokensOfConversion) {
+    multiply_tiles(job, job.integers + index * count, x, tokens, z + channel);
+  } else {
+    const In* block = convert(job.integers + index * count, count, room);
+    multiply_tiles(job, block, x, tokens, z + channel);
   }
 }
 
@@ -437,7 +518,7 @@ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 template <typename In>
 void finish_token(const Job<In>& job, const std::optional<Hadamard>& hadamard, int64_t token,
                   float* z, std::vector<float>& rows) {
-  if (!job.blocks) copy_token(job, token, z);
+  if (!job.has_blocks()) copy_token(job, token, z);
   if (hadamard) rotate(*hadamard, job.interleave, job.inputs, z, rows);
   quantize_token(job, token, z);
 }
@@ -445,13 +526,14 @@ void finish_token(const Job<In>& job, const std::optional<Hadamard>& hadamard, i
 template <typename In>
 void run_few(const Job<In>& job, const std::optional<Hadamard>& hadamard) {
   std::vector<float> z(job.tokens * job.inputs);
-  if (job.blocks) {
+  if (job.has_blocks()) {
     const int64_t tokens = std::max(job.tokens, kTokensOfOneRead);
     const int64_t work = divide_up(tokens * job.size * job.size, kLanes);
     torch::stable::parallel_for(0, job.inputs / job.size, divide_up(kWorkOfOneThread, work),
                                 [&](int64_t begin, int64_t end) {
+                                  std::vector<In> room;
                                   for (int64_t i = begin; i < end; ++i)
-                                    multiply_block(job, i, 0, job.tokens, z.data());
+                                    multiply_block(job, i, 0, job.tokens, z.data(), room);
                                 });
   }
   torch::stable::parallel_for(
@@ -467,11 +549,12 @@ void run_many(const Job<In>& job, const std::optional<Hadamard>& hadamard) {
   constexpr int64_t chunk = kTokensOfOnePass;
   torch::stable::parallel_for(0, job.tokens, chunk, [&](int64_t begin, int64_t end) {
     std::vector<float> z(chunk * job.inputs), rows;
+    std::vector<In> room;
     for (int64_t first = begin; first < end; first += chunk) {
       const int64_t last = std::min(first + chunk, end);
-      if (job.blocks)
+      if (job.has_blocks())
         for (int64_t i = 0; i < job.inputs / job.size; ++i)
-          multiply_block(job, i, first, last, z.data());
+          multiply_block(job, i, first, last, z.data(), room);
       for (int64_t t = first; t < last; ++t)
         finish_token(job, hadamard, t, z.data() + (t - first) * job.inputs, rows);
     }
@@ -498,8 +581,11 @@ template <typename In>
 void run(const Arguments& a, Tensor& q, Tensor& scales, Tensor& zero_points) {
   std::optional<Hadamard> hadamard;
   if (a.hadamard) hadamard.emplace(data<In>(*a.hadamard), a.hadamard->size(0));
+  const bool is_integer = a.blocks && a.blocks->scalar_type() == ScalarType::Char;
   const Job<In> job{.x = data<In>(a.x),
-                    .blocks = a.blocks ? data<In>(*a.blocks) : nullptr,
+                    .blocks = a.blocks && !is_integer ? data<In>(*a.blocks) : nullptr,
+                    .integers = is_integer ? data<int8_t>(*a.blocks) : nullptr,
+                    .unit = is_integer ? 1.f / 1024 : 1.f,
                     .size = a.blocks ? a.blocks->size(1) : 1,
                     .interleave = a.interleave,
                     .bits = static_cast<int>(a.bits),
@@ -529,7 +615,9 @@ std::tuple<Tensor, Tensor, Tensor> transform_quantize(Tensor x, std::optional<Te
   STD_TORCH_CHECK(bits >= 2 && bits <= 8, "integers have 2 to 8 bits");
   STD_TORCH_CHECK(interleave >= 1, "interleave is not positive");
   if (blocks) {
-    STD_TORCH_CHECK(blocks->scalar_type() == x.scalar_type(), "blocks and x differ in dtype");
+    STD_TORCH_CHECK(blocks->scalar_type() == ScalarType::Char ||
+                        blocks->scalar_type() == x.scalar_type(),
+                    "blocks are neither int8 nor of the dtype of x");
     STD_TORCH_CHECK(blocks->dim() == 3 && blocks->size(1) == blocks->size(2) &&
                         blocks->size(0) * blocks->size(1) == inputs,
                     "blocks and x differ");

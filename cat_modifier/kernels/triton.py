@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cat_modifier.functional.stored import STEP, dequantize_blocks
 from cat_modifier.functional.transform import apply_blocks
 
 __all__ = ["quantize", "transform", "transform_quantize"]
@@ -25,6 +26,9 @@ _IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 _STEP = tl.constexpr(64)
 """Channels summed at once. Bounds the shared memory of a program"""
+
+_UNIT = tl.constexpr(STEP)
+"""T of a block of int8 ones"""
 
 _LARGEST_BLOCK = 256
 """Channels of the largest block of our kernels. cuBLAS is as fast for larger ones"""
@@ -40,7 +44,7 @@ def transform(
     Multiply tokens by the blocks, then by the Hadamard matrix.
 
     :param x: shape (tokens, d)
-    :param blocks: T, shape (d/k, k, k), dtype of x; None for none
+    :param blocks: T, shape (d/k, k, k), dtype of x, or int8 as stored; None for none
     :param hadamard: shape (p, p), dtype of x; None for none
     :param interleave: q, distance of the channels that ``hadamard`` multiplies
     :return: shape (tokens, d)
@@ -114,7 +118,7 @@ def _block_products(x: Tensor, blocks: Tensor | None) -> Tensor:
         return x.contiguous()
     tokens, in_features, size = *x.shape, blocks.shape[-1]
     if size > _LARGEST_BLOCK:
-        return apply_blocks(x, blocks)
+        return apply_blocks(x, dequantize_blocks(blocks, x.dtype))
     x = x.contiguous()
     z = torch.empty_like(x)
     tile = 16 if tokens <= 16 else 64
@@ -258,9 +262,11 @@ def _block_product(
         weight = tl.load(
             blocks_ptr + block * SIZE * SIZE + outputs * SIZE + inputs[:, None],
             (inputs < SIZE)[:, None] & (outputs < SIZE),
-            other=0.0,
+            other=0,
         )
         product = _dot(x, weight, product, PRECISION)
+    if blocks_ptr.dtype.element_ty == tl.int8:
+        product *= _UNIT
     return product, start + outputs, is_token & (outputs < SIZE)
 
 
@@ -278,7 +284,7 @@ def _cast(x, dtype: tl.constexpr):
 def _dot(a, b, sum, PRECISION: tl.constexpr):
     if _IS_INTERPRETED:  # the interpreter cannot multiply bfloat16
         return tl.dot(a.to(tl.float32), b.to(tl.float32), sum)
-    return tl.dot(a, b, sum, input_precision=PRECISION)
+    return tl.dot(a, b.to(a.dtype), sum, input_precision=PRECISION)
 
 
 @triton.jit

@@ -189,8 +189,10 @@ def _describe(
         if one.value_projection is None:
             size = one.layout.stored_size
             shape = (one.in_features // size, size, size)
+            precision = cat[0].precision
+            dtype = torch.int8 if precision == "auto" else precision
             transforms[one.first + TENSOR_SUFFIX] = torch.empty(
-                shape, dtype=cat[0].precision, device="meta"
+                shape, dtype=dtype, device="meta"
             )
     sizes = {one.name: one.shape for one in linears}
     return Outline(

@@ -21,11 +21,11 @@ def make_transforms() -> CATTransformConfig:
     transforms = CATTransformConfig.empty()
     small, large = TransformLayout(16, 16, 4, ""), TransformLayout(32, 1, 1, "")
     bfloat16, float32 = torch.bfloat16, torch.float32
-    transforms.add_input(["layers.0.q", "layers.0.k"], small, True, 1.0, bfloat16)
-    transforms.add_input(["layers.0.o"], small, False, 0.9, bfloat16)
-    transforms.add_input(["layers.0.down"], large, True, 1.0, bfloat16)
-    transforms.add_input(["layers.1.q"], small, True, 1.0, bfloat16)
-    transforms.add_input(["layers.1.down"], large, True, 1.0, float32)
+    transforms.add_input(["layers.0.q", "layers.0.k"], small, 1.0, bfloat16)
+    transforms.add_input(["layers.0.o"], small, 0.9, None)
+    transforms.add_input(["layers.0.down"], large, 1.0, bfloat16)
+    transforms.add_input(["layers.1.q"], small, 1.0, bfloat16)
+    transforms.add_input(["layers.1.down"], large, 1.0, float32)
     transforms.fused["layers.0.o"] = "layers.0.v"
     for scheme, args in transforms.inputs():
         if scheme.block_size is not None:
@@ -207,7 +207,7 @@ def test_fields_of_the_transform_config(field, value, message):
         ("clip_ratio", float("nan"), "clip_ratio"),
         ("clip_ratio", True, "clip_ratio"),
         ("clip_ratio", "0.9", "clip_ratio"),
-        ("precision", "int8", "bfloat16, float16, float32, not 'int8'"),
+        ("precision", "int4", "bfloat16, float16, float32, int8, not 'int4'"),
         ("precision", "bool", "not 'bool'"),
         ("precision", "float8_e4m3fn", "not 'float8_e4m3fn'"),
         ("precision", True, "not True"),

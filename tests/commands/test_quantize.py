@@ -74,7 +74,7 @@ def test_the_transforms_of_a_dry_run_cost_what_their_sizes_say(folder):
     added = 96 * 96 + 96 * 96 + 192 * 48
     weights = 96 * (96 + 48 + 48) + 96 * 96 + 96 * 2 * 192 + 192 * 96
     assert found.overhead == pytest.approx(added / weights)
-    tensors = 2 * 2 * added
+    tensors = 2 * added  # bytes, of int8 in two layers
     assert found.transform_bytes == pytest.approx(tensors, rel=0.05)
 
 

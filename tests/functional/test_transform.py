@@ -11,8 +11,14 @@ from cat_modifier.functional.alignment import (
     diagonal_blocks,
     geometric_mean,
 )
-from cat_modifier.functional.layout import Rotation
-from cat_modifier.functional.transform import apply_blocks, compute_blocks, invert_blocks
+from cat_modifier.functional.layout import Rotation, TransformLayout
+from cat_modifier.functional.stored import dequantize_blocks, fits_int8, store_blocks
+from cat_modifier.functional.transform import (
+    apply_blocks,
+    compute_blocks,
+    compute_transform,
+    invert_blocks,
+)
 
 
 def random_second_moments(count: int, size: int, seed: int, decay: float = 2.0) -> torch.Tensor:
@@ -207,3 +213,37 @@ def test_blocks_are_applied_as_a_block_diagonal_matrix(shape):
     blocks = torch.randn(3, 4, 4, dtype=torch.float64)
     x = torch.randn(*shape, 12, dtype=torch.float64)
     assert torch.allclose(apply_blocks(x, blocks), x @ torch.block_diag(*blocks).T)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_int8_holds_blocks_up_to_their_scale(scale):
+    blocks = torch.randn(3, 32, 32, dtype=torch.float64, generator=torch.manual_seed(0)) * scale
+    stored = torch.empty_like(blocks, dtype=torch.int8)
+    store_blocks(blocks, stored)
+    assert stored.abs().max() == 127
+    found = dequantize_blocks(stored, torch.float64)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        assert torch.equal(dequantize_blocks(stored, dtype).double(), found)
+    ratio = (found * blocks).sum() / blocks.square().sum()
+    assert (found - ratio * blocks).norm() < 0.02 * found.norm()
+    assert torch.allclose(invert_blocks(stored) @ found, torch.eye(32, dtype=torch.float64))
+
+
+def test_int8_does_not_fit_blocks_with_small_columns():
+    blocks = torch.randn(2, 16, 16, dtype=torch.float64, generator=torch.manual_seed(0))
+    assert fits_int8(blocks)
+    assert not fits_int8(blocks.index_fill(2, torch.tensor([3]), 0.0))
+    blocks[1, :, 3] *= 0.01
+    assert not fits_int8(blocks)
+
+
+@pytest.mark.parametrize("alternative", [torch.bfloat16, None])
+def test_int8_gives_way_where_it_does_not_fit(alternative):
+    sizes = torch.tensor([1.0, 1e12], dtype=torch.float64)
+    sx = torch.eye(8, dtype=torch.float64) * sizes[:, None, None]
+    layout = TransformLayout(8, 1, 1, "")
+    stored = torch.empty((2, 8, 8), dtype=torch.int8)
+    sw = torch.eye(8, dtype=torch.float64).expand(2, 8, 8)
+    arguments = (sx, sw, layout, Rotation.BLOCK_HADAMARD, 1.0, 0.01, stored)
+    found = compute_transform(*arguments, alternative=alternative).blocks
+    assert found.dtype == (alternative or torch.int8)

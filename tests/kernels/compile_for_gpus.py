@@ -78,8 +78,14 @@ def main():
                     8,
                 ),
             }
+            integers = [
+                (kernel, types | {"blocks_ptr": "*i8"}, *rest)
+                for kernel, (types, *rest) in cases.items()
+                if "blocks_ptr" in types
+            ]
             for kernel, *case in (
                 *((kernel, *case) for kernel, case in cases.items()),
+                *integers,
                 *rows_cases(dtype),
             ):
                 memory = shared_memory(kernel, capability, *case)

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from cat_modifier.functional.hadamard import hadamard_matrix
+from cat_modifier.functional.stored import dequantize_blocks, store_blocks
 from cat_modifier.functional.transform import apply_transform
 from cat_modifier.kernels import cpu, ops, triton
 from cat_modifier.kernels.reference import quantize_per_token
@@ -71,6 +72,26 @@ def test_transform_is_as_exact_as_plain_pytorch(kernels, layout, tokens, dtype):
     out = KERNELS[kernels].transform(x, online.weight, online.hadamard, interleave)
     assert out.dtype == dtype
     assert error(out.double() * online.norm_scale, expected) <= max(allowed, 1e-7)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("layout", [*LAYOUTS[:7], (1, 288, 1, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_int8_blocks_are_multiplied_as_floats(kernels, layout, dtype, monkeypatch):
+    monkeypatch.setattr(triton, "_FUSED_FROM", 30)
+    x, online, _ = inputs(33, *layout, dtype, outliers=False)
+    kernels, interleave = KERNELS[kernels], layout[3]
+    integers = torch.empty_like(online.weight, dtype=torch.int8)
+    store_blocks(online.weight.detach().double(), integers)
+    floats = dequantize_blocks(integers, dtype)
+    found = kernels.transform(x, integers, online.hadamard, interleave)
+    expected = kernels.transform(x, floats, online.hadamard, interleave)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    arguments = (online.hadamard, interleave, 4, False)
+    found = kernels.transform_quantize(x, integers, *arguments)
+    expected = kernels.transform_quantize(x, floats, *arguments)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -213,6 +234,6 @@ def test_triton_kernels_compile_for_gpus_and_fit_in_their_shared_memory():
     )
     assert run.returncode == 0, run.stderr
     kernels = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(kernels) == 6 * (3 + 4)
+    assert len(kernels) == 6 * (3 + 2 + 4)
     smallest = 99 * 1024  # Ada, the smallest of these GPUs
     assert all(memory < smallest for *_, memory in kernels), kernels

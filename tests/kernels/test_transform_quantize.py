@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cat_modifier.functional.hadamard import hadamard_matrix
+from cat_modifier.functional.stored import dequantize_blocks, store_blocks
 from cat_modifier.functional.transform import apply_transform
 from cat_modifier.kernels import cpu, native
 from cat_modifier.kernels.reference import quantize_per_token
@@ -109,6 +110,22 @@ def test_a_token_does_not_depend_on_its_batch(libraries, instructions, dtype, la
             assert torch.equal(one, all_[part])
 
 
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_int8_gives_the_bits_of_floats(libraries, instructions, dtype, layout):
+    x, blocks, hadamard = operands(layout, 35, dtype)
+    integers = torch.empty_like(blocks, dtype=torch.int8)
+    store_blocks(blocks.double(), integers)
+    operator = libraries[instructions].transform_quantize_cpu
+    floats = dequantize_blocks(integers, dtype)
+    expected = operator(x, floats, hadamard, layout[3], 4, False, None)
+    for tokens in (35, 19, 1):
+        found = operator(x[:tokens], integers, hadamard, layout[3], 4, False, None)
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one, other[:tokens])
+
+
 @pytest.mark.parametrize("tokens", [3, 100])
 def test_threads_do_not_change_a_bit(libraries, tokens):
     """No thread is made that vLLM has not bound to a core"""
@@ -147,7 +164,7 @@ def test_a_token_that_is_not_finite_is_no_number_after_it(
     "change, message",
     [
         ({"x": torch.zeros(3, 40)}, "blocks and x differ"),
-        ({"x": torch.zeros(3, 48, dtype=torch.bfloat16)}, "blocks and x differ in dtype"),
+        ({"x": torch.zeros(3, 48, dtype=torch.bfloat16)}, "neither int8 nor of the dtype of x"),
         ({"x": torch.zeros(48, 3).T}, "must be contiguous"),
         ({"x": torch.zeros(48)}, "x is not a matrix"),
         ({"blocks": torch.zeros(3, 16, 4)}, "blocks and x differ"),
@@ -175,9 +192,11 @@ def test_operands_that_do_not_fit_are_refused(libraries, change, message):
         libraries["fastest"].transform_quantize_cpu(**(arguments | change))
 
 
+@pytest.mark.parametrize("stored", [torch.int8, None], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_without_a_compiler_pytorch_computes(monkeypatch, dtype):
+def test_without_a_compiler_pytorch_computes(monkeypatch, dtype, stored):
     x, blocks, hadamard = operands((16, 128, 16, 128), 5, dtype)
+    blocks = (blocks * 200).to(stored or dtype)
     x[3, 7] = torch.inf
     arguments = (x, blocks, hadamard, 128, 8, False)
     assert native.why_unavailable() is None

@@ -88,7 +88,7 @@ def test_function_is_kept(tmp_path, family, tied, options):
     assert relative_error(logits_of(model), before) < 1e-4
 
 
-@pytest.mark.parametrize("precision", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("precision", ["int8", "float16", "bfloat16", "float32"])
 def test_function_is_kept_at_any_precision_of_the_transform(tmp_path, precision):
     model = make_model(tmp_path)
     before = logits_of(model)
@@ -476,7 +476,7 @@ def test_cat_is_better_than_hadamard_and_gptq_better_than_rounding(tmp_path):
             -20 * torch.log10(torch.tensor(relative_error(logits_of(model), reference))).item()
         )
     assert sqnr["hadamard"] > sqnr["plain"], sqnr
-    assert sqnr["cat"] > sqnr["hadamard"] + 3, sqnr
+    assert sqnr["cat"] > sqnr["hadamard"] + 2, sqnr
     assert sqnr["cat, gptq"] > sqnr["cat"], sqnr
 
 
@@ -623,7 +623,7 @@ def test_recipes_run(tmp_path, recipe):
         ({"rotation": "random"}, "rotation"),
         ({"alignment_strength": float("nan")}, "alignment_strength"),
         ({"dampening_frac": 0}, "dampening_frac"),
-        ({"precision": "int8"}, "precision"),
+        ({"precision": "int4"}, "precision"),
         ({"tensor_parallel_size": 0}, "tensor_parallel_size"),
         ({"tensor_parallel_size": "all"}, "tensor_parallel_size"),
     ],
@@ -808,8 +808,8 @@ def test_linears_without_tokens_are_rotated(tmp_path, logs):
     expected = torch.nn.functional.linear(x, weight, unused.bias)
     assert relative_error(unused(x), expected) < 1e-5
     rotation = unused.cat_input.weight[0].float()
-    # up to the rounding of its entries to bfloat16, which are all of one magnitude
-    assert torch.allclose(rotation @ rotation.T, torch.eye(96), atol=2**-7)
+    product = rotation @ rotation.T
+    assert torch.equal(product, product[0, 0] * torch.eye(96))
 
 
 def test_saving_without_quantization_is_refused(tmp_path):

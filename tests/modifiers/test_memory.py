@@ -93,7 +93,7 @@ def test_applying(is_shared):
         transforms = plan_transforms(inputs, LinearWeights(linears), options).transforms
         before = linears["expert0"].weight.detach().clone()
         with Float64Counter() as counter:
-            apply_transforms(transforms, linears, CATTransformConfig.empty(), torch.float32)
+            apply_transforms(transforms, linears, CATTransformConfig.empty())
         peaks[count] = counter.peak
         assert not torch.allclose(linears["expert0"].weight, before)
     assert LINEAR < peaks[1] < 4 * LINEAR

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from cat_modifier.checkpoint.schema import TRANSFORM_NAME
+from cat_modifier.checkpoint.transform_module import absent
 from cat_modifier.integrations.vllm.input_transform import InputTransform
 from cat_modifier.integrations.vllm.registry import TransformedInput
 from cat_modifier.kernels.ops import quantize, warm_up
@@ -34,7 +35,7 @@ class ExpertInputs(Module):
     :param shard_size: size of an input on this rank
     :param shard_rank: index of this rank
     :param dtype: dtype of the inputs
-    :raises ValueError: if transforms have several dtypes, or do not fit on a rank
+    :raises ValueError: if transforms have several dtypes, int8 apart, or do not fit on a rank
 
     Attributes:
         weight: parameter, shape (transforms, numbers of the largest); None without blocks
@@ -71,16 +72,22 @@ class ExpertInputs(Module):
                     one.make_module(input_size, shard_size, shard_rank, dtype)
                 )
         self.weight = None
-        blocks = [one.weight for one in self._transforms if one.weight is not None]
+        with_blocks = [one for one in self._transforms if one.weight is not None]
+        blocks = [one.weight for one in with_blocks if one.weight is not None]
         if not blocks:
             return
-        if len({one.dtype for one in blocks}) > 1:
+        if len({one.dtype for one in with_blocks}) > 1:
             raise ValueError(
                 f"{prefix}: transforms of its experts have several `precision`s, which cannot "
                 "be served: make the checkpoint again with one"
             )
+        # the dtype of the computation holds int8, too
+        stored = {one.dtype for one in blocks}
+        dtype = stored.pop() if len(stored) == 1 else with_blocks[0].dtype
         rows = blocks[0].new_full(
-            (len(self._transforms), max(one.numel() for one in blocks)), torch.nan
+            (len(self._transforms), max(one.numel() for one in blocks)),
+            absent(dtype),
+            dtype=dtype,
         )
         self.weight = Parameter(rows, requires_grad=False)
         self.weight.weight_loader = self.load  # type: ignore[attr-defined]

@@ -6,10 +6,12 @@ from torch import Tensor
 
 from cat_modifier.checkpoint.schema import CATScheme
 from cat_modifier.checkpoint.transform_module import (
+    absent,
     online_hadamard,
     validate_stored_transform,
     validate_transform,
 )
+from cat_modifier.functional.stored import dequantize_blocks
 from cat_modifier.kernels.ops import OnlineTransform
 
 __all__ = ["InputTransform"]
@@ -59,8 +61,9 @@ class InputTransform(OnlineTransform):
             )
         blocks, count = None, shard_size // size
         if scheme.block_size is not None:
-            # NaN until loaded: a tensor that the checkpoint lacks does not go unnoticed
-            blocks = torch.full((count, size, size), torch.nan, dtype=scheme.precision)
+            # a tensor that the checkpoint lacks does not go unnoticed
+            blocks = torch.empty((count, size, size), dtype=scheme.precision)
+            blocks.fill_(absent(blocks.dtype))
         hadamard = online_hadamard(scheme, torch.get_default_device())
         super().__init__(blocks, hadamard, scheme.interleave, dtype, scheme.clip_ratio)
         self.name, self._precision, self._sha256 = name, scheme.precision, sha256
@@ -89,7 +92,9 @@ class InputTransform(OnlineTransform):
         )
         # a weight reload may bring another checkpoint, whose config vLLM does not read
         self._sha256 = None
-        blocks = loaded.narrow(0, self.first_block, param.shape[0]).to(param.dtype)
+        blocks = loaded.narrow(0, self.first_block, param.shape[0])
+        if param.dtype != torch.int8:
+            blocks = dequantize_blocks(blocks, param.dtype)
         if not torch.isfinite(blocks).all():
             raise ValueError(
                 f"Transform tensor {self.name} holds values beyond the range of {param.dtype}: "

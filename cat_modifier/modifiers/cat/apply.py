@@ -47,7 +47,6 @@ def apply_transforms(
     transforms: list[PlannedTransform],
     linears: Mapping[str, Linear],
     config: CATTransformConfig,
-    precision: torch.dtype,
 ):
     """
     Write the weights of one Linear after the other, then attach the transforms.
@@ -57,7 +56,6 @@ def apply_transforms(
     :param transforms: transforms that were planned together
     :param linears: Linears by full name, value projections included
     :param config: receives the transforms
-    :param precision: dtype of stored blocks
     """
     values = {}
     for one in transforms:
@@ -71,7 +69,7 @@ def apply_transforms(
     for name, value in values.items():
         _write_weight(linears[name], None, value)
     for one in transforms:
-        _attach(one, [linears[name] for name in one.source.names], config, precision)
+        _attach(one, [linears[name] for name in one.source.names], config)
 
 
 def _write_weight(linear: Linear, own: FusedTransform | None, value: PlannedTransform | None):
@@ -98,12 +96,7 @@ def _write_weight(linear: Linear, own: FusedTransform | None, value: PlannedTran
     barrier()
 
 
-def _attach(
-    one: PlannedTransform,
-    linears: list[Linear],
-    config: CATTransformConfig,
-    precision: torch.dtype,
-):
+def _attach(one: PlannedTransform, linears: list[Linear], config: CATTransformConfig):
     """
     Attach the online part of a transform, and add it to the config.
 
@@ -115,9 +108,8 @@ def _attach(
         if layout.online_hadamard_size == 1 and one.clip_ratio == 1:
             return
     blocks = None if one.is_fused else one.transform.blocks
-    scheme, args = config.add_input(
-        list(source.names), layout, blocks is not None, one.clip_ratio, precision
-    )
+    precision = None if blocks is None else blocks.dtype
+    scheme, args = config.add_input(list(source.names), layout, one.clip_ratio, precision)
     weight = None if blocks is None else Parameter(blocks, requires_grad=False)
     CATTransform(weight, scheme, args).attach(linears)
 

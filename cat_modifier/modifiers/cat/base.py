@@ -159,8 +159,9 @@ class CATModifier(Modifier):
         two Linears
     :param clip_activations: clip each token's range to a ratio in [0.6, 1], searched per
         input. Asymmetric per-token integer activations only
-    :param precision: dtype of the stored T: bfloat16, float16 or float32. The inverse is
-        taken of T as stored
+    :param precision: dtype of the stored T: int8, bfloat16, float16 or float32. The inverse is
+        taken of T as stored. `"auto"`: int8 where it holds each column of T to an error of a
+        tenth, else bfloat16
     :param max_overhead: limit for the multiply-adds that the transforms of a decoding layer
         add online, relative to those of its Linears, for the tokens of the calibration (with
         experts, pass `moe_calibrate_all_experts=False` to oneshot). Blocks then have several
@@ -184,7 +185,7 @@ class CATModifier(Modifier):
     mappings: list[list[str]] | None = None
     fuse_attention: bool = True
     clip_activations: bool = True
-    precision: TorchDtype = Field(default=torch.bfloat16)
+    precision: TorchDtype | Literal["auto"] = "auto"
     max_overhead: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
     tensor_parallel_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
 
@@ -218,9 +219,11 @@ class CATModifier(Modifier):
 
     @field_validator("precision")
     @classmethod
-    def _validate_precision(cls, value: torch.dtype) -> torch.dtype:
-        if value not in (torch.bfloat16, torch.float16, torch.float32):
-            raise ValueError(f"`precision` must be bfloat16, float16 or float32, got {value}")
+    def _validate_precision(cls, value: torch.dtype | str) -> torch.dtype | str:
+        if value not in ("auto", torch.int8, torch.bfloat16, torch.float16, torch.float32):
+            raise ValueError(
+                f"`precision` must be auto, int8, bfloat16, float16 or float32, got {value}"
+            )
         return value
 
     @property
@@ -530,7 +533,7 @@ class CATModifier(Modifier):
             self.alignment_strength,
             self.dampening_frac,
             self.clip_activations,
-            self.precision,
+            None if self.precision == "auto" else self.precision,
             self.max_overhead if unit.layer else None,
         )
         plan = plan_transforms(inputs, LinearWeights(self._linears), options, unit.layer or "")
@@ -538,7 +541,7 @@ class CATModifier(Modifier):
         setattr(state.model, TRANSFORM_CONFIG_NAME, self._config)
         save_atomically(state.model)
         mark_incomplete(state.model)
-        apply_transforms(plan.transforms, self._linears, self._config, self.precision)
+        apply_transforms(plan.transforms, self._linears, self._config)
         for one in plan.transforms:
             self._transformed.update(one.source.names)
             if one.is_rotation:

@@ -48,6 +48,7 @@ class PlanOptions:
     """
     Options of CATModifier for transforms. See its docstring.
 
+    :param precision: dtype of stored blocks; None for int8 where it holds T well, else bfloat16
     :param max_overhead: limit for the inputs that are planned together; None for no limit
     """
 
@@ -55,7 +56,7 @@ class PlanOptions:
     alignment_strength: float
     dampening_frac: float
     clip_activations: bool
-    precision: torch.dtype
+    precision: torch.dtype | None
     max_overhead: float | None
 
 
@@ -328,7 +329,7 @@ def _compute_candidates(
         layouts = [x for x in layouts if x.block_size <= one.token_count] or layouts
 
     is_fused = one.value_projection is not None
-    dtype = torch.float64 if is_fused else options.precision
+    dtype = torch.float64 if is_fused else options.precision or torch.int8
     stored = []
     for layout in layouts:
         size = layout.stored_size
@@ -355,6 +356,7 @@ def _compute_candidates(
             options.dampening_frac,
             blocks,
             1 if one.value_projection is None else one.value_projection.repeats,
+            torch.bfloat16 if options.precision is None else None,
         )
         transforms.append(transform)
     # also without tokens: a singular transform must fail before any weight is written

@@ -28,6 +28,7 @@ from cat_modifier.calibration.attention import ValueProjection
 from cat_modifier.calibration.shared_inputs import padding_mask
 from cat_modifier.checkpoint.schema import TRANSFORM_NAME, CATTransformConfig
 from cat_modifier.functional.alignment import condition_number
+from cat_modifier.functional.stored import dequantize_blocks, store_blocks
 from cat_modifier.modifiers.cat.validation import check_quantized
 from cat_modifier.modifiers.cat_training.fit import Sample, call_layer, fit
 from cat_modifier.modifiers.cat_training.layer import LayerInput, TrainableLayer
@@ -414,9 +415,12 @@ def _insert(trainable: TrainableLayer, corrections: dict[str, Tensor]) -> Traina
         if one.value_projection is None:
             assert one.transform is not None and one.transform.weight is not None
             # recompute R from T as rounded: the product with the weights stays exact
-            before = one.transform.weight.detach().double()
-            after = (correction @ before).to(one.transform.weight.dtype)
-            correction = torch.linalg.solve(before, after.double(), left=False)
+            weight = one.transform.weight.detach()
+            before = dequantize_blocks(weight, torch.float64)
+            after = torch.empty_like(weight)
+            store_blocks(correction @ before, after)
+            rounded = dequantize_blocks(after, torch.float64)
+            correction = torch.linalg.solve(before, rounded, left=False)
             update_offload_parameter(one.transform, "weight", after)
         corrections[one.first] = correction
     tensors = trainable.correct(corrections)

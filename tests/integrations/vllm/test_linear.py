@@ -18,8 +18,9 @@ from cat_modifier.integrations.vllm.compat import (
     current_platform,
 )
 from cat_modifier.integrations.vllm.config import CATCompressedTensorsConfig
+from cat_modifier.integrations.vllm.expert_inputs import ExpertInputs
 from cat_modifier.integrations.vllm.input_transform import InputTransform
-from cat_modifier.integrations.vllm.registry import TransformRegistry
+from cat_modifier.integrations.vllm.registry import TransformedInput, TransformRegistry
 
 NAME = "layers.0.down_proj.cat_input.weight"
 
@@ -47,24 +48,26 @@ def make(hadamard=(1, 1), ranks=1, rank=0, loaded=None, input_size=96, **changes
     return transform
 
 
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.int8], ids=str)
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("hadamard", [(1, 1), (4, 4), (2, 8)])
-def test_shards_put_together_are_the_whole(ranks, hadamard):
-    blocks = torch.randn(6, 16, 16).bfloat16()
+def test_shards_put_together_are_the_whole(ranks, hadamard, precision):
+    blocks = torch.randn(6, 16, 16).mul(30).to(precision)
     x = torch.randn(5, 96)
     size, interleave = hadamard
     matrix = hadamard_matrix(size) if size > 1 else None
     whole = apply_transform(x, blocks, matrix, interleave)
     parts = [
-        make(hadamard, ranks, rank, blocks)(part)
+        make(hadamard, ranks, rank, blocks, precision=precision)(part)
         for rank, part in enumerate(x.chunk(ranks, -1))
     ]
-    assert torch.allclose(torch.cat(parts, -1), whole, atol=1e-6)
+    assert torch.allclose(torch.cat(parts, -1), whole, rtol=1e-5, atol=1e-4)
     # each rank has a scale of its own, and so a range of its own to clip
     for rank, part in enumerate(x.chunk(ranks, -1)):
-        clipped = make(hadamard, ranks, rank, blocks, clip_ratio=0.8)(part)
+        options = {"clip_ratio": 0.8, "precision": precision}
+        clipped = make(hadamard, ranks, rank, blocks, **options)(part)
         low, high = (0.8 * end for end in parts[rank].aminmax(dim=-1, keepdim=True))
-        assert torch.allclose(clipped, parts[rank].clamp(low, high), atol=1e-6)
+        assert torch.allclose(clipped, parts[rank].clamp(low, high), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
@@ -93,9 +96,10 @@ def test_shards_which_would_cut_a_transform_are_refused(hadamard, ranks):
         make(hadamard, ranks)
 
 
-def test_a_tensor_that_was_never_loaded_is_named():
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.int8], ids=str)
+def test_a_tensor_that_was_never_loaded_is_named(precision):
     with pytest.raises(ValueError, match=f"{NAME} is missing"):
-        make().check_loaded()
+        make(precision=precision).check_loaded()
 
 
 @pytest.mark.parametrize("shape", [(5, 16, 16), (6, 8, 16), (96, 16)])
@@ -109,6 +113,13 @@ def test_a_tensor_that_is_not_finite_is_named():
     blocks[5, 1, 2] = torch.inf
     with pytest.raises(ValueError, match=f"{NAME} .*not finite"):
         make(loaded=blocks)
+
+
+def test_an_integer_that_int8_transforms_do_not_have_is_named():
+    blocks = torch.ones(6, 16, 16, dtype=torch.int8)
+    blocks[5, 1, 2] = -128
+    with pytest.raises(ValueError, match=f"{NAME} .*-128"):
+        make(loaded=blocks, precision=torch.int8)
 
 
 def test_a_tensor_that_is_not_the_one_saved_is_refused():
@@ -233,6 +244,33 @@ def test_a_layer_that_vllm_names_otherwise_is_found_in_its_decoder_layer():
     assert not registry.adopt("layer.0.attention.output.qkv_proj", parts)
     with pytest.raises(NotImplementedError, match="two layers that may be this one"):
         registry.claim(names)
+
+
+def test_experts_may_have_transforms_of_integers_and_of_floats():
+    precisions, dtype = (torch.int8, torch.bfloat16), torch.bfloat16
+    schemes = [
+        make_scheme(precision=one, block_size=s)
+        for one, s in zip(precisions, (16, 8), strict=True)
+    ]
+    names = [f"m.experts.{index}.down_proj" for index in range(2)]
+    sources = [
+        TransformedInput(s, [name], None) for s, name in zip(schemes, names, strict=True)
+    ]
+    arguments = (sources, [0, 1], "m.experts", {"w2": "down_proj"}, 96, 96, 0, dtype)
+    experts = ExpertInputs(*arguments)
+    with pytest.raises(ValueError, match="experts.0.down_proj.* is missing"):
+        experts.check_loaded()
+    x = torch.randn(5, 96).to(dtype)
+    for index, (scheme, precision) in enumerate(zip(schemes, precisions, strict=True)):
+        size = scheme.block_size
+        blocks = torch.randn(96 // size, size, size).mul(30).to(precision)
+        experts.load(experts.weight, blocks, "", "w2", index)
+        alone = InputTransform(NAME, scheme, 96, 96, 0, dtype)
+        alone.load(alone.weight, blocks)
+        expected = alone.quantize(x, 4, False)
+        for one, other in zip(experts.quantize(index, x, 4, False), expected, strict=True):
+            assert torch.equal(one, other)
+    experts.check_loaded()
 
 
 def make_experts(has_bias: bool) -> RoutedExperts:
