@@ -41,10 +41,12 @@ SIZES = {
 def make_checkpoint(folder: Path):
     """Make a W4A4 checkpoint with schemes of all kinds"""
     model = make_model(folder / "original", family="qwen2", tied=True, **SIZES)
-    last = "re:.*layers.1.mlp.down_proj"
+    first, last = (f"re:.*layers.{layer}.mlp.down_proj" for layer in (0, 1))
     recipe = [
         # blocks, online Hadamard matrix, clipping; attention fused, its Hadamard matrix online
-        CATModifier(transform_block_size=16, ignore=["lm_head", last]),
+        CATModifier(transform_block_size=16, precision="int8", ignore=["lm_head", first, last]),
+        # another dtype
+        CATModifier(transform_block_size=16, precision="bfloat16", targets=[first]),
         # blocks alone, of another size and dtype
         CATModifier(
             transform_block_size=32,

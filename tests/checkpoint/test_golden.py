@@ -43,6 +43,7 @@ def test_it_has_all_kinds_of_schemes():
         for scheme in transforms["config_groups"].values()
     }
     assert kinds == {
+        (False, 12, "int8"),
         (False, 12, "bfloat16"),
         (False, 1, "float32"),
         (True, 12, "bfloat16"),
@@ -76,6 +77,11 @@ def neighbours(x, blocks, hadamard, interleave, clip_ratio):
     return apply_transform(x, blocks, None, 1, clip_ratio)
 
 
+def integers_without_a_step(x, blocks, hadamard, interleave, clip_ratio):
+    blocks = None if blocks is None else blocks.float()
+    return apply_transform(x, blocks, hadamard, interleave, clip_ratio)
+
+
 def no_clipping(x, blocks, hadamard, interleave, clip_ratio):
     return apply_transform(x, blocks, hadamard, interleave)
 
@@ -88,6 +94,7 @@ def no_clipping(x, blocks, hadamard, interleave, clip_ratio):
         ("apply_transform", hadamard_first),
         ("apply_transform", blocks_in_reverse),
         ("apply_transform", neighbours),
+        ("apply_transform", integers_without_a_step),
         ("apply_transform", no_clipping),
     ],
 )

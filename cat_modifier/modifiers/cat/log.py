@@ -36,6 +36,7 @@ def log_transform(one: PlannedTransform):
         f"{to_db(one.before.alignment):.1f} -> {to_db(one.after.alignment):.1f} dB, "
         f"block size {layout.block_size}, Hadamard size {layout.hadamard_size}, "
         f"condition number {condition_number(one.transform.blocks):.1f}"
+        + ("" if one.is_fused else f", T in {_dtype(one)}")
         + (f", range clipped to {one.clip_ratio:.2f}" if one.clip_ratio < 1 else "")
         + (f" ({layout.remark})" if layout.remark else "")
     )
@@ -87,6 +88,10 @@ def warn_if_unaligned(names: list[str], alignment_strength: float):
 def some_names(names: list[str]) -> str:
     """List the first names"""
     return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+
+
+def _dtype(one: PlannedTransform) -> str:
+    return str(one.transform.blocks.dtype).removeprefix("torch.")
 
 
 def _bits(args: QuantizationArgs | None) -> int:
