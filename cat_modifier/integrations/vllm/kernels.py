@@ -205,7 +205,7 @@ class UnpackingInt4Kernel(Int8Kernel):
         tokens = x.shape[0]
         if x.is_cuda:
             x = torch.nn.functional.pad(x, (0, 0, 0, self._PADDING))
-        product = torch._int_mm(x, weight.t())[:tokens]
+        product = torch._int_mm(x, weight.t()).narrow(0, 0, tokens)
         if zero_point is not None:
             product = product - zero_point * layer.azp_adj
         out = product * scale * layer.weight_scale.t()
