@@ -306,7 +306,7 @@ def evaluate(
 
     On text, by Transformers: perplexity, and with --base also KL divergence and top-1
     agreement. With --tasks, tasks of lm-eval. Prints a table; results of tasks are also
-    written into the checkpoint's folder, where the Hub looks for them (.eval_results).
+    written into the checkpoint's folder: its card, and for datasets on the Hub .eval_results.
     """
     arguments = locals() | {"model": str(model)}
     if tasks:
