@@ -4,6 +4,7 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 __all__ = ["RunRecord", "dataset_ids"]
@@ -44,6 +45,16 @@ class RunRecord:
         """
         self.tokens = max(self.tokens, tokens)
         self.predictions.setdefault(_kind(linears), []).append((before, after))
+
+    def mean_predictions(self) -> list[tuple[str, int, float, float]]:
+        """
+        :return: each kind, its number of inputs, and the means of its predictions before and
+            after
+        """
+        return [
+            (kind, len(pairs), *map(fmean, zip(*pairs, strict=True)))  # type: ignore[misc]
+            for kind, pairs in self.predictions.items()
+        ]
 
     def attach(self, model: Any):
         """Keep the record on a model until it is saved"""

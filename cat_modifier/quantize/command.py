@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 import cat_modifier
 from cat_modifier.auto_model import auto_class, load_model, load_processor, read_config
 from cat_modifier.calibration.texts import CALIBRATION_SPLITS, hub_id, load_texts, windows
+from cat_modifier.checkpoint.size import weight_bytes
 from cat_modifier.hub.run_record import RunRecord
 from cat_modifier.modifiers.cat.base import CATModifier
 from cat_modifier.quantize.outline import outline, outline_table
-from cat_modifier.quantize.sizes import stored_bytes, weight_bytes
+from cat_modifier.quantize.sizes import stored_bytes
 from cat_modifier.quantize.summary import summary
 
 __all__ = ["run"]
