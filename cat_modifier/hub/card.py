@@ -152,6 +152,7 @@ def _describe_run(folder: Path, record: RunRecord | None) -> dict[str, Any]:
         text = f"{text[:_RECIPE_LENGTH]}\n# ... the rest is in {_RECIPE}"
     return {
         "calibration": f"{tokens} of {data}" if data else tokens,
+        "command": fenced(record.command, "bash") if record.command else "",
         "recipe": fenced(text, "yaml") if text else "",
         "versions": ", ".join(" ".join(one) for one in library_versions().items()),
         "sizes": {
