@@ -17,6 +17,7 @@ from cat_modifier.evaluate.results import Measure, TaskResult, results_table
 from cat_modifier.evaluate.texts import measure_texts
 from cat_modifier.hub.card import update_evaluation
 from cat_modifier.libraries import library_versions
+from cat_modifier.model_path import public_name
 
 __all__ = ["run"]
 
@@ -80,7 +81,7 @@ def run(
         return
     made_with = ", ".join(f"{name} {number}" for name, number in versions.items())
     if base is not None:
-        made_with = f"base: {base}; {made_with}"
+        made_with = f"base: {public_name(base)}; {made_with}"
     if measures:
         conditions = f"{settings['windows']} windows of {settings['length']} tokens"
         table = results_table(measures)
@@ -109,4 +110,4 @@ def _measure_texts(
     ids = windows(texts, tokenizer, length, samples)
     original = None if base is None else load_model(base, read_config(base))
     quantized = load_model(checkpoint, read_config(checkpoint))
-    return ids, measure_texts(quantized, original, ids, dataset)
+    return ids, measure_texts(quantized, original, ids, public_name(dataset))

@@ -69,6 +69,18 @@ def test_text_measures_are_those_of_the_definition(folder, checkpoint, command, 
     assert rows[0][3].strip().startswith(f"{perplexity['value']:.2f} +- ")
 
 
+def test_a_card_has_no_folders_of_the_machine(folder, checkpoint, command):
+    data = (*DATA, "--dataset", folder / "chats.jsonl")
+    command("evaluate", checkpoint, "--base", folder / "model", *data)
+    card = (checkpoint / "README.md").read_text()
+    assert "| perplexity, chats.jsonl " in card and "base: model; " in plain_text(card)
+    assert str(folder) not in plain_text(card)
+
+
+def plain_text(markdown: str) -> str:
+    return re.sub(r"\\(.)", r"\1", markdown)
+
+
 def test_a_model_is_as_good_as_itself(folder, command):
     table = command("evaluate", "model", "--base", "model", *DATA)
     assert re.search(r"perplexity.*100\.0%", table)
