@@ -16,7 +16,7 @@ from cat_modifier.evaluate.files import write_entries, write_json
 from cat_modifier.evaluate.results import Measure, TaskResult, results_table
 from cat_modifier.evaluate.texts import measure_texts
 from cat_modifier.hub.card import update_evaluation
-from cat_modifier.libraries import library_versions
+from cat_modifier.hub.libraries import library_versions
 from cat_modifier.model_path import public_name
 
 __all__ = ["run"]

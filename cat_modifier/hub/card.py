@@ -12,6 +12,7 @@ from loguru import logger
 
 from cat_modifier.checkpoint.size import weight_bytes
 from cat_modifier.hub.base_model import BaseModel, find_base_model
+from cat_modifier.hub.libraries import library_versions
 from cat_modifier.hub.markdown import (
     code,
     fenced,
@@ -23,7 +24,6 @@ from cat_modifier.hub.markdown import (
 )
 from cat_modifier.hub.run_record import RunRecord
 from cat_modifier.hub.schemes import describe_schemes, is_scheme_tag
-from cat_modifier.libraries import library_versions
 
 __all__ = ["CARD", "update_evaluation", "write_card"]
 
