@@ -305,8 +305,8 @@ def evaluate(
     Measure what a checkpoint has kept of its base.
 
     On text, by Transformers: perplexity, and with --base also KL divergence and top-1
-    agreement. With --tasks, tasks of lm-eval. Prints a table; results of tasks are also
-    written into the checkpoint's folder, where the Hub looks for them (.eval_results).
+    agreement. With --tasks, tasks of lm-eval. Prints a table, which also goes into the model
+    card in the checkpoint's folder. Results on datasets of the Hub go into .eval_results, too.
     """
     arguments = locals() | {"model": str(model)}
     if tasks:

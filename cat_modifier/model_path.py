@@ -1,12 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models that a user names: folders, or ids on the Hugging Face Hub."""
+"""Models and data that a user names: files and folders, or ids on the Hugging Face Hub."""
 
 from pathlib import Path
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-__all__ = ["check_model"]
+__all__ = ["check_model", "public_name"]
+
+
+def public_name(name: str) -> str:
+    """
+    Leave out the folders around a file or folder, which are nobody's business in a model card.
+
+    :param name: path, or id on the Hub
+    """
+    return Path(name).resolve().name if Path(name).exists() else name
 
 
 def check_model(model: str):

@@ -10,6 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
+from cat_modifier.checkpoint.size import weight_bytes
 from cat_modifier.markdown import markdown_table
 
 
@@ -25,8 +26,7 @@ def main():
     perplexities = [base, *(one["value"] for one in measures)]
     rows = []
     for folder, perplexity in zip((args.model, *args.checkpoints), perplexities, strict=True):
-        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        rows.append((folder.name, f"{perplexity:.2f}", f"{size / 1e6:.0f}"))
+        rows.append((folder.name, f"{perplexity:.2f}", f"{weight_bytes(folder) / 1e6:.0f}"))
     tokens = files[0]["windows"] * files[0]["length"]
     print(markdown_table((f"{tokens:,} held-out tokens", "perplexity", "MB"), rows))
 

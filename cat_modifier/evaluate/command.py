@@ -3,7 +3,6 @@
 
 import gc
 import re
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,10 @@ from cat_modifier.evaluate.files import write_entries, write_json
 from cat_modifier.evaluate.results import Measure, TaskResult, results_table
 from cat_modifier.evaluate.texts import measure_texts
 from cat_modifier.hub.card import update_evaluation
+from cat_modifier.hub.libraries import library_versions
+from cat_modifier.model_path import public_name
 
 __all__ = ["run"]
-
-_LIBRARIES = ("cat-modifier", "torch", "transformers", "compressed-tensors", "lm-eval", "vllm")
 
 
 def run(
@@ -75,14 +74,14 @@ def run(
     of_tasks = [measure for result in results for measure in result.measures]
     print(results_table(measures + of_tasks))
 
-    versions = _versions()
+    versions = library_versions()
     if output is not None:
         write_json(output, settings | {"versions": versions}, measures + of_tasks)
     if not Path(checkpoint).is_dir():
         return
     made_with = ", ".join(f"{name} {number}" for name, number in versions.items())
     if base is not None:
-        made_with = f"base: {base}; {made_with}"
+        made_with = f"base: {public_name(base)}; {made_with}"
     if measures:
         conditions = f"{settings['windows']} windows of {settings['length']} tokens"
         table = results_table(measures)
@@ -111,15 +110,4 @@ def _measure_texts(
     ids = windows(texts, tokenizer, length, samples)
     original = None if base is None else load_model(base, read_config(base))
     quantized = load_model(checkpoint, read_config(checkpoint))
-    return ids, measure_texts(quantized, original, ids, dataset)
-
-
-def _versions() -> dict[str, str]:
-    """Look up the versions of the libraries that are installed"""
-    found = {}
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    return ids, measure_texts(quantized, original, ids, public_name(dataset))

@@ -32,7 +32,8 @@ def write_json(file: Path, settings: Mapping[str, Any], measures: Iterable[Measu
 
 def write_entries(checkpoint: Path, results: Iterable[TaskResult], notes: str):
     """
-    Write a file for each task into the folder of a checkpoint.
+    Write a file for each task with a dataset on the Hub, which knows no others, into the
+    folder of a checkpoint.
 
     The Hub has one number for a task: the first metric. Files of other tasks stay.
 
@@ -40,7 +41,7 @@ def write_entries(checkpoint: Path, results: Iterable[TaskResult], notes: str):
     """
     now = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
     for one in results:
-        if not one.measures:
+        if not one.measures or one.dataset is None:
             continue
         main = one.measures[0]
         entry = EvalResultEntry(

@@ -45,12 +45,12 @@ class TaskResult:
     Result of one task.
 
     :param task: name of the task
-    :param dataset: id of its dataset on the Hub; the name of the task for local files
+    :param dataset: id of its dataset on the Hub; None for local files, and for groups
     :param measures: one for each metric, the main one first
     """
 
     task: str
-    dataset: str
+    dataset: str | None
     measures: list[Measure]
 
 

@@ -2,6 +2,7 @@
 """Tasks of lm-eval."""
 
 import gc
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from cat_modifier.evaluate.results import Measure, TaskResult
 __all__ = ["evaluate_tasks"]
 
 _LOADERS = ("json", "csv", "parquet", "text", "arrow")
-"""Names of dataset loaders, which lm-eval gives as the dataset of local files"""
+"""Names of dataset loaders, which lm-eval gives as the dataset of files"""
 
 
 def evaluate_tasks(
@@ -76,14 +77,24 @@ def _collect(
         numbers = found["results"][name]
         base = None if before is None else before["results"][name]
         better = found.get("higher_is_better", {}).get(name, {})
-        dataset = found.get("configs", {}).get(name, {}).get("dataset_path") or name
+        path = found.get("configs", {}).get(name, {}).get("dataset_path")
         measures = [
             _measure(name, key, numbers, base, better)
             for key, value in numbers.items()
             if _is_metric(key, value)
         ]
-        results.append(TaskResult(name, name if dataset in _LOADERS else dataset, measures))
+        results.append(TaskResult(name, _hub_id(path), measures))
     return results
+
+
+def _hub_id(path: str | None) -> str | None:
+    """
+    :param path: what lm-eval loads the dataset of a task from
+    :return: id of a dataset on the Hub; None for files
+    """
+    if path is None or path in _LOADERS or path.endswith(".py") or Path(path).exists():
+        return None
+    return path if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) else None
 
 
 def _is_metric(key: str, value: Any) -> bool:

@@ -3,7 +3,6 @@
 
 import json
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,9 @@ from typing import Any
 from huggingface_hub import CardData, ModelCard, ModelCardData, RepoCard
 from loguru import logger
 
+from cat_modifier.checkpoint.size import weight_bytes
 from cat_modifier.hub.base_model import BaseModel, find_base_model
+from cat_modifier.hub.libraries import library_versions
 from cat_modifier.hub.markdown import (
     code,
     fenced,
@@ -23,7 +24,6 @@ from cat_modifier.hub.markdown import (
 )
 from cat_modifier.hub.run_record import RunRecord
 from cat_modifier.hub.schemes import describe_schemes, is_scheme_tag
-from cat_modifier.version import __version__
 
 __all__ = ["CARD", "update_evaluation", "write_card"]
 
@@ -36,12 +36,6 @@ _FACTS = ("base_model", "base_model_relation")
 _SECTIONS = ("about", "creation", "measured", "evaluation")
 _OF_A_RUN = ("creation", "measured", "evaluation")
 """Sections that describe one run: a model that was loaded and saved again keeps them"""
-_LIBRARIES = {
-    "llm-compressor": "llmcompressor",
-    "compressed-tensors": "compressed-tensors",
-    "Transformers": "transformers",
-    "PyTorch": "torch",
-}
 _RECIPE = "recipe.yaml"
 _RECIPE_LENGTH = 20_000
 """Characters of a recipe that are shown"""
@@ -156,35 +150,21 @@ def _describe_run(folder: Path, record: RunRecord | None) -> dict[str, Any]:
     text = recipe.read_text(errors="replace") if recipe.is_file() else ""
     if len(text) > _RECIPE_LENGTH:
         text = f"{text[:_RECIPE_LENGTH]}\n# ... the rest is in {_RECIPE}"
-    after = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     return {
         "calibration": f"{tokens} of {data}" if data else tokens,
+        "command": fenced(record.command, "bash") if record.command else "",
         "recipe": fenced(text, "yaml") if text else "",
-        "versions": _versions(),
+        "versions": ", ".join(" ".join(one) for one in library_versions().items()),
         "sizes": {
             "dtype": code(record.dtype),
             "before": f"{record.size_before / 1e6:,.1f}",
-            "after": f"{after / 1e6:,.1f}",
+            "after": f"{weight_bytes(folder) / 1e6:,.1f}",
         },
         "predictions": [
-            (
-                code(kind),
-                len(values),
-                *(f"{sum(x) / len(x):.1f}" for x in zip(*values, strict=True)),
-            )
-            for kind, values in record.predictions.items()
+            (code(kind), count, f"{without:.1f}", f"{with_cat:.1f}")
+            for kind, count, without, with_cat in record.mean_predictions()
         ],
     }
-
-
-def _versions() -> str:
-    found = [f"cat-modifier {__version__}"]
-    for name, distribution in _LIBRARIES.items():
-        try:
-            found.append(f"{name} {version(distribution)}")
-        except PackageNotFoundError:
-            continue
-    return ", ".join(found)
 
 
 def _find_task(model: Any) -> tuple[str | None, str]:

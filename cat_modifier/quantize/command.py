@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command `cat-modifier quantize`: from its arguments to a checkpoint."""
 
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from transformers import PreTrainedModel
 import cat_modifier
 from cat_modifier.auto_model import auto_class, load_model, load_processor, read_config
 from cat_modifier.calibration.texts import CALIBRATION_SPLITS, hub_id, load_texts, windows
-from cat_modifier.hub.run_record import RunRecord
+from cat_modifier.checkpoint.size import weight_bytes
+from cat_modifier.hub.run_record import RunRecord, note_command
+from cat_modifier.model_path import public_name
 from cat_modifier.modifiers.cat.base import CATModifier
 from cat_modifier.quantize.outline import outline, outline_table
-from cat_modifier.quantize.sizes import stored_bytes, weight_bytes
+from cat_modifier.quantize.sizes import stored_bytes
 from cat_modifier.quantize.summary import summary
 
 __all__ = ["run"]
@@ -59,11 +62,41 @@ def run(
     texts = load_texts(dataset, split or CALIBRATION_SPLITS, column, tokenizer)
     ids = windows(texts, tokenizer, length, samples)
     loaded = load_model(model, config)
+    note_command(
+        loaded,
+        command_line(model, recipe, output, dataset, split, column, samples, length),
+    )
     before = stored_bytes(loaded.state_dict(keep_vars=True))
     started = time.monotonic()
     _oneshot(loaded, processor, path, calibration_data(ids, dataset), output)
     minutes = (time.monotonic() - started) / 60
     print(summary(model, output, before, weight_bytes(output), minutes, RunRecord.of(loaded)))
+
+
+def command_line(
+    model: str,
+    recipe: str,
+    output: Path,
+    dataset: str,
+    split: str | None,
+    column: str | None,
+    samples: int,
+    length: int,
+) -> str:
+    """Write the command for the model card: all options, and paths without their folders"""
+    options = {
+        "recipe": public_name(recipe),
+        "output": output.resolve().name,
+        "dataset": public_name(dataset),
+        "split": split,
+        "column": column,
+        "samples": samples,
+        "length": length,
+    }
+    words = ["cat-modifier", "quantize", public_name(model)]
+    for name, value in options.items():
+        words += [] if value is None else [f"--{name}", str(value)]
+    return shlex.join(words)
 
 
 def find_recipe(name: str) -> str:

@@ -95,7 +95,7 @@ def outline(config: PreTrainedConfig, recipe: str) -> Outline:
     :param config: config of the model
     :param recipe: path of a YAML file
     :raises ValueError: if the recipe does not suit the model, or the model cannot be run with
-        random weights
+        random weights. The error that tells why is its cause
     """
     model = make_empty(config)
     tensors = dict(model.state_dict(keep_vars=True))
@@ -103,9 +103,10 @@ def outline(config: PreTrainedConfig, recipe: str) -> Outline:
     try:
         return _observe(model, tensors, config, recipe)
     except (RuntimeError, TypeError, IndexError, KeyError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(
-            f"A dry run of {type(model).__name__} is not possible, because it does not run "
-            f"with random weights on a short text: {error}. Leave out --dry-run"
+            f"A dry run of {type(model).__name__} is not possible: random weights and a short "
+            f"text end in an error ({reason}). Leave out --dry-run"
         ) from error
 
 

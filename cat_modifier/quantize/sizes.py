@@ -2,7 +2,6 @@
 """Bytes of a checkpoint, before it is made."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from compressed_tensors.compressors import compress_module
@@ -13,7 +12,7 @@ from compressed_tensors.quantization.lifecycle.initialize import (
 from torch import Tensor
 from torch.nn import Linear
 
-__all__ = ["quantized_linear", "stored_bytes", "weight_bytes"]
+__all__ = ["quantized_linear", "stored_bytes"]
 
 _HEADER = 75
 """Bytes of a tensor in the header of a safetensors file, beside its name"""
@@ -54,8 +53,3 @@ def quantized_linear(
     initialize_module_for_quantization(empty, scheme)
     compress_module(empty)
     return empty.state_dict()
-
-
-def weight_bytes(folder: Path) -> int:
-    """Count the bytes of a checkpoint's weights"""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

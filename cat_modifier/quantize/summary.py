@@ -2,7 +2,6 @@
 """What is printed after a model was quantized."""
 
 from pathlib import Path
-from statistics import fmean
 
 from cat_modifier.hub.run_record import RunRecord
 from cat_modifier.markdown import markdown_table
@@ -28,12 +27,8 @@ def summary(
     lines = [""]
     if record is not None and record.predictions:
         rows = [
-            (
-                kind,
-                str(len(pairs)),
-                *(f"{fmean(values):.1f}" for values in zip(*pairs, strict=True)),
-            )
-            for kind, pairs in record.predictions.items()
+            (kind, str(count), f"{without:.1f}", f"{with_cat:.1f}")
+            for kind, count, without, with_cat in record.mean_predictions()
         ]
         header = ("predicted SQNR, dB, mean", "inputs", "without CAT", "with CAT")
         lines += [markdown_table(header, rows), ""]

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from yaml import safe_load
 
 from cat_modifier.calibration.texts import load_texts, windows
+from cat_modifier.evaluate.files import write_entries
 from cat_modifier.evaluate.results import Measure, results_table
 
 DATA = ("--dataset", "chats.jsonl", "--samples", "6", "--length", "64")
@@ -68,6 +69,18 @@ def test_text_measures_are_those_of_the_definition(folder, checkpoint, command, 
     assert rows[0][3].strip().startswith(f"{perplexity['value']:.2f} +- ")
 
 
+def test_a_card_has_no_folders_of_the_machine(folder, checkpoint, command):
+    data = (*DATA, "--dataset", folder / "chats.jsonl")
+    command("evaluate", checkpoint, "--base", folder / "model", *data)
+    card = (checkpoint / "README.md").read_text()
+    assert "| perplexity, chats.jsonl " in card and "base: model; " in plain_text(card)
+    assert str(folder) not in plain_text(card)
+
+
+def plain_text(markdown: str) -> str:
+    return re.sub(r"\\(.)", r"\1", markdown)
+
+
 def test_a_model_is_as_good_as_itself(folder, command):
     table = command("evaluate", "model", "--base", "model", *DATA)
     assert re.search(r"perplexity.*100\.0%", table)
@@ -95,14 +108,31 @@ def test_a_task_of_lm_eval_is_measured_and_written(checkpoint, command, task, tm
     assert all(one["higher_is_better"] for one in found.values())
     assert "| words, acc " in table
 
-    (entry,) = parse_eval_result_entries(
-        safe_load((checkpoint / ".eval_results" / "words.yaml").read_text())
-    )
-    assert (entry.dataset_id, entry.task_id) == ("words", "words")
-    assert entry.value == found["words, acc"]["value"]
-    for part in ("words, acc", "--model hf", "cat-modifier ", "lm-eval "):
-        assert part in entry.notes
+    card = (checkpoint / "README.md").read_text()
+    for part in ("| words, acc ", "\\-\\-model hf", "cat\\-modifier ", "lm\\-eval "):
+        assert part in card
+    assert not (checkpoint / ".eval_results").exists()  # the Hub does not know this dataset
     assert "is the checkpoint that was saved" in command("verify", "checkpoint")
+
+
+def test_the_hub_gets_what_it_can_relate_to_a_dataset(tmp_path, monkeypatch):
+    """Of results as lm-eval returns them"""
+    from cat_modifier.evaluate.tasks import _collect  # needs lm-eval
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    paths = {"hub": "owner/data", "file": "json", "local": "folder", "script": "one.py"}
+    numbers = {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": "one"}
+    found = {
+        "results": {name: numbers for name in (*paths, "group")},
+        "configs": {name: {"dataset_path": path} for name, path in paths.items()},
+        "higher_is_better": {},
+    }
+    write_entries(tmp_path, _collect(found, None, list(found["results"])), "--model hf")
+    (file,) = (tmp_path / ".eval_results").iterdir()
+    (entry,) = parse_eval_result_entries(safe_load(file.read_text()))
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("owner/data", "hub", 0.5)
+    assert entry.notes == "hub, acc; --model hf"
 
 
 def test_the_base_of_a_task_that_it_cannot_do_is_no_recovery():

@@ -128,8 +128,10 @@ def test_a_model_that_does_not_run_is_an_error(folder):
     config = AutoConfig.from_pretrained(folder / "model")
     config.rope_parameters = {"rope_type": "default", "rope_theta": 1e4}
     config.num_key_value_heads = 3  # does not divide the heads
-    with pytest.raises(ValueError, match="A dry run of LlamaForCausalLM is not possible"):
+    message = r"dry run of LlamaForCausalLM is not possible: .*\(RuntimeError: .*must match.*\)"
+    with pytest.raises(ValueError, match=message) as caught:
         outline(config, cat_modifier.recipe("w4a4"))
+    assert isinstance(caught.value.__cause__, RuntimeError)
 
 
 def test_a_skeleton_takes_the_memory_of_its_largest_weights(tmp_path):
@@ -152,7 +154,8 @@ def test_a_skeleton_takes_the_memory_of_its_largest_weights(tmp_path):
 
 def test_a_run_ends_with_what_it_made_and_the_next_commands(folder, command, tmp_path):
     output = tmp_path / "made"
-    arguments = ("quantize", "model", "--recipe", "w4a4", "--output", output, *DATA)
+    data = (*DATA, "--dataset", folder / "chats.jsonl")
+    arguments = ("quantize", folder / "model", "--recipe", "w4a4", "--output", output, *data)
     text = command(*arguments)
     rows = re.findall(r"^\| (\S.*?) +\| +(\d+) \| +(\S+) \| +(\S+) \|$", text, re.MULTILINE)
     kinds = {kind: (count, float(before), float(after)) for kind, count, before, after in rows}
@@ -160,10 +163,14 @@ def test_a_run_ends_with_what_it_made_and_the_next_commands(folder, command, tmp
     assert all(count == "2" and before < after for count, before, after in kinds.values())
     size = (output / "model.safetensors").stat().st_size
     assert f"-> {size / 1e6:,.1f} MB" in text
-    assert f"cat-modifier evaluate {output} --base model" in text
+    assert f"cat-modifier evaluate {output} --base {folder / 'model'}" in text
     assert f"vllm serve {output}" in text
     assert "is the checkpoint that was saved" in command("verify", output)
     AutoModelForCausalLM.from_pretrained(output)
+    line = "cat-modifier quantize model --recipe w4a4 --output made --dataset chats.jsonl"
+    card = (output / "README.md").read_text()
+    assert f"```bash\n{line} --samples 8 --length 64\n```" in card
+    assert str(folder) not in card and str(tmp_path) not in card
 
     with pytest.raises(SystemExit) as end:
         command(*arguments)

@@ -94,7 +94,7 @@ def test_oneshot_writes_a_card_with_all_that_is_known(tmp_path, logs):
     assert "Calibrated on 192 tokens in 4 samples of `org/chats`." in creation
     written = yaml.safe_load(creation.partition("```yaml\n")[2].partition("```")[0])
     assert written == yaml.safe_load((tmp_path / "saved" / "recipe.yaml").read_text())
-    assert "llm-compressor 0." in creation
+    assert "llmcompressor 0." in creation
     measured = read_section(card.text, "measured").splitlines()
     (row,) = (line for line in measured if line.startswith("| `q_proj/k_proj/v_proj` |"))
     _, _, count, before, after, _ = (part.strip() for part in row.split("|"))

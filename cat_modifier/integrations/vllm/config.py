@@ -25,6 +25,7 @@ from cat_modifier.integrations.vllm.compat import (
     mend_prefix,
 )
 from cat_modifier.integrations.vllm.int8_linear import Int8LinearMethod, Integers
+from cat_modifier.integrations.vllm.kernels import FLOATS_NEED_A_GPU
 from cat_modifier.integrations.vllm.linear import TransformLinearMethod
 from cat_modifier.integrations.vllm.lora import check_experts, is_enabled
 from cat_modifier.integrations.vllm.moe import find_experts_method
@@ -206,10 +207,7 @@ class CATCompressedTensorsConfig(CompressedTensorsConfig):
         except ValueError as error:
             # vLLM gives no reason if it has no kernel at all for a platform
             if current_platform.is_cpu() and weight_quant.type == QuantizationType.FLOAT:
-                raise NotImplementedError(
-                    f"{layer_name}: vLLM has no kernel for these floats on a CPU. NVFP4 and "
-                    "MXFP4 need a GPU; for a CPU take integers, as the recipe w4a4"
-                ) from error
+                raise NotImplementedError(f"{layer_name}: {FLOATS_NEED_A_GPU}") from error
             raise
 
 

@@ -13,6 +13,7 @@ from cat_modifier.kernels import packed
 
 __all__ = [
     "CutlassInt8Kernel",
+    "FLOATS_NEED_A_GPU",
     "Int8Kernel",
     "OneDNNInt8Kernel",
     "PackedInt4Kernel",
@@ -20,6 +21,10 @@ __all__ = [
     "choose_kernel",
 ]
 
+FLOATS_NEED_A_GPU = (
+    "vLLM has no kernel for these floats on a CPU. NVFP4 and MXFP4 need a GPU; for a CPU take "
+    "integers, as the recipe w4a4"
+)
 
 _PRODUCTS = "256"
 """Products that oneDNN keeps compiled. It compiles one for each number of tokens and shape of
@@ -200,7 +205,7 @@ class UnpackingInt4Kernel(Int8Kernel):
         tokens = x.shape[0]
         if x.is_cuda:
             x = torch.nn.functional.pad(x, (0, 0, 0, self._PADDING))
-        product = torch._int_mm(x, weight.t())[:tokens]
+        product = torch._int_mm(x, weight.t()).narrow(0, 0, tokens)
         if zero_point is not None:
             product = product - zero_point * layer.azp_adj
         out = product * scale * layer.weight_scale.t()

@@ -7,6 +7,7 @@ The transform happens inside the experts: the router and shared experts read the
 """
 
 import torch
+from compressed_tensors.quantization import QuantizationType
 from torch import Tensor
 from torch.nn import Module, Parameter
 
@@ -26,7 +27,11 @@ from cat_modifier.integrations.vllm.compat import (
 )
 from cat_modifier.integrations.vllm.expert_inputs import ExpertInputs
 from cat_modifier.integrations.vllm.int8_linear import Integers, keeps_packed
-from cat_modifier.integrations.vllm.kernels import Int8Kernel, choose_kernel
+from cat_modifier.integrations.vllm.kernels import (
+    FLOATS_NEED_A_GPU,
+    Int8Kernel,
+    choose_kernel,
+)
 from cat_modifier.integrations.vllm.registry import TransformedInput, TransformRegistry
 from cat_modifier.integrations.vllm.unloaded import check_loaded, fill_unloaded
 from cat_modifier.integrations.vllm.whole import whole_experts
@@ -53,7 +58,7 @@ def find_experts_method(
     :param prefix: name of the layer
     :return: None for experts without transforms that vLLM's own methods serve
     :raises NotImplementedError: if the experts have transforms, but cannot be served with
-        them, or if they have biases
+        them, if they have biases, or if they are 4-bit floats on a CPU
     """
     if layer.moe_config.has_bias:
         # gpt-oss, whose loader would pass over the tensors of single experts
@@ -67,6 +72,7 @@ def find_experts_method(
     if integers is not None and current_platform.is_cpu():
         return Int8ExpertsMethod(integers, registry, layer, prefix)
     if not registry.has_below(prefix):
+        _check_floats(config, layer, prefix)
         return None
     if integers is not None:
         raise NotImplementedError(
@@ -101,6 +107,18 @@ def _find_integers(
                 )
             )
     return found.pop() if len(found) == 1 else None
+
+
+def _check_floats(config: CompressedTensorsConfig, layer: RoutedExperts, prefix: str):
+    """
+    :raises NotImplementedError: if vLLM would take a kernel of GPUs on a CPU
+    """
+    name = f"{prefix}.0.{layer.ckpt_down_proj_name}"
+    weights = (config.get_scheme_dict(layer, name) or {}).get("weights")
+    if not current_platform.is_cpu() or weights is None:
+        return
+    if weights.type == QuantizationType.FLOAT and weights.num_bits == 4:
+        raise NotImplementedError(f"{prefix}: {FLOATS_NEED_A_GPU}")
 
 
 def _projections(layer: RoutedExperts) -> dict[str, str]:

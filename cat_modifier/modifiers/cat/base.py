@@ -35,7 +35,7 @@ from cat_modifier.functional.layout import (
 )
 from cat_modifier.functional.sqnr import to_db
 from cat_modifier.functional.tensor_parallel import largest_tensor_parallel_size
-from cat_modifier.hub.run_record import RunRecord, dataset_ids
+from cat_modifier.hub.run_record import RunRecord, command_of, dataset_ids
 from cat_modifier.integrations.transformers.saving import (
     check_complete,
     mark_complete,
@@ -388,6 +388,7 @@ class CATModifier(Modifier):
             dtype=str(state.model.dtype).removeprefix("torch."),
             samples=len(sampler) if isinstance(sampler, Sized) else None,
             datasets=dataset_ids(getattr(data, "dataset", None)),
+            command=command_of(state.model),
         )
 
     def _find_value_projections(self, state: State) -> dict[str, ValueProjection]:

@@ -96,6 +96,17 @@ TINY_CASES = {
         {},
     ),
     "qwen3-mixed": ({"family": "qwen3"}, MIXED, {}),
+    # compressed-tensors decompresses 4-bit floats to bfloat16, whatever the model
+    "llama-nvfp4": (
+        {"family": "llama-biases", "dtype": torch.bfloat16},
+        {"scheme": "NVFP4", "ignore": ["lm_head"]},
+        {"transform_block_size": 32, "rotation": "block-hadamard"},
+    ),
+    "qwen3-mxfp4": (
+        {"family": "qwen3", "dtype": torch.bfloat16},
+        {"scheme": "MXFP4", "ignore": ["lm_head"]},
+        {"transform_block_size": 32, "rotation": "block-hadamard"},
+    ),
     # vLLM's kernel for CPUs takes bfloat16 alone
     "llama-w4a16": ({"dtype": torch.bfloat16}, int_scheme(4, None), {}),
     "glm4-w4a4": ({"family": "glm4"}, W4A4, {}),

@@ -212,6 +212,13 @@ def test_overrides_take_what_vllm_hands_them(sources, ours):
     assert checked >= 3
 
 
+def test_vllm_asks_layers_whether_they_take_quantized_inputs(sources):
+    """By a name that nothing else of this package would notice the end of"""
+    fusion = "vllm.model_executor.layers.fusion.quant_activation"
+    _, node = sources.find(fusion, "get_input_quant_key")
+    assert "requires_unquantized_input" in ast.unparse(node)
+
+
 def test_only_two_modules_import_vllm():
     found = {
         str(file.relative_to(PACKAGE))

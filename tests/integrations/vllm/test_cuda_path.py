@@ -16,6 +16,7 @@ from test_weights import HIDDEN, KINDS, X, load, make_loaded, make_model, proces
 from test_weights import one_rank as one_rank
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from cat_modifier.integrations.vllm.compat import current_platform
@@ -136,14 +137,26 @@ def test_layers_compute_what_they_do_on_a_cpu(
     assert (found - expected).norm() / expected.norm() < 0.02
 
 
-# without weights that stay packed: torch._int_mm asks a device that is there
-@pytest.mark.parametrize("is_quantized", [True, False])
-def test_all_that_a_layer_does_with_a_token_stays_on_its_gpu(hopper, is_quantized):
-    model = make_model(False, is_quantized, dtype=torch.bfloat16)
+class IntMmOfAGpu(TorchDispatchMode):
+    """Checks operands as PyTorch does on a GPU, and not for fake tensors"""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._int_mm.default:
+            x, weight = args
+            assert x.device.type == weight.device.type == "cuda"
+            assert x.shape[0] > 16 and x.shape[1] % 8 == weight.shape[1] % 8 == 0
+        return func(*args, **(kwargs or {}))
+
+
+@KINDS
+def test_all_that_a_layer_does_with_a_token_stays_on_its_gpu(
+    hopper, keeps_packed, is_quantized
+):
+    model = make_model(keeps_packed, is_quantized, dtype=torch.bfloat16)
     load(model, 0)
     process(model)
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    with FakeTensorMode():
+    with FakeTensorMode(), IntMmOfAGpu():
         fakes = tree_map_only(
             Tensor,
             lambda one: torch.empty_strided(

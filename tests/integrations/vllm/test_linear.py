@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs, preset_name_to_scheme
+from tiny_models import int_scheme
 
 from cat_modifier.checkpoint.digest import tensor_digest
 from cat_modifier.checkpoint.schema import CATInput, CATScheme, CATTransformConfig
@@ -294,6 +295,42 @@ def test_experts_of_16_bits_are_refused_but_not_what_stands_beside_them():
         make_config(["a.mlp.experts.0.up_proj"]).get_quant_method(experts, "a.mlp.experts")
     registry = make_registry(["a.mlp.shared_expert.up_proj"])
     assert not registry.has_below("a.mlp.experts")
+
+
+def make_experts_config(scheme: dict, *inputs: list[str]) -> CATCompressedTensorsConfig:
+    config = CATCompressedTensorsConfig.from_config(
+        {"config_groups": {"group_0": scheme}, "format": scheme["format"], "ignore": []}
+    )
+    config.registry = make_registry(*inputs)
+    return config
+
+
+FLOATS = {
+    name: preset_name_to_scheme(name, ["Linear"]).model_dump(mode="json")
+    | {"format": f"{name.lower()}-pack-quantized"}
+    for name in ("NVFP4", "MXFP4")
+}
+
+
+@pytest.mark.parametrize("is_cpu", [True, False])
+@pytest.mark.parametrize("name", FLOATS)
+def test_experts_of_4_bit_floats_are_refused(monkeypatch, name, is_cpu):
+    monkeypatch.setattr(current_platform, "is_cpu", lambda: is_cpu)
+    experts = "a.mlp.experts"
+    config = make_experts_config(FLOATS[name], [f"{experts}.0.up_proj"])
+    with pytest.raises(NotImplementedError, match="transforms are served with integers"):
+        config.get_quant_method(make_experts(False), experts)
+    if is_cpu:  # without transforms as well
+        with pytest.raises(NotImplementedError, match="experts: .* floats on a CPU"):
+            make_experts_config(FLOATS[name]).get_quant_method(make_experts(False), experts)
+
+
+def test_experts_of_integers_are_refused_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
+    scheme = int_scheme(4, 4)["config_groups"]["group_0"]
+    config = make_experts_config(scheme, ["a.mlp.experts.0.up_proj"])
+    with pytest.raises(NotImplementedError, match="served on CPUs, not on this .*`ignore`"):
+        config.get_quant_method(make_experts(False), "a.mlp.experts")
 
 
 @pytest.mark.parametrize("input_bits", [4, 8])
