@@ -24,7 +24,7 @@ from cat_modifier.functional.transform import FusedTransform, StoredTransform, c
 __all__ = ["TRANSFORMS", "WHOLE", "AnalysisStatistics", "AnalyzedInput"]
 
 WHOLE = "cat-full"  # needs all of Sx, not only its diagonal blocks
-_PRECISION = torch.bfloat16  # of stored transforms, CATModifier's default
+_PRECISION, _ALTERNATIVE = torch.int8, torch.bfloat16  # CATModifier's default, `auto`
 
 
 class AnalysisStatistics(InputStatistics):
@@ -115,8 +115,8 @@ def _cat(
         stored = torch.empty(
             in_features // size, size, size, dtype=_PRECISION, device=sx.device
         )
-        transform = compute_transform(sx, sw, layout, rotation, strength, DAMPENING, stored)
-        return transform.invert()
+        options = (layout, rotation, strength, DAMPENING, stored)
+        return compute_transform(sx, sw, *options, alternative=_ALTERNATIVE).invert()
 
     return compute
 
@@ -126,7 +126,7 @@ def _smooth_scaling(data: AnalyzedInput) -> FusedTransform:
     weights = torch.stack([w.abs().amax(0) for w in data.weights.values()]).amax(0).double()
     scales = smoothing_scales(data.maxima.to(weights), weights)
     layout = choose_layout(data.shared.first, data.shared.in_features, 1, 1, Rotation.NONE)
-    return StoredTransform((1 / scales)[:, None, None].to(_PRECISION), layout).invert()
+    return StoredTransform((1 / scales)[:, None, None].to(_ALTERNATIVE), layout).invert()
 
 
 def _of_modifier(

@@ -17,6 +17,7 @@ from cat_modifier.analysis.schemes import Scheme
 from cat_modifier.calibration.shared_inputs import SharedInput
 from cat_modifier.functional import sqnr
 from cat_modifier.functional.alignment import matrix_power, transformed_energy
+from cat_modifier.functional.stored import dequantize_blocks
 
 __all__ = ["measure_input"]
 
@@ -89,7 +90,7 @@ def measure_input(
     for transform in transforms:
         fused = TRANSFORMS[transform].compute(data)
         sx = data.sx(fused.layout.block_size)
-        input_energy = transformed_energy(fused.blocks, sx)
+        input_energy = transformed_energy(dequantize_blocks(fused.blocks, sx.dtype), sx)
         tokens = fused.transform_tokens(x)
         token_channels = token_weights.float() @ tokens.square() / token_weights.sum().float()
         for name, original in weights.items():

@@ -14,14 +14,14 @@ __all__ = ["STEP", "dequantize_blocks", "fits_int8", "store_blocks"]
 
 STEP = 2**-10
 """
-T of an entry of 1 in int8. A power of two: 16-bit floats hold T exactly. It leaves tokens about
-as large as they are: rows of a block of 64 channels have norms of 1 at most
+T of an entry of 1 in int8. A power of two: 16-bit floats hold T exactly. Tokens become at most
+about as large as they are: rows of a block of 64 channels have norms of 1 at most
 """
 
-_LARGEST_ERROR = 0.1
+_LARGEST_NOISE = 0.01
 """
-Largest error of a column of T, relative to its norm. Alignment has its maximum at T: it loses
-about the square of this, 0.04 dB
+Largest energy that rounding of T may add to a transformed token, relative to the token's. The
+alignment of T is a maximum, so that the loss is about as much, 0.04 dB
 """
 
 
@@ -52,13 +52,16 @@ def dequantize_blocks(stored: Tensor, dtype: torch.dtype) -> Tensor:
 
 def fits_int8(blocks: Tensor) -> bool:
     """
-    Tell whether int8 holds each column of T well: not where channels of the input differ much
-    in size.
+    Tell whether int8 holds each block of T well: not where channels of the input, or directions
+    among them, differ much in size.
+
+    With the error E of rounding, a token z = T x becomes z + E T^-1 z.
 
     :param blocks: T, shape (d/k, k, k), float64, finite
     """
     stored = torch.empty_like(blocks, dtype=torch.int8)
     store_blocks(blocks, stored)
-    scaled = blocks * (127 / blocks.abs().amax())
-    error = (stored - scaled).norm(dim=1) / scaled.norm(dim=1)
-    return bool((error <= _LARGEST_ERROR).all())  # not for NaN
+    error = stored.to(blocks.dtype) / 127 * blocks.abs().amax() - blocks
+    noise = error @ torch.linalg.inv_ex(blocks)[0]
+    mean_energy = noise.square().sum((1, 2)) / blocks.shape[-1]
+    return bool((mean_energy <= _LARGEST_NOISE).all())  # not for NaN

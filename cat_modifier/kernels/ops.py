@@ -153,7 +153,7 @@ def warm_up(x: Tensor, num_bits: int, symmetric: bool, transform: OnlineTransfor
         quantizer = transform.quantize
         kind += (transform.interleave, transform.dtype, transform.clip_ratio is None)
         for matrix in (transform.weight, transform.hadamard):
-            kind += (None if matrix is None else matrix.shape,)
+            kind += (None if matrix is None else (matrix.shape, matrix.dtype),)
     if kind in _warm:
         return
     _warm.add(kind)

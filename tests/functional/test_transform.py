@@ -229,12 +229,16 @@ def test_int8_holds_blocks_up_to_their_scale(scale):
     assert torch.allclose(invert_blocks(stored) @ found, torch.eye(32, dtype=torch.float64))
 
 
-def test_int8_does_not_fit_blocks_with_small_columns():
+def test_int8_fits_blocks_whose_tokens_it_hardly_changes():
     blocks = torch.randn(2, 16, 16, dtype=torch.float64, generator=torch.manual_seed(0))
-    assert fits_int8(blocks)
-    assert not fits_int8(blocks.index_fill(2, torch.tensor([3]), 0.0))
-    blocks[1, :, 3] *= 0.01
-    assert not fits_int8(blocks)
+    orthogonal = torch.linalg.qr(blocks)[0]
+    assert fits_int8(orthogonal)
+    scales = torch.ones(16, dtype=torch.float64)
+    scales[3] = 0.01
+    assert not fits_int8(orthogonal * scales)  # of channels
+    assert not fits_int8((orthogonal * scales) @ orthogonal.mT)  # of directions among them
+    assert not fits_int8(orthogonal * torch.tensor([1.0, 0.01])[:, None, None])  # of blocks
+    assert not fits_int8(torch.zeros_like(blocks))
 
 
 @pytest.mark.parametrize("alternative", [torch.bfloat16, None])

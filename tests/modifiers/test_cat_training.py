@@ -136,9 +136,9 @@ def test_checkpoint_loads(tmp_path, family):
 def test_sixteen_bits_are_trained(tmp_path, dtype, monkeypatch):
     trainings = spy_on_fit(monkeypatch)
     model = make_model(tmp_path, dtype=dtype)
-    compress(model, CATModifier(transform_block_size=32), CATTrainingModifier(**FAST))
-    before, after = (sum(getattr(x, y) for x in trainings) for y in ("before", "after"))
-    assert after < 0.98 * before
+    cat = CATModifier(transform_block_size=32, precision="bfloat16")
+    compress(model, cat, CATTrainingModifier(**FAST))
+    assert trainings[0].after < 0.95 * trainings[0].before
 
 
 @pytest.mark.parametrize("scheme", ["NVFP4", "MXFP4", "NVFP4A16"])
@@ -149,7 +149,6 @@ def test_floats_are_trained(tmp_path, scheme, monkeypatch):
     for name, training in (("closed", []), ("trained", [slow])):
         models[name] = compress(
             make_model(tmp_path),
-            # rounding of T moves the errors by more than few steps do
             CATModifier(
                 transform_block_size=32, rotation="block-hadamard", precision="bfloat16"
             ),

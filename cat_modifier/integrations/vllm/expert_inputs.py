@@ -9,7 +9,7 @@ from torch.nn import Module, Parameter
 
 from cat_modifier.checkpoint.schema import TRANSFORM_NAME
 from cat_modifier.checkpoint.transform_module import absent
-from cat_modifier.integrations.vllm.input_transform import InputTransform
+from cat_modifier.integrations.vllm.input_transform import InputTransform, add_loader
 from cat_modifier.integrations.vllm.registry import TransformedInput
 from cat_modifier.kernels.ops import quantize, warm_up
 
@@ -90,7 +90,7 @@ class ExpertInputs(Module):
             dtype=dtype,
         )
         self.weight = Parameter(rows, requires_grad=False)
-        self.weight.weight_loader = self.load  # type: ignore[attr-defined]
+        add_loader(self.weight, self.load)
         for row, transform in zip(rows, self._transforms, strict=True):
             if transform.weight is not None:
                 transform.weight.data = _blocks_in(row, transform)

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The transform of a layer's input: loading it, and the part that this rank applies."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from cat_modifier.checkpoint.schema import CATScheme
 from cat_modifier.checkpoint.transform_module import (
@@ -14,7 +17,14 @@ from cat_modifier.checkpoint.transform_module import (
 from cat_modifier.functional.stored import dequantize_blocks
 from cat_modifier.kernels.ops import OnlineTransform
 
-__all__ = ["InputTransform"]
+__all__ = ["InputTransform", "add_loader"]
+
+
+def add_loader(weight: Parameter, load: Callable):
+    """Let vLLM load a parameter, or fill it if it makes weights up: it skips integers"""
+    weight.weight_loader = load  # type: ignore[attr-defined]
+    if weight.dtype == torch.int8:
+        weight.dummy_weight_value = 1  # type: ignore[attr-defined]
 
 
 class InputTransform(OnlineTransform):
@@ -32,6 +42,8 @@ class InputTransform(OnlineTransform):
     :param shard_rank: index of this rank
     :param dtype: dtype of the input
     :param sha256: digest of the tensor; None to skip the check
+    :param keeps_int8: whether blocks in int8 stay so, which the kernels read that quantize.
+        Others would convert them in each call
     :raises ValueError: if a block, or the Hadamard matrix, does not fit the input, or a rank
     """
 
@@ -44,6 +56,7 @@ class InputTransform(OnlineTransform):
         shard_rank: int,
         dtype: torch.dtype,
         sha256: str | None = None,
+        keeps_int8: bool = True,
     ):
         size = scheme.block_size or 1
         if input_size % size or input_size % scheme.hadamard_size:
@@ -61,9 +74,10 @@ class InputTransform(OnlineTransform):
             )
         blocks, count = None, shard_size // size
         if scheme.block_size is not None:
+            is_int8 = scheme.precision == torch.int8
+            held = dtype if is_int8 and not keeps_int8 else scheme.precision
             # a tensor that the checkpoint lacks does not go unnoticed
-            blocks = torch.empty((count, size, size), dtype=scheme.precision)
-            blocks.fill_(absent(blocks.dtype))
+            blocks = torch.empty((count, size, size), dtype=held).fill_(absent(held))
         hadamard = online_hadamard(scheme, torch.get_default_device())
         super().__init__(blocks, hadamard, scheme.interleave, dtype, scheme.clip_ratio)
         self.name, self._precision, self._sha256 = name, scheme.precision, sha256
@@ -71,7 +85,7 @@ class InputTransform(OnlineTransform):
         self.first_block = shard_rank * count
         self._shard_id: int | str | None = None
         if self.weight is not None:
-            self.weight.weight_loader = self.load  # type: ignore[attr-defined]
+            add_loader(self.weight, self.load)
 
     def load(self, param: Tensor, loaded: Tensor, shard_id: int | str | None = None):
         """

@@ -65,7 +65,8 @@ class TransformLinearMethod(LinearMethodBase):
         # vLLM may quantize an input before the layer sees it, which would be too early
         layer.requires_unquantized_input = True
         if self.is_first:
-            self.source.add_to(layer, input_size, input_size_per_partition, params_dtype)
+            sizes = (input_size, input_size_per_partition)
+            self.source.add_to(layer, *sizes, params_dtype, keeps_int8=False)
 
     def process_weights_after_loading(self, layer: Module):
         self.registry.check_claimed()

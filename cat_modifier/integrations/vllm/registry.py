@@ -66,6 +66,7 @@ class TransformedInput:
         input_size: int,
         shard_size: int,
         dtype: torch.dtype,
+        keeps_int8: bool = True,
     ):
         """
         Make the module and add it to the layer that loads its tensor.
@@ -73,14 +74,21 @@ class TransformedInput:
         :param input_size: d, size of the whole input
         :param shard_size: size of the input on this rank
         :param dtype: dtype of the input
+        :param keeps_int8: see :class:`InputTransform`
         """
         rank = layer.tp_rank if shard_size != input_size else 0
         layer.register_module(
-            TRANSFORM_NAME, self.make_module(input_size, shard_size, rank, dtype)
+            TRANSFORM_NAME,
+            self.make_module(input_size, shard_size, rank, dtype, keeps_int8),
         )
 
     def make_module(
-        self, input_size: int, shard_size: int, shard_rank: int, dtype: torch.dtype
+        self,
+        input_size: int,
+        shard_size: int,
+        shard_rank: int,
+        dtype: torch.dtype,
+        keeps_int8: bool = True,
     ) -> InputTransform:
         """
         Make the module. All layers that read the input use it from then on.
@@ -95,6 +103,7 @@ class TransformedInput:
             shard_rank,
             dtype,
             self._sha256,
+            keeps_int8,
         )
         return self._module
 

@@ -160,8 +160,8 @@ class CATModifier(Modifier):
     :param clip_activations: clip each token's range to a ratio in [0.6, 1], searched per
         input. Asymmetric per-token integer activations only
     :param precision: dtype of the stored T: int8, bfloat16, float16 or float32. The inverse is
-        taken of T as stored. `"auto"`: int8 where it holds each column of T to an error of a
-        tenth, else bfloat16
+        taken of T as stored. `"auto"`: int8, or bfloat16 where rounding to int8 would change
+        tokens by more than a hundredth of their energy
     :param max_overhead: limit for the multiply-adds that the transforms of a decoding layer
         add online, relative to those of its Linears, for the tokens of the calibration (with
         experts, pass `moe_calibrate_all_experts=False` to oneshot). Blocks then have several

@@ -160,6 +160,11 @@ class CATTrainingModifier(Modifier):
                 include={"steps", "batch_size", "learning_rate", "patience"}
             )
             self._store = CorrectionStore(self.checkpoint_dir, settings)
+        if any(scheme.precision == torch.int8 for scheme in config.config_groups.values()):
+            logger.warning(
+                "Transforms are stored as int8, which rounds away a part of what is trained: "
+                "set `precision: bfloat16` of CATModifier"
+            )
         inputs = _find_inputs(state.model, config)
         layers = find_decoding_layers(state.model)
         self._inputs = {

@@ -7,6 +7,7 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs, preset_name_to_scheme
 from tiny_models import int_scheme
+from vllm.model_executor.model_loader.weight_utils import initialize_single_dummy_weight
 
 from cat_modifier.checkpoint.digest import tensor_digest
 from cat_modifier.checkpoint.schema import CATInput, CATScheme, CATTransformConfig
@@ -114,6 +115,28 @@ def test_a_tensor_that_is_not_finite_is_named():
     blocks[5, 1, 2] = torch.inf
     with pytest.raises(ValueError, match=f"{NAME} .*not finite"):
         make(loaded=blocks)
+
+
+def test_layers_that_do_not_quantize_hold_int8_as_floats():
+    blocks, x = torch.randint(-127, 128, (6, 16, 16)).to(torch.int8), torch.randn(5, 96)
+    scheme = make_scheme(precision=torch.int8)
+    arguments = (NAME, scheme, 96, 96, 0, torch.float32, None)
+    found = []
+    for keeps_int8, dtype in ((True, torch.int8), (False, torch.float32)):
+        transform = InputTransform(*arguments, keeps_int8)
+        with pytest.raises(ValueError, match="is missing"):
+            transform.check_loaded()
+        transform.load(transform.weight, blocks)
+        transform.check_loaded()
+        assert transform.weight.dtype == dtype
+        found.append(transform(x))
+    assert torch.allclose(*found, rtol=1e-6)
+
+
+def test_weights_that_vllm_makes_up_are_no_missing_ones():
+    transform = make(precision=torch.int8)
+    initialize_single_dummy_weight(transform.weight)
+    transform.check_loaded()
 
 
 def test_an_integer_that_int8_transforms_do_not_have_is_named():
