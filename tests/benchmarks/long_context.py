@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 from pathlib import Path
+from statistics import fmean
 
 import compressed_tensors
 import torch
@@ -73,27 +74,23 @@ def by_position(values: list[float], length: int) -> list[float]:
     return [sum(group) / len(group) for group in groups]
 
 
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    found = torch.tensor(values, dtype=torch.float64)
-    return found.mean().item(), found.std().item() / math.sqrt(len(found))
-
-
 def show(result: dict):
-    length = result["tokens of a window"]
-    starts = [0, *ends(length)]
-    table = Table(
-        "model", "", *(f"{a}-{b}" for a, b in zip(starts[:-1], starts[1:], strict=True))
-    )
-    for name, rows in result["models"].items():
-        for what in ("loss", "KL divergence"):
-            cells = []
-            for group in zip(*(row[what] for row in rows), strict=True):
-                mean, error = mean_and_error(group)
-                is_loss = what == "loss"
-                cells.append(
-                    f"{math.exp(mean):.2f}" if is_loss else f"{mean:.3f} +- {error:.3f}"
-                )
-            table.add_row(name, "perplexity" if what == "loss" else what, *cells)
+    starts = [0, *ends(result["tokens of a window"])]
+    positions = (f"{a}-{b - 1}" for a, b in zip(starts[:-1], starts[1:], strict=True))
+    table = Table("model", "text", "", *positions)
+    for name, windows_of in result["models"].items():
+        for text in dict.fromkeys(result["texts"]):
+            own = [
+                one for one, of in zip(windows_of, result["texts"], strict=True) if of == text
+            ]
+            means = {
+                what: [fmean(x) for x in zip(*(o[what] for o in own), strict=True)]
+                for what in own[0]
+            }
+            table.add_row(
+                name, text, "perplexity", *(f"{math.exp(x):.2f}" for x in means["loss"])
+            )
+            table.add_row("", "", "KL", *(f"{x:.3f}" for x in means["KL divergence"]))
     Console(width=160).print(table)
 
 
@@ -108,7 +105,7 @@ def main():
 
     tokenizer = AutoTokenizer.from_pretrained(args.original)
     texts = read_held_out_texts()
-    models = {path.name: load(path) for path in (args.original, *args.quantized)}
+    models = {str(path): load(path) for path in (args.original, *args.quantized)}
     packages = (torch, transformers, compressed_tensors, cat_modifier)
     result = {
         "tokens of a window": args.length,
