@@ -316,11 +316,15 @@ def replace_tensors(path: Path, tensors: dict[str, torch.Tensor]):
     take it for a whole checkpoint of other transforms.
     """
     config = path.parent / "config.json"
-    text = config.read_text()
+    content = json.loads(config.read_text())
+    schemes = content["quantization_config"]["transform_config"]["config_groups"].values()
+    entries = [entry for scheme in schemes for entry in scheme["apply"]]
     for name, before in load_file(path).items():
-        if name.endswith(TENSOR_SUFFIX) and name in tensors:
-            text = text.replace(tensor_digest(before), tensor_digest(tensors[name]))
-    content = json.loads(text)
+        if name.endswith(TENSOR_SUFFIX) and not torch.equal(before, tensors.get(name, before)):
+            # rotations alone are the same tensor; files may have older names
+            same = [one for one in entries if one.get("sha256") == tensor_digest(before)]
+            named = [one for one in same if one["targets"][0] + TENSOR_SUFFIX == name]
+            (named or same)[0]["sha256"] = tensor_digest(tensors[name])
     content["quantization_config"] = mark_quantization_config(content["quantization_config"])
     config.write_text(json.dumps(content))
     save_file(tensors, path, metadata={"format": "pt"})

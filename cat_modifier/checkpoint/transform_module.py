@@ -93,7 +93,7 @@ def validate_stored_transform(
     if blocks.dtype != precision:
         raise ValueError(
             f"Transform tensor {name} is stored as {blocks.dtype}, not {precision}: the "
-            "checkpoint is damaged"
+            "checkpoint is damaged, or not the one whose config.json was read"
         )
     validate_transform(name, blocks, shape)
     if sha256 is not None and tensor_digest(blocks) != sha256:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sizes of the blocks and of the Hadamard product that fit an input."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
@@ -140,7 +141,12 @@ def choose_layout(
 
 
 def cheaper_layouts(
-    name: str, in_features: int, shards: int, largest: TransformLayout, rotation: Rotation
+    name: str,
+    in_features: int,
+    shards: int,
+    largest: TransformLayout,
+    rotation: Rotation,
+    cost: Callable[[TransformLayout], float],
 ) -> list[TransformLayout]:
     """
     List layouts with smaller blocks. A limit of cost chooses among them.
@@ -153,6 +159,7 @@ def cheaper_layouts(
     :param in_features: d, size of the input
     :param shards: tensor parallel shards of the input
     :param largest: result of :func:`choose_layout`
+    :param cost: what a layout costs at run time, in any unit
     :return: `largest` first, by falling cost
     """
     found = [largest]
@@ -160,7 +167,7 @@ def cheaper_layouts(
         if largest.block_size % size or (rotation.is_fused and not is_hadamard_order(size)):
             continue
         layout = choose_layout(name, in_features, shards, size, rotation)
-        if layout.multiply_adds(in_features) < found[-1].multiply_adds(in_features):
+        if cost(layout) < cost(found[-1]):
             found.append(layout)
     return found
 

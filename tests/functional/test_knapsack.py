@@ -42,6 +42,10 @@ def test_what_cannot_be_paid():
     assert spend(options, 3) == [0, 0]
 
 
+def cost_of(features: int):
+    return lambda layout: layout.multiply_adds(features)
+
+
 WIDTHS = [(576, 128), (1536, 512), (4096, 256), (14336, 128)]
 
 
@@ -49,7 +53,7 @@ WIDTHS = [(576, 128), (1536, 512), (4096, 256), (14336, 128)]
 @pytest.mark.parametrize("rotation", list(Rotation))
 def test_cheaper_layouts(features, bound, rotation):
     largest = choose_layout("x", features, 1, bound, rotation)
-    found = cheaper_layouts("x", features, 1, largest, rotation)
+    found = cheaper_layouts("x", features, 1, largest, rotation, cost_of(features))
     assert found[0] == largest
     # online Hadamard sizes: 112 after blocks of 128, 224 after blocks of 64
     assert len(found) > 1 or (features == 14336 and rotation is Rotation.HADAMARD)
@@ -70,7 +74,8 @@ def test_cheaper_transforms_are_exact(features):
     generator = torch.Generator().manual_seed(0)
     largest = choose_layout("x", features, 1, 64, Rotation.HADAMARD)
     weight, x = torch.randn(2, 8, features, dtype=torch.float64, generator=generator)
-    for layout in cheaper_layouts("x", features, 1, largest, Rotation.HADAMARD):
+    cost = cost_of(features)
+    for layout in cheaper_layouts("x", features, 1, largest, Rotation.HADAMARD, cost):
         sx, sw = (diagonal_blocks(one, layout.block_size) for one in (x, weight))
         size = layout.stored_size
         stored = torch.empty(features // size, size, size, dtype=torch.bfloat16)

@@ -123,9 +123,10 @@ def test_what_is_trained_is_what_is_quantized(tmp_path, scheme, monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_checkpoint_loads(tmp_path, family):
+def test_checkpoint_loads(tmp_path, family, logs):
     model = make_model(tmp_path, family, dtype=torch.bfloat16)
     compress(model, CATModifier(transform_block_size=32), CATTrainingModifier(**FAST))
+    assert any("set `precision: bfloat16`" in message for message in logs)
     expected = logits_of(model)
     model.save_pretrained(tmp_path / "quantized", save_compressed=True)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized", dtype="auto").eval()

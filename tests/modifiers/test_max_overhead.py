@@ -70,6 +70,23 @@ def test_the_budget_is_kept(tmp_path, family, rotation):
     assert all(0.08 < added(model, f"model.layers.{i}") <= 0.12 for i in (0, 1))
 
 
+def test_bytes_are_limited_as_they_are_stored(tmp_path):
+    model = make_model(tmp_path, **WIDE)
+    modifier = CATModifier(
+        transform_block_size=96,
+        precision="int8",
+        rotation="block-hadamard",
+        max_overhead=0.15,
+        overhead_unit="bytes",
+    )
+    recipe = [modifier, QuantizationModifier(**int_scheme(4, 4))]
+    oneshot(model=model, recipe=recipe, dataset=make_loader(make_tokens()))
+    for name in ("model.layers.0", "model.layers.1"):
+        # a weight of 4 bits is half a byte, a number of T a whole one
+        spent = 2 * added(model, name)
+        assert 0.1 < spent <= 0.15
+
+
 def test_experts_count_with_their_tokens(tmp_path):
     experts = {"num_experts": 8, "num_experts_per_tok": 1, "moe_intermediate_size": 96}
     model = make_model(tmp_path, "qwen3-moe", **WIDE, **experts)

@@ -107,7 +107,7 @@ def make_choice(name: str, noise: float, count: int) -> plan._Choice:
 def test_an_input_of_few_tokens_is_no_cheap_gain():
     """Noise and cost of an input are both weighted by its tokens"""
     rare, common = make_choice("a", 0.1, count=10), make_choice("b", 0.11, count=990)
-    chosen, overhead = plan._choose([rare, common], 0.4985, "a layer")
+    chosen, overhead = plan._choose([rare, common], 0.4985, "multiply-adds", "a layer")
     assert chosen == [2, 1] and overhead.planned <= 0.4985 < overhead.largest
 
 

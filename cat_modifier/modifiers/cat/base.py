@@ -55,7 +55,12 @@ from cat_modifier.modifiers.cat.log import (
 )
 from cat_modifier.modifiers.cat.matching import match_linears, match_mappings
 from cat_modifier.modifiers.cat.pipeline import is_resident, run_batch
-from cat_modifier.modifiers.cat.plan import InputToPlan, PlanOptions, plan_transforms
+from cat_modifier.modifiers.cat.plan import (
+    InputToPlan,
+    OverheadUnit,
+    PlanOptions,
+    plan_transforms,
+)
 from cat_modifier.modifiers.cat.sharding import (
     count_heads,
     inputs_to_shard,
@@ -162,11 +167,13 @@ class CATModifier(Modifier):
     :param precision: dtype of the stored T: int8, bfloat16, float16 or float32. The inverse is
         taken of T as stored. `"auto"`: int8, or bfloat16 where rounding to int8 would change
         tokens by more than a hundredth of their energy
-    :param max_overhead: limit for the multiply-adds that the transforms of a decoding layer
-        add online, relative to those of its Linears, for the tokens of the calibration (with
-        experts, pass `moe_calibrate_all_experts=False` to oneshot). Blocks then have several
-        sizes up to `transform_block_size`: larger where predicted noise falls most for the
-        cost. Default: no limit
+    :param max_overhead: limit for what the transforms of a decoding layer cost online,
+        relative to its Linears, for the tokens of the calibration (with experts, pass
+        `moe_calibrate_all_experts=False` to oneshot). Blocks then have several sizes up to
+        `transform_block_size`: larger where predicted noise falls most for the cost. Default:
+        no limit
+    :param overhead_unit: what `max_overhead` limits. `"multiply-adds"`: the time of long
+        prompts. `"bytes"`: that of generated tokens, for which T and the weights are read
     :param tensor_parallel_size: largest tensor parallel size at which the checkpoint can be
         served. Blocks and Hadamard products of inputs that may be sharded (o_proj,
         down_proj, and all that the model's `tp_plan` does not call `colwise`) then stay
@@ -187,6 +194,7 @@ class CATModifier(Modifier):
     clip_activations: bool = True
     precision: TorchDtype | Literal["auto"] = "auto"
     max_overhead: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    overhead_unit: OverheadUnit = "multiply-adds"
     tensor_parallel_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
 
     _linears: dict[str, Linear] = PrivateAttr(default_factory=dict)
@@ -536,6 +544,7 @@ class CATModifier(Modifier):
             self.clip_activations,
             None if self.precision == "auto" else self.precision,
             self.max_overhead if unit.layer else None,
+            self.overhead_unit,
         )
         plan = plan_transforms(inputs, LinearWeights(self._linears), options, unit.layer or "")
         # weights change from here on: a run that fails must not be saved as another model
@@ -553,7 +562,7 @@ class CATModifier(Modifier):
             if is_source_process():
                 log_transform(one)
         if plan.overhead is not None and self.max_overhead and is_source_process():
-            log_overhead(unit.layer or "", plan.overhead, self.max_overhead)
+            log_overhead(unit.layer or "", plan.overhead, self.max_overhead, self.overhead_unit)
 
     def _rotate_unseen(self, state: State):
         """Rotate Linears that saw no tokens, such as unused experts, without alignment"""

@@ -6,7 +6,7 @@ from loguru import logger
 
 from cat_modifier.functional.alignment import condition_number, correlation_rank
 from cat_modifier.functional.sqnr import to_db
-from cat_modifier.modifiers.cat.plan import Overhead, PlannedTransform
+from cat_modifier.modifiers.cat.plan import Overhead, OverheadUnit, PlannedTransform
 
 __all__ = ["log_overhead", "log_transform", "some_names", "warn_if_unaligned"]
 
@@ -59,14 +59,14 @@ def log_transform(one: PlannedTransform):
         )
 
 
-def log_overhead(layer: str, overhead: Overhead, max_overhead: float):
+def log_overhead(layer: str, overhead: Overhead, max_overhead: float, unit: OverheadUnit):
     """
     Log what the transforms of a decoding layer add online.
 
     :param layer: full name of the decoding layer
     """
     logger.info(
-        f"{layer}: transforms add {overhead.planned:.2%} to the multiply-adds, at most "
+        f"{layer}: transforms add {overhead.planned:.2%} to the {unit}, at most "
         f"{max_overhead:.2%}; the largest would add {overhead.largest:.2%}"
     )
 

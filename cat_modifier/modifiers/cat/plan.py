@@ -11,6 +11,7 @@ once, also where block sizes are chosen under a limit.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
@@ -32,12 +33,16 @@ from cat_modifier.functional.transform import (
 __all__ = [
     "InputToPlan",
     "Overhead",
+    "OverheadUnit",
     "Plan",
     "PlanOptions",
     "PlannedTransform",
     "Prediction",
     "plan_transforms",
 ]
+
+OverheadUnit = Literal["multiply-adds", "bytes"]
+"""What `max_overhead` limits: work for long prompts, or reads for each generated token"""
 
 _ROW = QuantizationArgs(num_bits=4, strategy="channel")
 """Quantization assumed where a recipe names none: 4 bits, one scale per row"""
@@ -50,6 +55,7 @@ class PlanOptions:
 
     :param precision: dtype of stored blocks; None for int8 where it holds T well, else bfloat16
     :param max_overhead: limit for the inputs that are planned together; None for no limit
+    :param overhead_unit: what is limited
     """
 
     rotation: Rotation
@@ -58,6 +64,7 @@ class PlanOptions:
     clip_activations: bool
     precision: torch.dtype | None
     max_overhead: float | None
+    overhead_unit: OverheadUnit = "multiply-adds"
 
 
 @dataclass(frozen=True)
@@ -153,7 +160,7 @@ class PlannedTransform:
 @dataclass(frozen=True)
 class Overhead:
     """
-    Multiply-adds of transforms at run time, over the multiply-adds of their Linears.
+    Cost of transforms at run time, over that of their Linears: multiply-adds, or bytes.
 
     :param planned: sum over the planned transforms
     :param largest: sum if all blocks had the largest size
@@ -181,12 +188,12 @@ class _Candidate:
     """
     A transform that an input can have.
 
-    :param multiply_adds: multiply-adds at run time for one token
+    :param cost: cost at run time for one token, in the unit of the limit
     :param prediction: prediction with the transform; None if no token was seen
     """
 
     transform: StoredTransform
-    multiply_adds: int
+    cost: float
     prediction: Prediction | None
 
 
@@ -196,14 +203,14 @@ class _Choice:
     The transforms that an input can have.
 
     :param source: the input
-    :param weight_count: number of weights of its Linears
+    :param weight_cost: cost of its Linears for one token, in the unit of the limit
     :param candidates: transforms to choose from, the largest first
     :param before: prediction without a transform; None if no token was seen
     :param is_rotation: whether the candidates are rotations alone
     """
 
     source: InputToPlan
-    weight_count: int
+    weight_cost: float
     candidates: list[_Candidate]
     before: Prediction | None
     is_rotation: bool = False
@@ -275,7 +282,7 @@ def plan_transforms(
 
     chosen, overhead = [0] * len(choices), None
     if options.max_overhead is not None:
-        chosen, overhead = _choose(choices, options.max_overhead, layer)
+        chosen, overhead = _choose(choices, options.max_overhead, options.overhead_unit, layer)
     transforms = [
         _finish(choice, index, options) for choice, index in zip(choices, chosen, strict=True)
     ]
@@ -320,15 +327,22 @@ def _compute_candidates(
     one: InputToPlan, weights: Mapping[str, Tensor], options: PlanOptions
 ) -> _Choice:
     """Compute each transform that the input can have"""
+    in_bytes = options.overhead_unit == "bytes"
+    is_fused = one.value_projection is not None
+
+    def cost(layout: TransformLayout, item_size: int = 1) -> float:
+        if in_bytes:
+            return 0 if is_fused else one.in_features * layout.stored_size * item_size
+        return layout.multiply_adds(one.in_features, is_fused)
+
     layouts = [one.layout]
-    if options.max_overhead is not None and one.value_projection is None:
+    if options.max_overhead is not None and not is_fused:
         layouts = cheaper_layouts(
-            one.first, one.in_features, one.shards, one.layout, options.rotation
+            one.first, one.in_features, one.shards, one.layout, options.rotation, cost
         )
         # blocks larger than the token count would overfit
         layouts = [x for x in layouts if x.block_size <= one.token_count] or layouts
 
-    is_fused = one.value_projection is not None
     dtype = torch.float64 if is_fused else options.precision or torch.int8
     stored = []
     for layout in layouts:
@@ -339,11 +353,12 @@ def _compute_candidates(
         stored.append(torch.empty(shape, dtype=dtype, device=_device(one, weights)))
 
     sw = torch.zeros((), dtype=torch.float64)
-    weight_count = 0
+    weight_cost = 0.0
+    size_of_weight = (one.weight_args.num_bits if one.weight_args else 16) / 8
     for name in one.names:
         weight = weights[name]
         sw = diagonal_blocks(weight, one.layout.block_size) + sw.to(weight.device)
-        weight_count += weight.numel()
+        weight_cost += weight.numel() * (size_of_weight if in_bytes else 1)
     transforms = []
     for layout, blocks in zip(layouts, stored, strict=True):
         size, sx = layout.block_size, one.second_moments
@@ -363,10 +378,10 @@ def _compute_candidates(
     fused = [transform.invert() for transform in transforms]
     before, after = _predict(one, weights, fused)
     candidates = [
-        _Candidate(transform, layout.multiply_adds(one.in_features, is_fused), prediction)
+        _Candidate(transform, cost(layout, transform.blocks.itemsize), prediction)
         for transform, layout, prediction in zip(transforms, layouts, after, strict=True)
     ]
-    return _Choice(one, weight_count, candidates, before)
+    return _Choice(one, weight_cost, candidates, before)
 
 
 def _device(one: InputToPlan, weights: Mapping[str, Tensor]) -> torch.device:
@@ -441,37 +456,37 @@ def _predict(
 
 
 def _choose(
-    choices: Sequence[_Choice], max_overhead: float, layer: str
+    choices: Sequence[_Choice], limit: float, unit: OverheadUnit, layer: str
 ) -> tuple[list[int], Overhead]:
     """
-    Choose the transforms of least predicted noise under a limit of multiply-adds.
+    Choose the transforms of least predicted noise under a limit of cost.
 
     :return: index of the candidate of each input
     :raises ValueError: if even the cheapest transforms exceed the limit
     """
-    products = sum(one.source.token_count * one.weight_count for one in choices)
+    products = sum(one.source.token_count * one.weight_cost for one in choices)
     most = max(one.source.token_count for one in choices)
-    options = []
+    costs = []
     for one in choices:
         count = one.source.token_count
         # weight noise and cost by tokens: experts that see few of them matter little
-        options.append(
+        costs.append(
             [
-                (count * x.multiply_adds / products, count * _noise(one.source, x) / most)
+                (count * x.cost / products, count * _noise(one.source, x) / most)
                 for x in one.candidates
             ]
         )
-    chosen = spend(options, max_overhead)
+    chosen = spend(costs, limit)
     if chosen is None:
-        least = sum(min(cost for cost, _ in found) for found in options)
+        least = sum(min(cost for cost, _ in found) for found in costs)
         raise ValueError(
-            f"The cheapest transforms add {least:.2%} to the multiply-adds of {layer}, more "
-            f"than `max_overhead`, {max_overhead:.2%}: raise it, or, if the `rotation` is "
-            "`hadamard`, choose `block-hadamard`, which costs nothing beside the blocks"
+            f"The cheapest transforms add {least:.2%} to the {unit} of {layer}, more than "
+            f"`max_overhead`, {limit:.2%}: raise it, or, if the `rotation` is `hadamard`, "
+            "choose `block-hadamard`, which costs nothing beside the blocks"
         )
     return chosen, Overhead(
-        sum(found[index][0] for found, index in zip(options, chosen, strict=True)),
-        sum(max(cost for cost, _ in found) for found in options),
+        sum(found[index][0] for found, index in zip(costs, chosen, strict=True)),
+        sum(max(cost for cost, _ in found) for found in costs),
     )
 
 

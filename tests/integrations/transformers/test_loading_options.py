@@ -106,7 +106,7 @@ def test_another_dtype_than_the_stored_one(dtype, least, tmp_path):
     loaded = load(tmp_path / "quantized", dtype=dtype)
     assert decibels(logits_of(loaded), expected) > least
     transforms = [part.weight for part in loaded.modules() if isinstance(part, CATTransform)]
-    assert {blocks.dtype for blocks in transforms if blocks is not None} == {torch.bfloat16}
+    assert {blocks.dtype for blocks in transforms if blocks is not None} == {torch.int8}
     exchange_blocks(tmp_path / "quantized")
     assert decibels(logits_of(load(tmp_path / "quantized", dtype=dtype)), expected) < 20
 
