@@ -158,7 +158,8 @@ def _of_tensor(name: str, tensor: torch.Tensor) -> Iterator[Mutation]:
         bits[tensor.itemsize - 1] ^= 1 << 7
 
     def not_finite(checkpoint: Checkpoint):
-        checkpoint.shard_of(name)[name].view(-1)[0] = torch.nan
+        values = checkpoint.shard_of(name)[name].view(-1)
+        values[0] = torch.nan if values.is_floating_point() else -128
 
     names = _names_of(name)
     is_checked = ".cat_input." in name or name.endswith("_scale")
