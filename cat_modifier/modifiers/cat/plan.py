@@ -354,11 +354,11 @@ def _compute_candidates(
 
     sw = torch.zeros((), dtype=torch.float64)
     weight_cost = 0.0
-    size_of_weight = (one.weight_args.num_bits if one.weight_args else 16) / 8
+    bits = one.weight_args.num_bits if one.is_quantized and one.weight_args else 16
     for name in one.names:
         weight = weights[name]
         sw = diagonal_blocks(weight, one.layout.block_size) + sw.to(weight.device)
-        weight_cost += weight.numel() * (size_of_weight if in_bytes else 1)
+        weight_cost += weight.numel() * (bits / 8 if in_bytes else 1)
     transforms = []
     for layout, blocks in zip(layouts, stored, strict=True):
         size, sx = layout.block_size, one.second_moments
