@@ -50,6 +50,7 @@ OPTIONS = {
     "dampening_frac 0.0001": {"dampening_frac": 1e-4},
     "dampening_frac 0.1": {"dampening_frac": 0.1},
     "alignment_strength 0.75": {"alignment_strength": 0.75},
+    "bfloat16 transforms": {"precision": "bfloat16"},
     "float32 transforms": {"precision": "float32"},
 }
 
