@@ -14,21 +14,26 @@ from compressed_tensors.quantization import (
     QuantizationStrategy,
     QuantizationType,
 )
-from compressed_tensors.utils import update_offload_parameter
+from compressed_tensors.utils import (
+    delete_offload_parameter,
+    register_offload_parameter,
+    update_offload_parameter,
+)
 from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from loguru import logger
 from pydantic import Field, PrivateAttr
 from torch import Tensor
-from torch.nn import Linear, Module
+from torch.nn import Linear, Module, Parameter
 from transformers import Cache
 
 from cat_modifier.calibration.attention import ValueProjection
 from cat_modifier.calibration.shared_inputs import padding_mask
 from cat_modifier.checkpoint.schema import TRANSFORM_NAME, CATTransformConfig
+from cat_modifier.checkpoint.transform_module import CATTransform
 from cat_modifier.functional.alignment import condition_number
-from cat_modifier.functional.stored import dequantize_blocks, store_blocks
+from cat_modifier.functional.stored import dequantize_blocks
 from cat_modifier.modifiers.cat.validation import check_quantized
 from cat_modifier.modifiers.cat_training.fit import Sample, call_layer, fit
 from cat_modifier.modifiers.cat_training.layer import LayerInput, TrainableLayer
@@ -160,11 +165,7 @@ class CATTrainingModifier(Modifier):
                 include={"steps", "batch_size", "learning_rate", "patience"}
             )
             self._store = CorrectionStore(self.checkpoint_dir, settings)
-        if any(scheme.precision == torch.int8 for scheme in config.config_groups.values()):
-            logger.warning(
-                "Transforms are stored as int8, which rounds away a part of what is trained: "
-                "set `precision: bfloat16` of CATModifier"
-            )
+        _store_in_floats(state.model, config)
         inputs = _find_inputs(state.model, config)
         layers = find_decoding_layers(state.model)
         self._inputs = {
@@ -345,6 +346,26 @@ def _without_gradients(module: Module) -> Iterator[None]:
             one.requires_grad_(True)
 
 
+def _store_in_floats(model: Module, config: CATTransformConfig):
+    """
+    Store transforms in bfloat16 instead of int8, which would round away a part of what is
+    trained. They stay what they are: bfloat16 holds int8 exactly.
+    """
+    for name, scheme in list(config.config_groups.items()):
+        if scheme.precision == torch.int8:
+            scheme.precision = torch.bfloat16
+            renamed = name.replace("int8", "bfloat16")
+            if renamed not in config.config_groups:
+                config.config_groups[renamed] = config.config_groups.pop(name)
+    for module in model.modules():
+        if isinstance(module, CATTransform) and module.weight is not None:
+            blocks = module.weight.detach()
+            if blocks.dtype == torch.int8:
+                blocks = dequantize_blocks(blocks, torch.bfloat16)
+                delete_offload_parameter(module, "weight")
+                register_offload_parameter(module, "weight", Parameter(blocks, False))
+
+
 def _find_inputs(model: Module, config: CATTransformConfig) -> list[LayerInput]:
     """List the inputs of all Linears that have a transform or are quantized"""
     linears = {n: one for n, one in model.named_modules() if isinstance(one, Linear)}
@@ -420,12 +441,9 @@ def _insert(trainable: TrainableLayer, corrections: dict[str, Tensor]) -> Traina
         if one.value_projection is None:
             assert one.transform is not None and one.transform.weight is not None
             # recompute R from T as rounded: the product with the weights stays exact
-            weight = one.transform.weight.detach()
-            before = dequantize_blocks(weight, torch.float64)
-            after = torch.empty_like(weight)
-            store_blocks(correction @ before, after)
-            rounded = dequantize_blocks(after, torch.float64)
-            correction = torch.linalg.solve(before, rounded, left=False)
+            before = one.transform.weight.detach().double()
+            after = (correction @ before).to(one.transform.weight.dtype)
+            correction = torch.linalg.solve(before, after.double(), left=False)
             update_offload_parameter(one.transform, "weight", after)
         corrections[one.first] = correction
     tensors = trainable.correct(corrections)

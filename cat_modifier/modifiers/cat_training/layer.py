@@ -22,7 +22,6 @@ from torch.nn.functional import linear as multiply
 from cat_modifier.calibration.attention import ValueProjection
 from cat_modifier.checkpoint.transform_module import CATTransform, online_hadamard
 from cat_modifier.functional.hadamard import apply_hadamard
-from cat_modifier.functional.stored import dequantize_blocks
 from cat_modifier.functional.transform import apply_blocks, apply_transform, multiply_heads
 from cat_modifier.modifiers.cat_training.fake_quant import (
     quantize_activations,
@@ -107,8 +106,7 @@ class TrainableLayer:
                 if linear.bias is not None:
                     self.base.biases[linear_name] = linear.bias.detach().float()
             if transform is not None and transform.weight is not None:
-                blocks = dequantize_blocks(transform.weight.detach(), torch.float32)
-                self.base.blocks[one.first] = blocks
+                self.base.blocks[one.first] = transform.weight.detach().float()
 
     def identity(self) -> dict[str, Tensor]:
         """Make identity corrections, by the first Linear of the input, float32"""
