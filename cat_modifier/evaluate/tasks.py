@@ -89,7 +89,7 @@ def _collect(
 
 def _hub_id(path: str | None) -> str | None:
     """
-    :param path: what lm-eval loads the dataset of a task from
+    :param path: path or id that lm-eval loads the dataset of a task from
     :return: id of a dataset on the Hub; None for files
     """
     if path is None or path in _LOADERS or path.endswith(".py") or Path(path).exists():

@@ -159,7 +159,7 @@ def cheaper_layouts(
     :param in_features: d, size of the input
     :param shards: tensor parallel shards of the input
     :param largest: result of :func:`choose_layout`
-    :param cost: what a layout costs at run time, in any unit
+    :param cost: cost of a layout at run time, in any unit
     :return: `largest` first, by falling cost
     """
     found = [largest]

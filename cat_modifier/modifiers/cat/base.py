@@ -172,8 +172,8 @@ class CATModifier(Modifier):
         `moe_calibrate_all_experts=False` to oneshot). Blocks then have several sizes up to
         `transform_block_size`: larger where predicted noise falls most for the cost. Default:
         no limit
-    :param overhead_unit: what `max_overhead` limits. `"multiply-adds"`: the time of long
-        prompts. `"bytes"`: that of generated tokens, for which T and the weights are read
+    :param overhead_unit: unit of `max_overhead`. `"multiply-adds"`: the time of long prompts.
+        `"bytes"`: that of generated tokens, for which T and the weights are read
     :param tensor_parallel_size: largest tensor parallel size at which the checkpoint can be
         served. Blocks and Hadamard products of inputs that may be sharded (o_proj,
         down_proj, and all that the model's `tp_plan` does not call `colwise`) then stay

@@ -55,7 +55,7 @@ class PlanOptions:
 
     :param precision: dtype of stored blocks; None for int8 where it holds T well, else bfloat16
     :param max_overhead: limit for the inputs that are planned together; None for no limit
-    :param overhead_unit: what is limited
+    :param overhead_unit: unit of the limit
     """
 
     rotation: Rotation
