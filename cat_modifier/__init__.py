@@ -18,12 +18,20 @@ from cat_modifier.version import __version__
 
 if TYPE_CHECKING:
     from cat_modifier.modifiers.cat.base import CATModifier
+    from cat_modifier.modifiers.cat_distillation.base import CATDistillationModifier
     from cat_modifier.modifiers.cat_training.base import CATTrainingModifier
 
-__all__ = ["CATModifier", "CATTrainingModifier", "__version__", "recipe"]
+__all__ = [
+    "CATDistillationModifier",
+    "CATModifier",
+    "CATTrainingModifier",
+    "__version__",
+    "recipe",
+]
 
 MODIFIERS = {
     "CATModifier": "cat_modifier.modifiers.cat.base",
+    "CATDistillationModifier": "cat_modifier.modifiers.cat_distillation.base",
     "CATTrainingModifier": "cat_modifier.modifiers.cat_training.base",
 }
 """Modules of the classes that need llm-compressor"""

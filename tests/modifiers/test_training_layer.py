@@ -6,7 +6,8 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from tiny_models import int_scheme, make_loader, make_model, make_tokens, relative_error
 
 from cat_modifier import CATModifier
-from cat_modifier.modifiers.cat_training.base import _find_inputs, _insert
+from cat_modifier.modifiers.cat_training.inputs import find_inputs
+from cat_modifier.modifiers.cat_training.insert import insert
 from cat_modifier.modifiers.cat_training.fit import Sample, call_layer
 from cat_modifier.modifiers.cat_training.layer import TrainableLayer
 
@@ -49,7 +50,7 @@ def trainable(request, tmp_path):
     sample = Sample(args, kwargs, hidden, hidden, None)
     inputs = [
         one
-        for one in _find_inputs(model, model.transform_config)
+        for one in find_inputs(model, model.transform_config)
         if one.first.startswith(f"{name}.")
     ]
     return TrainableLayer(layer, name, inputs), sample
@@ -80,7 +81,7 @@ def test_inserted_corrections_keep_the_function(trainable):
     weights = {
         name: one.weight.clone() for i in layer.inputs for name, one in i.linears.items()
     }
-    after = _insert(layer, random_corrections(layer))
+    after = insert(layer, random_corrections(layer))
     for one in layer.inputs:
         for name, linear in one.linears.items():
             assert relative_error(linear.weight, weights[name]) > 0.01

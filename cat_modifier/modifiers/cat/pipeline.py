@@ -31,7 +31,14 @@ from torch.utils.data import DataLoader
 if TYPE_CHECKING:
     from llmcompressor.args.dataset_arguments import DatasetArguments
 
-__all__ = ["SinglePassPipeline", "as_it_is_run", "is_resident", "register", "run_batch"]
+__all__ = [
+    "SinglePassPipeline",
+    "as_it_is_run",
+    "is_resident",
+    "register",
+    "run_batch",
+    "unquantized",
+]
 
 
 class SinglePassPipeline(CalibrationPipeline):
@@ -63,12 +70,18 @@ def as_it_is_run(model: Module) -> Iterator[None]:
     Context to run a model in without gradients, caches, quantization, and the product of its
     lm_head.
     """
+    with unquantized(model), _without_lm_head(model), torch.no_grad():
+        yield
+
+
+@contextmanager
+def unquantized(model: Module) -> Iterator[None]:
+    """Context to run a model in without caches, dropout and quantization"""
     # may be called inside a context of llm-compressor that has disabled it already
     quantized = [one for one in model.modules() if getattr(one, "quantization_enabled", False)]
     with ExitStack() as stack:
-        for context in (disable_cache, eval_context, disable_hf_kernels, _without_lm_head):
+        for context in (disable_cache, eval_context, disable_hf_kernels):
             stack.enter_context(context(model))
-        stack.enter_context(torch.no_grad())
         for module in quantized:
             disable_quantization(module)
             stack.callback(enable_quantization, module)

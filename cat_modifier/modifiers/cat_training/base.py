@@ -1,41 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """CATTrainingModifier: trains the transforms that CATModifier has inserted."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import tqdm
-from compressed_tensors import TRANSFORM_CONFIG_NAME
-from compressed_tensors.distributed import is_distributed
-from compressed_tensors.quantization import (
-    DynamicType,
-    QuantizationStrategy,
-    QuantizationType,
-)
-from compressed_tensors.utils import (
-    delete_offload_parameter,
-    register_offload_parameter,
-    update_offload_parameter,
-)
-from llmcompressor.core import Event, State, active_session
+from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from loguru import logger
 from pydantic import Field, PrivateAttr
 from torch import Tensor
-from torch.nn import Linear, Module, Parameter
+from torch.nn import Module
 from transformers import Cache
 
-from cat_modifier.calibration.attention import ValueProjection
 from cat_modifier.calibration.shared_inputs import padding_mask
-from cat_modifier.checkpoint.schema import TRANSFORM_NAME, CATTransformConfig
-from cat_modifier.checkpoint.transform_module import CATTransform
 from cat_modifier.functional.alignment import condition_number
-from cat_modifier.functional.stored import dequantize_blocks
-from cat_modifier.modifiers.cat.validation import check_quantized
 from cat_modifier.modifiers.cat_training.fit import Sample, call_layer, fit
+from cat_modifier.modifiers.cat_training.inputs import (
+    check_inputs,
+    check_recipe,
+    find_config,
+    find_inputs,
+)
+from cat_modifier.modifiers.cat_training.insert import (
+    insert,
+    store_in_floats,
+    without_gradients,
+)
 from cat_modifier.modifiers.cat_training.layer import LayerInput, TrainableLayer
 from cat_modifier.modifiers.cat_training.resume import CorrectionStore
 from cat_modifier.modifiers.decoding_layers import find_decoding_layers
@@ -129,22 +121,7 @@ class CATTrainingModifier(Modifier):
         :raises ValueError: if there is no data, no preceding CATModifier, or more than one
             rank
         """
-        if state.data.calib is None:
-            raise ValueError(
-                "CATTrainingModifier needs calibration data: pass a `dataset` to oneshot"
-            )
-        before = []
-        for modifier in active_session().lifecycle.recipe.modifiers:
-            if modifier is self:
-                break
-            before.append(type(modifier).__name__)
-        if "CATModifier" not in before:
-            raise ValueError(
-                "CATTrainingModifier trains the transforms of a CATModifier: put one before "
-                "it in the recipe"
-            )
-        if is_distributed():
-            raise ValueError("CATTrainingModifier trains in one process: start one rank")
+        check_recipe(self, state)
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs):
@@ -154,19 +131,14 @@ class CATTrainingModifier(Modifier):
         :raises ValueError: if the recipe's schemes are not supported, or no transform is
             inside a decoding layer
         """
-        config = getattr(state.model, TRANSFORM_CONFIG_NAME, None)
-        if not isinstance(config, CATTransformConfig):
-            raise ValueError(
-                "CATTrainingModifier cannot share a calibration pass with other modifiers. Use "
-                "`oneshot(..., pipeline='independent')`, the default"
-            )
+        config = find_config(state.model, self)
         if self.checkpoint_dir is not None:
             settings = self.model_dump(
                 include={"steps", "batch_size", "learning_rate", "patience"}
             )
             self._store = CorrectionStore(self.checkpoint_dir, settings)
-        _store_in_floats(state.model, config)
-        inputs = _find_inputs(state.model, config)
+        store_in_floats(state.model, config)
+        inputs = find_inputs(state.model, config)
         layers = find_decoding_layers(state.model)
         self._inputs = {
             name: [one for one in inputs if one.first.startswith(f"{name}.")] for name in layers
@@ -186,10 +158,7 @@ class CATTrainingModifier(Modifier):
                 f"{type(state.model).__name__} has none of them (classes of decoding layers: "
                 f"{', '.join(found) or 'none'}): leave CATTrainingModifier out of the recipe"
             )
-        for one in (one for name in self._names.values() for one in self._inputs[name]):
-            check_quantized(one.linears, self)
-            for name, linear in one.linears.items():
-                _check_scheme(name, linear)
+        check_inputs([one for name in self._names.values() for one in self._inputs[name]], self)
 
         def capture(layer: Module, args: tuple, kwargs: dict[str, Any]):
             kwargs = {k: None if isinstance(v, Cache) else v for k, v in kwargs.items()}
@@ -249,7 +218,7 @@ class CATTrainingModifier(Modifier):
         unchanged = trainable.identity()
         corrections = self._load_or_fit(trainable, samples) if unchanged else {}
         if any(not torch.equal(corrections[name], unchanged[name]) for name in unchanged):
-            trainable = _insert(trainable, corrections)
+            trainable = insert(trainable, corrections)
         with torch.no_grad():
             tensors = trainable.correct({})
             tensors = trainable.quantize(tensors, trainable.range_ratios(tensors))
@@ -312,7 +281,7 @@ class CATTrainingModifier(Modifier):
         with (
             tqdm.tqdm(total=self.steps, desc=f"Training {trainable.name}") as progress,
             torch.enable_grad(),
-            _without_gradients(trainable.layer),
+            without_gradients(trainable.layer),
         ):
             training = fit(
                 trainable,
@@ -331,128 +300,3 @@ class CATTrainingModifier(Modifier):
             f"of the corrections {condition:.1f}"
         )
         return training.corrections
-
-
-@contextmanager
-def _without_gradients(module: Module) -> Iterator[None]:
-    """Freeze the parameters of a module, such as norms, within the context"""
-    parameters = [one for one in module.parameters() if one.requires_grad]
-    for one in parameters:
-        one.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for one in parameters:
-            one.requires_grad_(True)
-
-
-def _store_in_floats(model: Module, config: CATTransformConfig):
-    """
-    Store transforms in bfloat16 instead of int8, which would round away a part of what is
-    trained. They stay what they are: bfloat16 holds int8 exactly.
-    """
-    for name, scheme in list(config.config_groups.items()):
-        if scheme.precision == torch.int8:
-            scheme.precision = torch.bfloat16
-            renamed = name.replace("int8", "bfloat16")
-            if renamed not in config.config_groups:
-                config.config_groups[renamed] = config.config_groups.pop(name)
-    for module in model.modules():
-        if isinstance(module, CATTransform) and module.weight is not None:
-            blocks = module.weight.detach()
-            if blocks.dtype == torch.int8:
-                blocks = dequantize_blocks(blocks, torch.bfloat16)
-                delete_offload_parameter(module, "weight")
-                register_offload_parameter(module, "weight", Parameter(blocks, False))
-
-
-def _find_inputs(model: Module, config: CATTransformConfig) -> list[LayerInput]:
-    """List the inputs of all Linears that have a transform or are quantized"""
-    linears = {n: one for n, one in model.named_modules() if isinstance(one, Linear)}
-
-    def value_projection(name: str) -> ValueProjection | None:
-        if name not in config.fused:
-            return None
-        values = config.fused[name]
-        attention: Any = model.get_submodule(name.rpartition(".")[0])
-        repeats = linears[name].in_features // linears[values].out_features
-        return ValueProjection(values, attention.head_dim, repeats)
-
-    inputs = [
-        LayerInput(
-            {name: linears[name] for name in args.targets},
-            getattr(linears[args.targets[0]], TRANSFORM_NAME),
-            value_projection(args.targets[0]),
-        )
-        for _, args in config.inputs()
-    ]
-    seen = {name for one in inputs for name in one.linears}
-    rest = [
-        name
-        for name, linear in linears.items()
-        if name not in seen
-        and (name in config.fused or getattr(linear, "quantization_scheme", None) is not None)
-    ]
-    return inputs + [
-        LayerInput({name: linears[name]}, None, value_projection(name)) for name in rest
-    ]
-
-
-def _check_scheme(name: str, linear: Linear):
-    """
-    Check that training supports the scheme of a Linear.
-
-    :raises ValueError: if it does not
-    """
-    scheme = getattr(linear, "quantization_scheme", None)
-    if scheme is None or scheme.weights is None:
-        raise ValueError(
-            f"No modifier quantizes the weight of {name}, so that training has no goal: put a "
-            "QuantizationModifier or GPTQModifier with the same targets after "
-            "CATTrainingModifier"
-        )
-    weights, inputs = scheme.weights, scheme.input_activations
-    groups = (QuantizationStrategy.GROUP, QuantizationStrategy.TENSOR_GROUP)
-    is_suited = weights.strategy in (QuantizationStrategy.CHANNEL, *groups)
-    if inputs is not None:
-        is_suited &= inputs.strategy in (QuantizationStrategy.TOKEN, *groups)
-        is_suited &= inputs.dynamic in (True, DynamicType.LOCAL)
-    for args in (weights, inputs):
-        is_suited &= args is None or args.type == QuantizationType.INT or args.symmetric
-    if not is_suited:
-        raise ValueError(
-            f"CATTrainingModifier does not support the scheme of {name}. Use weights with a "
-            "scale per channel or group, and activations with a dynamic scale per token or "
-            "group, all of them integers or symmetric floats"
-        )
-
-
-def _insert(trainable: TrainableLayer, corrections: dict[str, Tensor]) -> TrainableLayer:
-    """
-    Write the corrected transforms and weights into the modules.
-
-    :return: the corrected layer
-    """
-    corrections = dict(corrections)
-    for one in trainable.inputs:
-        if one.first not in corrections:
-            continue
-        correction = corrections[one.first].double()
-        if one.value_projection is None:
-            assert one.transform is not None and one.transform.weight is not None
-            # recompute R from T as rounded: the product with the weights stays exact
-            before = one.transform.weight.detach().double()
-            after = (correction @ before).to(one.transform.weight.dtype)
-            correction = torch.linalg.solve(before, after.double(), left=False)
-            update_offload_parameter(one.transform, "weight", after)
-        corrections[one.first] = correction
-    tensors = trainable.correct(corrections)
-    for one in trainable.inputs:
-        for name, linear in one.linears.items():
-            new = {"weight": tensors.weights[name]}
-            if name in tensors.biases:
-                new["bias"] = tensors.biases[name]
-            for key, value in new.items():
-                dtype = getattr(linear, key).dtype
-                update_offload_parameter(linear, key, value.to(dtype))
-    return TrainableLayer(trainable.layer, trainable.name, trainable.inputs)

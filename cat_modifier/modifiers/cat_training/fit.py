@@ -3,15 +3,15 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cat_modifier.modifiers.cat_training.layer import LayerTensors, TrainableLayer
+from cat_modifier.modifiers.cat_training.layer import TrainableLayer
 
-__all__ = ["Sample", "Training", "call_layer", "fit"]
+__all__ = ["Sample", "Training", "call_layer", "draw_batches", "fit"]
 
 _EVALUATIONS = 10
 """Number of evaluations of the held-out error"""
@@ -41,11 +41,11 @@ class Sample:
 @dataclass(frozen=True)
 class Training:
     """
-    Result of :func:`fit`.
+    Result of a training.
 
     :param corrections: corrections of least error on held-out samples, by the first Linear of
         the input
-    :param before: held-out error without corrections, relative to the energy of each token
+    :param before: held-out error without corrections
     :param after: held-out error with corrections
     :param steps: number of steps made
     """
@@ -85,12 +85,13 @@ def fit(
     :param learning_rate: learning rate of Adam at the start; decays to 0 along a cosine
     :param patience: number of evaluations without progress before training stops, of ten
     :param on_step: called after each step
+    :return: corrections, and errors relative to the energy of each token
     :raises ValueError: if the error of the layer is not finite before the first step
     """
     corrections = {name: one.requires_grad_() for name, one in layer.identity().items()}
     optimizer = torch.optim.Adam(corrections.values(), learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    batches = _batches(samples, batch_size)
+    batches = draw_batches(samples, batch_size)
     interval = math.ceil(steps / _EVALUATIONS)
 
     ratios = _range_ratios(layer, corrections)
@@ -122,7 +123,7 @@ def fit(
     return Training(best, before, best_error, made)
 
 
-def _batches(samples: list[Sample], size: int) -> Iterator[list[Sample]]:
+def draw_batches(samples: list, size: int) -> Iterator[list]:
     """
     Draw batches forever, in the same order in every run. Each sample is drawn once before any
     sample is drawn again.
@@ -179,24 +180,10 @@ def _add_gradients(
     over the samples, and then passed on to the corrections.
     """
     tensors = layer.quantize(layer.correct(corrections), ratios)
-    leaves = LayerTensors(
-        *(
-            {
-                name: one.detach().requires_grad_(one.requires_grad)
-                for name, one in getattr(tensors, field.name).items()
-            }
-            for field in fields(tensors)
-        )
-    )
+    leaves = tensors.leaves()
     # scale up: gradients of a mean over tokens and channels would vanish in 16 bits
     scale = batch[0].target.numel()
     for sample in batch:
         with layer.computing_with(leaves) as module:
             (_error(call_layer(module, sample), sample) * scale / len(batch)).backward()
-    outputs, gradients = [], []
-    for field in fields(tensors):
-        for name, leaf in getattr(leaves, field.name).items():
-            if leaf.grad is not None:  # None for experts that no token was routed to
-                outputs.append(getattr(tensors, field.name)[name])
-                gradients.append(leaf.grad / scale)
-    torch.autograd.backward(outputs, gradients)
+    tensors.backward(leaves, scale)

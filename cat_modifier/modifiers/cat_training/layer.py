@@ -9,12 +9,14 @@ the two: ``H R T`` and ``W T^-1 R^-1 H^T``.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.utils import patch_attr
 from torch import Tensor
 from torch.nn import Linear, Module
 from torch.nn.functional import linear as multiply
@@ -78,6 +80,40 @@ class LayerTensors:
     biases: dict[str, Tensor] = field(default_factory=dict)
     blocks: dict[str, Tensor] = field(default_factory=dict)
 
+    def leaves(self, dtype: torch.dtype = torch.float32) -> "LayerTensors":
+        """
+        Copy the tensors, to gather gradients in.
+
+        :param dtype: dtype of the weights and biases
+        :return: tensors without history. Those that corrections change require gradients
+        """
+
+        def copy(values: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+            return {
+                name: one.detach().to(dtype).requires_grad_(one.requires_grad)
+                for name, one in values.items()
+            }
+
+        blocks = copy(self.blocks, torch.float32)
+        return LayerTensors(copy(self.weights, dtype), copy(self.biases, dtype), blocks)
+
+    def backward(self, leaves: "LayerTensors", scale: float):
+        """
+        Pass the gradients of leaves on to the corrections.
+
+        :param leaves: result of :meth:`leaves`
+        :param scale: factor of the gradients of the leaves, to divide by
+        """
+        outputs, gradients = [], []
+        for one in fields(self):
+            for name, leaf in getattr(leaves, one.name).items():
+                if leaf.grad is not None:  # None for experts that no token was routed to
+                    output = getattr(self, one.name)[name]
+                    outputs.append(output)
+                    gradients.append(leaf.grad.to(output.dtype) / scale)
+        if outputs:
+            torch.autograd.backward(outputs, gradients)
+
 
 class TrainableLayer:
     """
@@ -90,23 +126,35 @@ class TrainableLayer:
 
     def __init__(self, layer: Module, name: str, inputs: list[LayerInput]):
         self.layer, self.name, self.inputs = layer, name, inputs
-        self.base = LayerTensors()
         self._hadamard: dict[str, Tensor] = {}
         for one in inputs:
-            transform = one.transform
-            for linear_name, linear in one.linears.items():
+            device = one.linears[one.first].weight.device
+            if one.transform is not None:
+                matrix = online_hadamard(one.transform.scheme, device)
+                if matrix is not None:
+                    self._hadamard[one.first] = matrix
+
+    @cached_property
+    def base(self) -> LayerTensors:
+        """Tensors without corrections; weights have the online Hadamard matrix taken out"""
+        base = LayerTensors()
+        for one in self.inputs:
+            matrix = self._hadamard.get(one.first)
+            for name, linear in one.linears.items():
                 weight = linear.weight.detach().float()
-                if transform is not None:
-                    matrix = online_hadamard(transform.scheme, weight.device)
-                    if matrix is not None:
-                        self._hadamard[one.first] = matrix
-                        interleave = transform.scheme.interleave
-                        weight = apply_hadamard(weight, matrix.mT, interleave)
-                self.base.weights[linear_name] = weight
+                if matrix is not None and one.transform is not None:
+                    interleave = one.transform.scheme.interleave
+                    weight = apply_hadamard(weight, matrix.mT, interleave)
+                base.weights[name] = weight
                 if linear.bias is not None:
-                    self.base.biases[linear_name] = linear.bias.detach().float()
-            if transform is not None and transform.weight is not None:
-                self.base.blocks[one.first] = transform.weight.detach().float()
+                    base.biases[name] = linear.bias.detach().float()
+            if one.transform is not None and one.transform.weight is not None:
+                base.blocks[one.first] = one.transform.weight.detach().float()
+        return base
+
+    def release(self):
+        """Free the float32 copies of the layer's tensors, until they are needed again"""
+        self.__dict__.pop("base", None)
 
     def identity(self) -> dict[str, Tensor]:
         """Make identity corrections, by the first Linear of the input, float32"""
@@ -114,7 +162,7 @@ class TrainableLayer:
         for one in self.inputs:
             if one.correction_shape is not None:
                 count, size, _ = one.correction_shape
-                device = self.base.weights[one.first].device
+                device = one.linears[one.first].weight.device
                 corrections[one.first] = torch.eye(size, device=device).repeat(count, 1, 1)
         return corrections
 
@@ -192,24 +240,32 @@ class TrainableLayer:
             quantized again
         :return: the layer
         """
-        replaced = []
-        for one in self.inputs:
-            step = _InputStep(
-                one.transform, tensors.blocks.get(one.first), self._hadamard.get(one.first)
-            )
-            for name, linear in one.linears.items():
-                path, _, child = name[len(self.name) + 1 :].rpartition(".")
-                parent = self.layer.get_submodule(path)
-                replaced.append((parent, child, linear))
-                replacement = _Replacement(
-                    step, linear, tensors.weights[name], tensors.biases.get(name)
+        steps = []
+        with ExitStack() as stack:
+            for one in self.inputs:
+                step = _InputStep(
+                    one.transform, tensors.blocks.get(one.first), self._hadamard.get(one.first)
                 )
-                setattr(parent, child, replacement)
-        try:
+                steps.append(step)
+                for name, linear in one.linears.items():
+                    path, _, child = name[len(self.name) + 1 :].rpartition(".")
+                    parent = self.layer.get_submodule(path)
+                    replacement = _Replacement(
+                        step, linear, tensors.weights[name], tensors.biases.get(name)
+                    )
+                    setattr(parent, child, replacement)
+                    stack.callback(setattr, parent, child, linear)
+            forward = self.layer.forward
+
+            def forward_and_forget(*args, **kwargs) -> Any:
+                try:
+                    return forward(*args, **kwargs)
+                finally:
+                    for step in steps:
+                        step.forget()
+
+            stack.enter_context(patch_attr(self.layer, "forward", forward_and_forget))
             yield self.layer
-        finally:
-            for parent, child, linear in replaced:
-                setattr(parent, child, linear)
 
 
 def _correct_values(tensors: LayerTensors, linear: str, correction: Tensor):
@@ -237,6 +293,10 @@ class _InputStep:
         if self._last is None or self._last[0] is not x or self._last[1] != args:
             self._last = (x, args, self._compute(x.float(), args))
         return self._last[2]
+
+    def forget(self):
+        """Free the last input, and what was computed of it"""
+        self._last = None
 
     def _compute(self, x: Tensor, args: QuantizationArgs | None) -> Tensor:
         scheme = None if self.transform is None else self.transform.scheme

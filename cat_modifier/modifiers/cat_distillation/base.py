@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CATDistillationModifier: trains all transforms of CATModifier together, on the logits."""
+
+from collections.abc import Sized
+
+import torch
+import tqdm
+from llmcompressor.core import Event, State
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.utils.hooks import HooksMixin
+from loguru import logger
+from pydantic import Field
+
+from cat_modifier.functional.alignment import condition_number
+from cat_modifier.modifiers.cat_distillation.fit import Distillation
+from cat_modifier.modifiers.cat_training.inputs import (
+    check_inputs,
+    check_recipe,
+    find_config,
+    find_inputs,
+)
+from cat_modifier.modifiers.cat_training.insert import (
+    insert,
+    store_in_floats,
+    without_gradients,
+)
+from cat_modifier.modifiers.cat_training.layer import TrainableLayer
+from cat_modifier.modifiers.decoding_layers import find_decoding_layers
+
+__all__ = ["CATDistillationModifier"]
+
+_HELD_OUT = 8
+"""One of this many batches is held out for early stopping"""
+
+
+class CATDistillationModifier(Modifier):
+    """
+    Trains the transforms of a CATModifier, so that the quantized model predicts what the
+    original model predicts.
+
+    Gradient descent fits corrections of the transforms of all layers together. The loss is
+    the Kullback-Leibler divergence of the next tokens of the two models. Transforms keep
+    their sizes, so that serving costs the same. Inverses of the corrections are fused into
+    the weights.
+
+    Compared with CATTrainingModifier: takes less time and follows the output of the model
+    instead of those of layers, but needs the whole model in memory. Put
+    CATDistillationModifier between CATModifier (or CATTrainingModifier) and a
+    QuantizationModifier or GPTQModifier. It trains for the scheme of the latter.
+
+    Sample yaml:
+    ```yaml
+    quant_stage:
+      quant_modifiers:
+        CATModifier:
+          transform_block_size: 128
+        CATDistillationModifier:
+          steps: 40
+        QuantizationModifier:
+          ignore: [lm_head]
+          config_groups:
+            group_0:
+              targets: [Linear]
+              format: pack-quantized
+              weights: {num_bits: 4, type: int, strategy: channel, observer: memoryless_mse}
+              input_activations:
+                {num_bits: 4, type: int, strategy: token, symmetric: false, dynamic: true}
+    ```
+
+    Lifecycle:
+
+    - on_initialize
+        - check that a CATModifier precedes this modifier
+    - on_calibration_end
+        - check that the schemes are supported
+        - train the transforms of all decoding layers, and write them
+
+    Quantized Linears outside of decoding layers, such as an lm_head, compute unquantized in
+    training. Memory beside the model: the weights of the decoding layers twice in its dtype,
+    and the activations of one batch in one layer.
+
+    :param steps: upper bound of the steps of gradient descent
+    :param batch_size: batches of the calibration data per step
+    :param learning_rate: learning rate of Adam; grows in the first steps, and decays to 0
+        along a cosine
+    :param patience: number of evaluations without progress before training stops. An eighth
+        of the batches is held out, and their divergence is evaluated ten times. The
+        transforms of least divergence are kept: those of CATModifier if no step is better
+    """
+
+    # training passes the data through the model itself, several times
+    requires_calibration_data: bool = False
+
+    steps: int = Field(default=40, ge=1)
+    batch_size: int = Field(default=4, ge=1)
+    learning_rate: float = Field(default=0.001, gt=0, allow_inf_nan=False)
+    patience: int = Field(default=3, ge=1)
+
+    def on_initialize(self, state: State, **kwargs) -> bool:
+        """
+        Check the data and the recipe.
+
+        :raises ValueError: if there are less than two batches of data, no preceding
+            CATModifier, or more than one rank
+        """
+        check_recipe(self, state)
+        data = state.data.calib
+        if isinstance(data, Sized) and len(data) < 2:
+            raise ValueError(
+                "CATDistillationModifier needs at least two batches of calibration data: one "
+                "to train on, and one held out to decide when to stop"
+            )
+        return True
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs):
+        """
+        Train the transforms, and write them.
+
+        :raises ValueError: if the recipe's schemes are not supported, no transform is inside
+            a decoding layer, the model returns no logits, or they are not finite
+        """
+        model = state.model
+        config = find_config(model, self)
+        store_in_floats(model, config)
+        inputs = find_inputs(model, config)
+        layers = []
+        for name, layer in find_decoding_layers(model).items():
+            own = [one for one in inputs if one.first.startswith(f"{name}.")]
+            if own:
+                layers.append(TrainableLayer(layer, name, own))
+        if not any(one.correction_shape for layer in layers for one in layer.inputs):
+            raise ValueError(
+                "CATDistillationModifier trains transforms inside decoding layers. "
+                f"{type(model).__name__} has none of them: leave CATDistillationModifier out "
+                "of the recipe"
+            )
+        check_inputs([one for layer in layers for one in layer.inputs], self)
+        batches = list(state.data.calib or ())
+        count = max(1, len(batches) // _HELD_OUT)
+        with (
+            HooksMixin.disable_hooks(),
+            tqdm.tqdm(total=self.steps, desc="Training all transforms") as progress,
+            torch.enable_grad(),
+            without_gradients(model),
+        ):
+            training = Distillation(model, layers, batches[:-count], batches[-count:]).fit(
+                self.steps,
+                self.batch_size,
+                self.learning_rate,
+                self.patience,
+                progress.update,
+            )
+        condition = max(condition_number(one) for one in training.corrections.values())
+        logger.info(
+            f"Divergence from the original model on held-out batches {training.before:.4f} -> "
+            f"{training.after:.4f} nats per token in {training.steps} steps, condition number "
+            f"of the corrections {condition:.1f}"
+        )
+        if training.after < training.before:
+            for layer in layers:
+                insert(layer, training.corrections)
+                layer.release()

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Gradient descent on the corrections of all layers, by the logits of the unquantized model.
+
+The quantized model (student) learns to predict what the unquantized model (teacher) predicts:
+the loss is the Kullback-Leibler divergence of their next tokens (arXiv 1503.02531), in nats.
+The teacher is the same model in memory, whose transforms leave its function as it is.
+
+Memory: the quantized weights and their gradients in the dtype of the model, the float32
+copies of one layer, and the activations of one layer. Activations of the others are computed
+again in the backward pass (arXiv 1604.06174).
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from compressed_tensors.offload import get_execution_device
+from compressed_tensors.utils import patch_attr
+from llmcompressor.pytorch.utils.helpers import tensors_to_device
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.functional import kl_div
+from torch.utils.checkpoint import checkpoint
+
+from cat_modifier.calibration.shared_inputs import padding_mask
+from cat_modifier.modifiers.cat.pipeline import unquantized
+from cat_modifier.modifiers.cat_training.fit import Training, draw_batches
+from cat_modifier.modifiers.cat_training.layer import LayerTensors, TrainableLayer
+
+__all__ = ["Distillation", "divergence"]
+
+_EVALUATIONS = 10
+"""Number of evaluations of the held-out divergence"""
+
+_WARM_UP = 5
+"""Steps in which the learning rate grows: Adam knows nothing of the gradients' sizes yet"""
+
+_SCALE = 1024.0
+"""Factor of the loss: gradients of a mean over tokens would vanish in float16"""
+
+_TOKENS_AT_ONCE = 512
+"""Tokens whose probabilities are computed at once in float32"""
+
+
+class Distillation:
+    """
+    Trains the corrections of all layers of a model together.
+
+    :param model: the model, with transforms and without quantization
+    :param layers: decoding layers with the inputs that are quantized
+    :param samples: batches to train on, each the keyword arguments of the model
+    :param held_out: batches to choose the corrections by
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        layers: list[TrainableLayer],
+        samples: list[dict[str, Any]],
+        held_out: list[dict[str, Any]],
+    ):
+        self.model, self.layers = model, layers
+        self.samples, self.held_out = samples, held_out
+        self.corrections = {
+            name: one.requires_grad_()
+            for layer in layers
+            for name, one in layer.identity().items()
+        }
+        self._ratios: list[dict[str, Tensor]] = []
+
+    def fit(
+        self,
+        steps: int,
+        batch_size: int,
+        learning_rate: float,
+        patience: int,
+        on_step: Callable[[], Any] = lambda: None,
+    ) -> Training:
+        """
+        Train the corrections.
+
+        :param steps: upper bound of the number of steps
+        :param batch_size: samples per step
+        :param learning_rate: learning rate of Adam after some steps; decays to 0 along a
+            cosine
+        :param patience: number of evaluations without progress before training stops, of ten
+        :param on_step: called after each step
+        :return: corrections of least divergence on held-out samples; errors in nats per token
+        :raises ValueError: if the divergence is not finite before the first step
+        """
+        optimizer = torch.optim.Adam(self.corrections.values(), learning_rate, (0.9, 0.95))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, steps=steps))
+        batches = draw_batches(self.samples, batch_size)
+        interval = math.ceil(steps / _EVALUATIONS)
+        before = best_error = self._evaluate()
+        if not math.isfinite(before):
+            raise ValueError(
+                "The logits are not finite when the model is quantized: look for infinities in "
+                "the calibration data, or in the weights of the model"
+            )
+        best = self._copy()
+        made = without_progress = 0
+        while made < steps and without_progress < patience:
+            self._add_gradients(next(batches))
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            made += 1
+            on_step()
+            if made % interval and made < steps:
+                continue
+            error = self._evaluate()
+            if not math.isfinite(error):
+                break
+            without_progress += 1
+            if error < best_error:
+                best, best_error, without_progress = self._copy(), error, 0
+        return Training(best, before, best_error, made)
+
+    def _copy(self) -> dict[str, Tensor]:
+        return {name: one.detach().clone() for name, one in self.corrections.items()}
+
+    @torch.no_grad()
+    def _evaluate(self) -> float:
+        """Search for ranges, and compute the divergence of held-out samples, in nats"""
+        # keep ranges until the next evaluation: to search for them takes longer than a step
+        self._ratios = []
+        for layer in self.layers:
+            self._ratios.append(layer.range_ratios(layer.correct(self.corrections)))
+            layer.release()
+        leaves = [self._tensors(index).leaves(self.dtype) for index in range(len(self.layers))]
+        errors = []
+        for sample in self.held_out:
+            teacher = self._predict(sample)
+            with self._student(leaves):
+                errors.append(divergence(self._predict(sample), teacher))
+        return torch.stack(errors).mean().item()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype that the model computes with"""
+        return next(iter(self.layers[0].inputs[0].linears.values())).weight.dtype
+
+    def _tensors(self, index: int) -> LayerTensors:
+        """Correct and quantize a layer, with gradients where they are enabled"""
+        layer = self.layers[index]
+        tensors = layer.quantize(layer.correct(self.corrections), self._ratios[index])
+        layer.release()
+        return tensors
+
+    def _add_gradients(self, batch: list[dict[str, Any]]):
+        """
+        Add the gradients of a batch to the corrections.
+
+        Weights are quantized once for all samples. Their gradients are summed over the
+        samples. Then each layer is corrected again, to pass them on to its corrections.
+        """
+        leaves = [self._tensors(index).leaves(self.dtype) for index in range(len(self.layers))]
+        for sample in batch:
+            with torch.no_grad():
+                teacher = self._predict(sample)
+            with self._student(leaves):
+                error = divergence(self._predict(sample), teacher)
+                (error * _SCALE / len(batch)).backward()
+        for index, one in enumerate(leaves):
+            self._tensors(index).backward(one, _SCALE)
+
+    def _predict(self, sample: dict[str, Any]) -> Tensor:
+        """Compute the logits of real tokens, shape (tokens, vocabulary)"""
+        sample = tensors_to_device(sample, get_execution_device(self.model))
+        with unquantized(self.model):
+            logits = _logits(self.model, sample)
+        mask = padding_mask(sample.get("attention_mask"))
+        if mask is None or mask.shape != logits.shape[:-1]:
+            return logits.flatten(0, -2)
+        return logits[mask]
+
+    @contextmanager
+    def _student(self, leaves: list[LayerTensors]) -> Iterator[None]:
+        """Let the layers compute with leaves, and forget their activations"""
+        with ExitStack() as stack:
+            for layer, tensors in zip(self.layers, leaves, strict=True):
+                module = stack.enter_context(layer.computing_with(tensors))
+                if torch.is_grad_enabled():
+                    again = partial(
+                        checkpoint,
+                        module.forward,
+                        use_reentrant=False,
+                        preserve_rng_state=False,
+                    )
+                    stack.enter_context(patch_attr(module, "forward", again))
+            yield
+
+
+def _rate(step: int, steps: int) -> float:
+    """Factor of the learning rate: grows linearly, and decays to 0 along a cosine"""
+    return min(1, (step + 1) / _WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def _logits(model: Module, sample: dict[str, Any]) -> Tensor:
+    logits = getattr(model(**sample), "logits", None)
+    if logits is None:
+        raise ValueError(
+            f"{type(model).__name__} returns no logits, so that there is nothing to distil: "
+            "use CATTrainingModifier instead of CATDistillationModifier, or load the model "
+            "with its head (AutoModelForCausalLM)"
+        )
+    return logits
+
+
+def divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """
+    Compute the mean Kullback-Leibler divergence of predictions, in nats.
+
+    :param student: logits, shape (tokens, vocabulary)
+    :param teacher: logits of the same shape
+    :return: KL(teacher || student), scalar, float32
+    """
+    total = student.new_zeros((), dtype=torch.float32)
+    for ours, theirs in zip(
+        student.split(_TOKENS_AT_ONCE), teacher.split(_TOKENS_AT_ONCE), strict=True
+    ):
+        log_probabilities = [one.float().log_softmax(-1) for one in (ours, theirs)]
+        total = total + kl_div(*log_probabilities, reduction="sum", log_target=True)
+    return total / len(student)

@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+from contextlib import ExitStack
+
+import pytest
+import torch
+from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from tiny_models import (
+    int_scheme,
+    logits_of,
+    make_loader,
+    make_model,
+    make_tokens,
+    relative_error,
+)
+from torch.nn.functional import kl_div
+from transformers import AutoModel, AutoModelForCausalLM
+
+from cat_modifier import CATDistillationModifier, CATModifier, CATTrainingModifier
+from cat_modifier.modifiers.cat_distillation import base, fit
+
+pytestmark = pytest.mark.slow
+
+SCHEME = int_scheme(4, 4)
+FAST = {"steps": 20, "batch_size": 4, "patience": 10}
+
+
+def make_data() -> torch.Tensor:
+    """Make the held-out batch one of the others: a few random tokens generalize to no others"""
+    return make_tokens(4).repeat(3, 1)
+
+
+def compress(model, *modifiers, tokens=None, mask=None, last=None):
+    tokens = make_data() if tokens is None else tokens
+    last = last or QuantizationModifier(**SCHEME)
+    oneshot(model=model, recipe=[*modifiers, last], dataset=make_loader(tokens, mask))
+    return model
+
+
+def divergence(model, original, tokens) -> float:
+    with torch.no_grad():
+        ours, theirs = (
+            one(tokens, use_cache=False).logits.double().log_softmax(-1)
+            for one in (model, original)
+        )
+    return kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).mean().item()
+
+
+@pytest.fixture
+def trainings(monkeypatch) -> list:
+    """Results of all trainings"""
+    found, train = [], fit.Distillation.fit
+
+    def remember(self, *args):
+        found.append(train(self, *args))
+        return found[-1]
+
+    monkeypatch.setattr(base.Distillation, "fit", remember)
+    return found
+
+
+@pytest.mark.parametrize("rotation", ["hadamard", "block-hadamard"])
+@pytest.mark.parametrize("family", ["llama-biases", "qwen3", "cohere"])
+def test_divergence_is_less(tmp_path, family, rotation):
+    original = make_model(tmp_path, family)
+    found = {}
+    for name, training in (("closed", []), ("trained", [CATDistillationModifier(**FAST)])):
+        model = compress(
+            make_model(tmp_path, family),
+            CATModifier(transform_block_size=32, rotation=rotation, precision=torch.float32),
+            *training,
+        )
+        found[name] = divergence(model, original, make_tokens(4))
+    assert found["trained"] < 0.97 * found["closed"]
+
+
+# symmetric integers round the largest value of a row up or down by its last bit
+ASYMMETRIC = int_scheme(4, 4)
+ASYMMETRIC["config_groups"]["group_0"]["weights"]["symmetric"] = False
+
+
+def test_what_is_trained_is_what_is_quantized(tmp_path, trainings):
+    """The divergence in training is that of the quantized model, on the held-out batch"""
+    original = make_model(tmp_path, "llama-biases")
+    model = compress(
+        make_model(tmp_path, "llama-biases"),
+        CATModifier(transform_block_size=32, precision=torch.float32),
+        CATDistillationModifier(**FAST),
+        last=QuantizationModifier(**ASYMMETRIC),
+    )
+    (training,) = trainings
+    assert training.after < training.before
+    # a few values are halfway between two integers
+    assert divergence(model, original, make_tokens(4)[-1:]) == pytest.approx(training.after, rel=0.02)
+
+
+def test_gradients_are_those_of_the_divergence(tmp_path, monkeypatch):
+    """The same as from one graph of the whole computation"""
+    errors = []
+
+    def compare(self, *args):
+        self._evaluate()
+        batch = self.samples[:2]
+        self._add_gradients(batch)
+        expected = torch.zeros(())
+        with ExitStack() as stack:
+            teachers = [self.model(**one).logits for one in batch]
+            for layer, ratios in zip(self.layers, self._ratios, strict=True):
+                tensors = layer.quantize(layer.correct(self.corrections), ratios)
+                stack.enter_context(layer.computing_with(tensors))
+            for sample, teacher in zip(batch, teachers, strict=True):
+                student = self.model(**sample).logits.log_softmax(-1)
+                loss = kl_div(student, teacher.log_softmax(-1), log_target=True, reduction="none")
+                expected = expected + loss.sum(-1).mean() / len(batch)
+        found = [one.grad for one in self.corrections.values()]
+        gradients = torch.autograd.grad(expected, list(self.corrections.values()))
+        errors.extend(relative_error(*pair) for pair in zip(found, gradients, strict=True))
+        raise InterruptedError
+
+    monkeypatch.setattr(base.Distillation, "fit", compare)
+    cat = CATModifier(transform_block_size=32, precision=torch.float32)
+    with pytest.raises(InterruptedError):
+        compress(make_model(tmp_path, "llama-biases"), cat, CATDistillationModifier())
+    assert len(errors) == 8 and max(errors) < 1e-3
+
+
+def test_function_is_kept(tmp_path):
+    """Up to the error of 8-bit quantization"""
+    model = compress(
+        make_model(tmp_path, "llama-biases"),
+        CATModifier(transform_block_size=32),
+        CATDistillationModifier(**FAST),
+        last=QuantizationModifier(**int_scheme(8, 8)),
+    )
+    original = make_model(tmp_path, "llama-biases")
+    assert relative_error(logits_of(model), logits_of(original)) < 0.05
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_checkpoint_loads(tmp_path, family):
+    model = make_model(tmp_path, family, dtype=torch.bfloat16)
+    compress(model, CATModifier(transform_block_size=32), CATDistillationModifier(**FAST))
+    expected = logits_of(model)
+    model.save_pretrained(tmp_path / "quantized", save_compressed=True)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized", dtype="auto").eval()
+    assert relative_error(logits_of(loaded), expected) < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_are_trained(tmp_path, dtype, trainings):
+    model = make_model(tmp_path, dtype=dtype)
+    compress(model, CATModifier(transform_block_size=32), CATDistillationModifier(**FAST))
+    assert trainings[0].after < 0.97 * trainings[0].before
+
+
+def test_experts_are_trained(tmp_path, trainings):
+    model = make_model(tmp_path, "qwen3-moe", num_experts=4, num_experts_per_tok=2)
+    cat = CATModifier(transform_block_size=32, tensor_parallel_size=1)
+    compress(model, cat, CATDistillationModifier(**FAST))
+    (training,) = trainings
+    assert any("experts" in name for name in training.corrections)
+    assert training.after < training.before
+
+
+def test_follows_training_of_layers_and_precedes_gptq(tmp_path, trainings):
+    recipe = [CATTrainingModifier(steps=4), CATDistillationModifier(**FAST)]
+    original, found = make_model(tmp_path), []
+    for training in ([], recipe):
+        cat = CATModifier(transform_block_size=32)
+        model = compress(make_model(tmp_path), cat, *training, last=GPTQModifier(**SCHEME))
+        found.append(divergence(model, original, make_tokens(4)))
+    assert trainings[0].after < trainings[0].before
+    # GPTQ does not round to nearest, so training need not help
+    assert found[1] < 1.2 * found[0]
+
+
+def test_padding_does_not_count(tmp_path):
+    tokens = make_tokens(6)
+    mask = torch.ones_like(tokens)
+    mask[:, 30:] = 0
+    noise = tokens.clone()
+    noise[:, 30:] = make_tokens(6, seed=5)[:, 30:]
+    results = [
+        logits_of(
+            compress(
+                make_model(tmp_path),
+                CATModifier(transform_block_size=32),
+                CATDistillationModifier(**FAST),
+                tokens=one,
+                mask=mask,
+            )
+        )
+        for one in (tokens, noise)
+    ]
+    assert relative_error(*results) < 1e-4
+
+
+def test_nothing_is_left_behind(tmp_path):
+    model = make_model(tmp_path)
+    wanted = {name for name, one in model.named_parameters() if one.requires_grad}
+    compress(model, CATModifier(transform_block_size=32), CATDistillationModifier(steps=2))
+    norms = {name for name in wanted if "norm" in name}
+    for name, one in model.named_parameters():
+        assert one.grad is None
+        assert one.requires_grad or name not in norms
+    tokens = make_tokens(2)
+    assert not model(tokens).logits.requires_grad or norms
+
+
+def test_a_model_that_does_not_get_better_is_left(tmp_path):
+    steep = CATDistillationModifier(steps=4, learning_rate=100.0)
+    model = compress(make_model(tmp_path), CATModifier(transform_block_size=32), steep)
+    closed = compress(make_model(tmp_path), CATModifier(transform_block_size=32))
+    assert torch.equal(logits_of(model), logits_of(closed))
+
+
+@pytest.mark.parametrize(
+    "modifiers, scheme, message",
+    [
+        ([CATDistillationModifier], SCHEME, "put one before it"),
+        ([CATDistillationModifier, CATModifier], SCHEME, "put one before it"),
+        (
+            [CATModifier, CATDistillationModifier],
+            SCHEME | {"ignore": ["lm_head", "re:.*down_proj"]},
+            "No modifier quantizes the weight",
+        ),
+    ],
+)
+def test_refusals(tmp_path, modifiers, scheme, message):
+    model = make_model(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        compress(model, *(one() for one in modifiers), last=QuantizationModifier(**scheme))
+
+
+def test_quantized_weights_are_refused(tmp_path):
+    recipe = [CATModifier(), QuantizationModifier(**SCHEME), CATDistillationModifier()]
+    with pytest.raises(ValueError, match="quantized already"):
+        oneshot(model=make_model(tmp_path), recipe=recipe, dataset=make_loader(make_tokens()))
+
+
+def test_one_batch_is_refused(tmp_path):
+    recipe = [CATModifier(), CATDistillationModifier()]
+    with pytest.raises(ValueError, match="two batches"):
+        compress(make_model(tmp_path), *recipe, tokens=make_tokens(1))
+
+
+def test_models_without_logits_are_refused(tmp_path):
+    make_model(tmp_path)
+    model = AutoModel.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="returns no logits"):
+        compress(model, CATModifier(), CATDistillationModifier())
