@@ -16,6 +16,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from statistics import median
 
@@ -124,17 +125,20 @@ def plain(online: ops.OnlineTransform) -> Callable[[Tensor], Tensor]:
     return lambda x: apply_transform(x, blocks, hadamard, online.interleave)
 
 
+@cache
 def find_hadacore() -> bool:
     """Load vLLM's library of operators, without the rest of vLLM"""
     spec = importlib.util.find_spec("vllm")
     if DEVICE == "cpu" or spec is None or spec.origin is None:
         return False
-    for library in Path(spec.origin).parent.glob("_C*.so"):
+    for library in sorted(Path(spec.origin).parent.glob("_C*.so"), reverse=True):
         try:
             torch.ops.load_library(library)
         except OSError as error:
             print(f"no hadacore: {error}")
-    return hasattr(torch.ops._C, "hadacore_transform")
+        if hasattr(torch.ops._C, "hadacore_transform"):
+            return True
+    return False
 
 
 def int8_of_vllm(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,6 +187,11 @@ def sides(tokens: int, in_features: int, block_size: int) -> dict[str, list[Call
                 lambda x, t: ops.quantize(t(x), 4, False),
                 functions,
             )
+    # as before output projections of attention, whose blocks are fused into v_proj
+    layout = layouts["blocks, Hadamard"]
+    hadamard = hadamard_matrix(layout.online_hadamard_size).float()
+    alone = ops.OnlineTransform(None, hadamard, layout.interleave, DTYPE).to(DEVICE)
+    add("fused: Hadamard alone", lambda x: alone.quantize(x, 4, False))
     if in_features <= 8192:
         count = count_copies(2 * in_features**2)
         dense = torch.randn(count, in_features, in_features, device=DEVICE, dtype=DTYPE)
