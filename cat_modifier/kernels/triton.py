@@ -314,8 +314,7 @@ def _blocks_quantize_kernel(
         z, _, _ = _block_product(
             x_ptr, blocks_ptr, block, rows, tokens, in_features, SIZE, PADDED, PRECISION
         )
-        low = tl.minimum(low, tl.min(z, 1))
-        high = tl.maximum(high, tl.max(z, 1))
+        low, high = _wider(low, high, z, 1)
     scale, zero_point = _quantizer(low, high, clip_ptr, BITS, SYMMETRIC)
     tl.store(scales_ptr + rows, scale, rows < tokens)
     if not SYMMETRIC:
@@ -357,8 +356,7 @@ def _rows_kernel(
             z_ptr, hadamard_ptr, start, 0, SIZE, INTERLEAVE, ROWS, COLUMNS, PRECISION
         )
         if QUANTIZE:
-            low = tl.minimum(low, tl.min(y))
-            high = tl.maximum(high, tl.max(y))
+            low, high = _wider(low, high, y, None)
             scale, zero_point = _quantizer(low, high, clip_ptr, BITS, SYMMETRIC)
             tl.store(out_ptr + offsets, _to_q(y, scale, zero_point, BITS), mask)
         else:
@@ -369,8 +367,7 @@ def _rows_kernel(
                 z_ptr, hadamard_ptr, start, span, SIZE, INTERLEAVE, ROWS, COLUMNS, PRECISION
             )
             if QUANTIZE:
-                low = tl.minimum(low, tl.min(y))
-                high = tl.maximum(high, tl.max(y))
+                low, high = _wider(low, high, y, None)
             else:
                 tl.store(out_ptr + offsets, _cast(y, out_ptr.dtype.element_ty), mask)
         if QUANTIZE:
@@ -425,23 +422,36 @@ def _mixed(
 
 
 @triton.jit
+def _wider(low, high, x, AXIS: tl.constexpr):
+    """Widen ranges to hold x; NaN makes them infinite, for which :func:`_quantizer` looks"""
+    x = tl.where(x == x, x, float("inf"))
+    return tl.minimum(low, tl.min(x, AXIS)), tl.maximum(high, tl.max(x, AXIS))
+
+
+@triton.jit
 def _quantizer(low, high, clip_ptr, BITS: tl.constexpr, SYMMETRIC: tl.constexpr):
-    """Compute scale and zero point of a range, like reference.py"""
+    """
+    Compute scale and zero point of a range, like reference.py. The scale of a range that is
+    not finite is NaN
+    """
     levels: tl.constexpr = 2**BITS - 1
     least: tl.constexpr = -(2 ** (BITS - 1))
     tiny: tl.constexpr = 1.1754943508222875e-38
+    is_finite = tl.maximum(high, -low) < float("inf")
     if SYMMETRIC:
         half = tl.zeros_like(high) + levels / 2
         scale = tl.maximum(tl.div_rn(tl.maximum(high, -low), half), tiny)
-        return scale, tl.zeros_like(scale)
+        return tl.where(is_finite, scale, float("nan")), tl.zeros_like(scale)
     if clip_ptr is not None:
         ratio = tl.load(clip_ptr)
-        low *= ratio
-        high *= ratio
+        # bounds which hold anyway: they keep the compiler from fusing a product with the
+        # difference below, which would not round it
+        low = tl.minimum(low * ratio, 0.0)
+        high = tl.maximum(high * ratio, 0.0)
     scale = tl.maximum(tl.div_rn(high - low, tl.zeros_like(high) + levels), tiny)
     zero_point = least - tl.div_rn(low, scale)
-    zero_point = tl.minimum(tl.maximum(zero_point, least), least + levels)
-    return scale, _round(zero_point)
+    zero_point = _round(tl.minimum(tl.maximum(zero_point, least), least + levels))
+    return tl.where(is_finite, scale, float("nan")), tl.where(is_finite, zero_point, 0.0)
 
 
 @triton.jit

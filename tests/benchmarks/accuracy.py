@@ -129,13 +129,15 @@ def make_checkpoint(model: str, folder: Path, content: str, calibration: str, se
 
 
 def load(path: str | Path):
-    return AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
+    """Load a model, to a GPU if there is one"""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
+    return model.to("cuda") if torch.cuda.is_available() else model
 
 
 @torch.no_grad()
 def log_probabilities(model, window: Tensor) -> Tensor:
     """Of the tokens after each, shape (length - 1, vocabulary), float32"""
-    return model(window[None]).logits[0, :-1].float().log_softmax(-1)
+    return model(window[None].to(model.device)).logits[0, :-1].float().log_softmax(-1)
 
 
 def evaluate(model, ids: Tensor, reference: list[Tensor]) -> dict[str, list[float]]:
@@ -148,7 +150,7 @@ def evaluate(model, ids: Tensor, reference: list[Tensor]) -> dict[str, list[floa
     result: dict[str, list[float]] = {"loss": [], "KL divergence": [], "top-1 agreement": []}
     for window, expected in zip(ids, reference, strict=True):
         found, expected = log_probabilities(model, window), expected.float()
-        loss = -found.gather(-1, window[1:, None]).mean()
+        loss = -found.gather(-1, window[1:, None].to(found.device)).mean()
         divergence = (expected.exp() * (expected - found)).sum(-1).mean()
         agreement = (expected.argmax(-1) == found.argmax(-1)).float().mean()
         values = (loss, divergence, agreement)

@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton's interpreter, and the kernels in C++ for each of the instructions they know"""
+"""
+Triton's interpreter where there is no GPU, and the kernels in C++ for each of the instructions
+they know
+"""
 
 import os
 import platform
 
-# before Triton is imported
-os.environ["TRITON_INTERPRET"] = "1"
-
 import pytest
 import torch
 
+# before Triton is imported
+os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
+
 from cat_modifier.kernels import native
+
+GPU = "cuda" if torch.cuda.is_available() else "cpu"
+"""Device of the Triton kernels: the CPU interprets them"""
 
 # name: flags of the compiler that leave the CPU only these
 INSTRUCTIONS = {

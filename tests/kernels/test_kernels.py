@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels compared with float64: CPU kernels, and Triton kernels in its interpreter"""
+"""
+The kernels compared with float64: CPU kernels, and Triton kernels on a GPU, or in its
+interpreter where there is none
+"""
 
 import json
 import os
@@ -9,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import GPU
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -19,9 +23,10 @@ from cat_modifier.kernels import cpu, ops, triton
 from cat_modifier.kernels.reference import quantize_per_token
 
 KERNELS = {"cpu": cpu, "triton": triton}
+DEVICES = {"cpu": "cpu", "triton": GPU}
 
 
-def inputs(tokens, count, size, order, interleave, dtype, outliers, seed=0):
+def inputs(tokens, count, size, order, interleave, dtype, outliers, seed=0, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, count * (size or 1), generator=generator)
     if outliers:
@@ -32,7 +37,15 @@ def inputs(tokens, count, size, order, interleave, dtype, outliers, seed=0):
         blocks = torch.randn(count, size, size, generator=generator) / size**0.5
         blocks = blocks.bfloat16().to(dtype)
     hadamard = hadamard_matrix(order).float() if order > 1 else None
-    return x.to(dtype), ops.OnlineTransform(blocks, hadamard, interleave, dtype), hadamard
+    online = ops.OnlineTransform(blocks, hadamard, interleave, dtype).to(device)
+    return x.to(device, dtype), online, None if hadamard is None else hadamard.to(device)
+
+
+def reference(x, bits, symmetric, clip_ratio=None):
+    """What a CPU computes: PyTorch divides by numbers less exactly on GPUs"""
+    ratio = None if clip_ratio is None else clip_ratio.cpu()
+    found = quantize_per_token(x.cpu(), bits, symmetric, ratio)
+    return tuple(None if one is None else one.to(x.device) for one in found)
 
 
 def dequantize(q, scales, zero_points):
@@ -64,7 +77,8 @@ RATIO = torch.tensor(0.8)
 @pytest.mark.parametrize("tokens", [1, 2, 33])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_transform_is_as_exact_as_plain_pytorch(kernels, layout, tokens, dtype):
-    x, online, hadamard = inputs(tokens, *layout, dtype, outliers=tokens == 33)
+    device = DEVICES[kernels]
+    x, online, hadamard = inputs(tokens, *layout, dtype, tokens == 33, device=device)
     interleave = layout[3]
     expected = apply_transform(x.double(), online.weight, hadamard, interleave)
     plain = apply_transform(x, online.weight, hadamard, interleave)
@@ -79,7 +93,7 @@ def test_transform_is_as_exact_as_plain_pytorch(kernels, layout, tokens, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_int8_blocks_are_multiplied_as_floats(kernels, layout, dtype, monkeypatch):
     monkeypatch.setattr(triton, "_FUSED_FROM", 30)
-    x, online, _ = inputs(33, *layout, dtype, outliers=False)
+    x, online, _ = inputs(33, *layout, dtype, False, device=DEVICES[kernels])
     kernels, interleave = KERNELS[kernels], layout[3]
     integers = torch.empty_like(online.weight, dtype=torch.int8)
     store_blocks(online.weight.detach().double(), integers)
@@ -111,8 +125,11 @@ def test_transformed_inputs_are_quantized_like_exact_ones(
     kernels, layout, tokens, bits, symmetric, clip_ratio, monkeypatch
 ):
     monkeypatch.setattr(triton, "_FUSED_FROM", 30)
-    x, online, hadamard = inputs(tokens, *layout, torch.bfloat16, outliers=tokens == 40)
-    interleave = layout[3]
+    device, interleave = DEVICES[kernels], layout[3]
+    x, online, hadamard = inputs(
+        tokens, *layout, torch.bfloat16, outliers=tokens == 40, device=device
+    )
+    clip_ratio = None if clip_ratio is None else clip_ratio.to(device)
     exact = apply_transform(x.double(), online.weight, hadamard, interleave)
     q, scales, zero_points = KERNELS[kernels].transform_quantize(
         x, online.weight, online.hadamard, interleave, bits, symmetric, clip_ratio
@@ -122,7 +139,7 @@ def test_transformed_inputs_are_quantized_like_exact_ones(
     assert (zero_points is None) == symmetric
     found = dequantize(q, scales * online.norm_scale, zero_points)
     # the error of quantizing exact values, and of rounding to bfloat16
-    allowed = dequantize(*quantize_per_token(exact, bits, symmetric, clip_ratio))
+    allowed = dequantize(*reference(exact, bits, symmetric, clip_ratio))
     assert error(found, exact) < 1.02 * error(allowed, exact) + 0.006
 
 
@@ -144,20 +161,37 @@ def test_quantization_without_a_transform_is_exactly_the_reference(
     generator = torch.Generator().manual_seed(in_features)
     x = torch.randn(tokens, in_features, generator=generator) + shift
     x[0] = 0 if shift else 1e30
-    x = x.to(dtype)
+    x = x.to(DEVICES[kernels], dtype)
+    clip_ratio = None if clip_ratio is None else clip_ratio.to(x.device)
     found = KERNELS[kernels].quantize(x, bits, symmetric, clip_ratio)
-    expected = quantize_per_token(x, bits, symmetric, clip_ratio)
+    expected = reference(x, bits, symmetric, clip_ratio)
     for a, b in zip(found, expected, strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
 
 
-def test_operators_have_fakes_and_can_be_compiled():
-    x, online, _ = inputs(5, 6, 96, 12, 48, torch.bfloat16, False)
+@pytest.mark.parametrize("layout", [None, (3, 16, 1, 1), (3, 16, 4, 12)], ids=str)
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_a_token_that_is_not_finite_is_no_number_after_it(
+    layout, symmetric, value, monkeypatch
+):
+    monkeypatch.setattr(triton, "_FUSED_FROM", 3)
+    x, online, _ = inputs(3, *(layout or (48, None, 1, 1)), torch.float32, False, device=GPU)
+    x[1, 37] = value
+    arguments = (online.weight, online.hadamard, online.interleave, 4, symmetric)
+    _, scales, _ = triton.transform_quantize(x, *arguments)
+    assert scales.isnan().flatten().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("device", sorted({"cpu", GPU}))
+def test_operators_have_fakes_and_can_be_compiled(device):
+    x, online, _ = inputs(5, 6, 96, 12, 48, torch.bfloat16, False, device=device)
     arguments = (x, online.weight, online.hadamard, 48)
     tests = ("test_schema", "test_faketensor")
     namespace = torch.ops.cat_modifier
     torch.library.opcheck(namespace.transform, arguments, test_utils=tests)
-    for symmetric, clip_ratio in ((True, None), (False, RATIO)):
+    for symmetric, clip_ratio in ((True, None), (False, RATIO.to(device))):
         format = (4, symmetric, clip_ratio)
         arguments = (*arguments[:4], *format)
         torch.library.opcheck(namespace.transform_quantize, arguments, test_utils=tests)
@@ -218,8 +252,8 @@ def test_clipping_before_quantization_equals_clipping_within(blocks, hadamard):
 
 
 def test_no_tokens_are_no_error():
-    x, online, _ = inputs(0, 6, 96, 12, 48, torch.bfloat16, False)
-    for kernels in KERNELS.values():
+    for name, kernels in KERNELS.items():
+        x, online, _ = inputs(0, 6, 96, 12, 48, torch.bfloat16, False, device=DEVICES[name])
         arguments = (x, online.weight, online.hadamard, 48)
         assert kernels.transform(*arguments).shape == x.shape
         assert kernels.transform_quantize(*arguments, 4, False)[0].shape == x.shape
