@@ -43,10 +43,9 @@ class CATDistillationModifier(Modifier):
     their sizes, so that serving costs the same. Inverses of the corrections are fused into
     the weights.
 
-    Compared with CATTrainingModifier: takes less time and follows the output of the model
-    instead of those of layers, but needs the whole model in memory. Put
-    CATDistillationModifier between CATModifier (or CATTrainingModifier) and a
-    QuantizationModifier or GPTQModifier. It trains for the scheme of the latter.
+    CATTrainingModifier trains layer by layer instead, for models that do not fit in memory.
+    Put CATDistillationModifier between CATModifier and a QuantizationModifier or
+    GPTQModifier. It trains for the scheme of the latter.
 
     Sample yaml:
     ```yaml
@@ -55,7 +54,7 @@ class CATDistillationModifier(Modifier):
         CATModifier:
           transform_block_size: 128
         CATDistillationModifier:
-          steps: 40
+          steps: 100
         QuantizationModifier:
           ignore: [lm_head]
           config_groups:
@@ -91,8 +90,8 @@ class CATDistillationModifier(Modifier):
     # training passes the data through the model itself, several times
     requires_calibration_data: bool = False
 
-    steps: int = Field(default=40, ge=1)
-    batch_size: int = Field(default=4, ge=1)
+    steps: int = Field(default=100, ge=1)
+    batch_size: int = Field(default=8, ge=1)
     learning_rate: float = Field(default=0.001, gt=0, allow_inf_nan=False)
     patience: int = Field(default=3, ge=1)
 
