@@ -63,9 +63,10 @@ TRANSFORMS = {
     "CAT": transforms_of("w4a4"),
     "CAT, alignment_strength 0.75": transforms_of("w4a4_gptq"),
     "CAT, trained": transforms_of("w4a4_trained"),
+    "CAT, trained by layers": {**transforms_of("w4a4"), "CATTrainingModifier": {}},
     "CAT, block Hadamard": {"CATModifier": {"rotation": "block-hadamard"}},
     "CAT, block Hadamard, alignment_strength 0.75": transforms_of("nvfp4"),
-    "CAT, block Hadamard, alignment_strength 0.75, trained": {
+    "CAT, block Hadamard, alignment_strength 0.75, trained by layers": {
         **transforms_of("nvfp4"),
         "CATTrainingModifier": {"steps": 40, "learning_rate": 0.001},
     },

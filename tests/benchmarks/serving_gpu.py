@@ -4,7 +4,7 @@ Speed of vLLM on a GPU, of configs alone: weights are made up.
 
     python tests/benchmarks/serving_gpu.py FOLDER [--json FILE]
 
-FOLDER holds one folder with `config.json` for each side, as of a model of the widths to time.
+FOLDER is made by `make_gpu_configs.py`: one folder with `config.json` for each side.
 All sides start at once, each in a process of its own, and are then timed in turn, round after
 round.
 """

@@ -6,9 +6,9 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from tiny_models import int_scheme, make_loader, make_model, make_tokens, relative_error
 
 from cat_modifier import CATModifier
+from cat_modifier.modifiers.cat_training.fit import Sample, call_layer
 from cat_modifier.modifiers.cat_training.inputs import find_inputs
 from cat_modifier.modifiers.cat_training.insert import insert
-from cat_modifier.modifiers.cat_training.fit import Sample, call_layer
 from cat_modifier.modifiers.cat_training.layer import TrainableLayer
 
 

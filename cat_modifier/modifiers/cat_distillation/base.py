@@ -156,6 +156,6 @@ class CATDistillationModifier(Modifier):
             f"of the corrections {condition:.1f}"
         )
         if training.after < training.before:
-            for layer in layers:
-                insert(layer, training.corrections)
-                layer.release()
+            for trainable in layers:
+                insert(trainable, training.corrections)
+                trainable.release()

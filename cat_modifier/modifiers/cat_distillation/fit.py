@@ -171,10 +171,10 @@ class Distillation:
 
     def _predict(self, sample: dict[str, Any]) -> Tensor:
         """Compute the logits of real tokens, shape (tokens, vocabulary)"""
-        sample = tensors_to_device(sample, get_execution_device(self.model))
+        inputs: Any = tensors_to_device(sample, get_execution_device(self.model))
         with unquantized(self.model):
-            logits = _logits(self.model, sample)
-        mask = padding_mask(sample.get("attention_mask"))
+            logits = _logits(self.model, inputs)
+        mask = padding_mask(inputs.get("attention_mask"))
         if mask is None or mask.shape != logits.shape[:-1]:
             return logits.flatten(0, -2)
         return logits[mask]
@@ -224,6 +224,6 @@ def divergence(student: Tensor, teacher: Tensor) -> Tensor:
     for ours, theirs in zip(
         student.split(_TOKENS_AT_ONCE), teacher.split(_TOKENS_AT_ONCE), strict=True
     ):
-        log_probabilities = [one.float().log_softmax(-1) for one in (ours, theirs)]
-        total = total + kl_div(*log_probabilities, reduction="sum", log_target=True)
+        ours, theirs = (one.float().log_softmax(-1) for one in (ours, theirs))
+        total = total + kl_div(ours, theirs, reduction="sum", log_target=True)
     return total / len(student)

@@ -20,6 +20,7 @@ from cat_modifier.modifiers.cat_training.layer import TrainableLayer
 
 __all__ = ["insert", "store_in_floats", "without_gradients"]
 
+
 def store_in_floats(model: Module, config: CATTransformConfig):
     """
     Store transforms in bfloat16 instead of int8, which would round away a part of what is

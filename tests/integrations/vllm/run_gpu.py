@@ -4,9 +4,9 @@ Serve checkpoints on a GPU and compare their log-probabilities with those of Tra
 
     python tests/integrations/vllm/run_gpu.py FOLDER [--logs FOLDER] [--only NAME ...]
 
-FOLDER holds checkpoints, each with `reference.json`: token ids, their log-probabilities in
-float32, and the SQNR that Transformers has in float16 (`half_db`). One process serves each
-checkpoint in each mode; several run at a time.
+FOLDER is made by `make_gpu_models.py`: checkpoints, each with `reference.json`: token ids,
+their log-probabilities in float32, and the SQNR that Transformers has in float16 (`half_db`).
+One process serves each checkpoint in each mode; several run at a time.
 """
 
 import argparse
