@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Kernels for GPUs, in Triton: the transform fused with quantization.
+Kernels for GPUs, in Triton: the transform and quantization.
 
-Blocks alone need one kernel. Each program computes the blocks of some tokens twice, first
-for the range, then to quantize. This is cheaper than a round trip through memory.
-
-A Hadamard matrix after the blocks needs two kernels, and so do too few tokens to fill the
-GPU. The first kernel computes the blocks of all tokens in parallel. The second multiplies by
-the Hadamard matrix and quantizes, one program per token: a multiprocessor holds one row of
-14336 channels, as a (p, q) matrix for the tensor cores, but not 16 rows. The result of the
-first kernel stays in the L2 cache.
+There are two kernels. The first computes the blocks of all tokens in parallel. The second
+multiplies by the Hadamard matrix and quantizes, one program per token: a multiprocessor holds
+one row of 14336 channels, as a (p, q) matrix for the tensor cores, but not the 16 rows that
+the product with a block needs. The L2 cache holds the result of the first kernel, unless
+there are many tokens. A single kernel would have to compute all blocks twice, for the range
+and to quantize, which takes longer than a round trip through memory.
 """
 
 import torch
@@ -24,17 +22,14 @@ __all__ = ["quantize", "transform", "transform_quantize"]
 
 _IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
-_STEP = tl.constexpr(64)
-"""Channels summed at once. Bounds the shared memory of a program"""
-
 _UNIT = tl.constexpr(STEP)
 """T of a block of int8 ones"""
 
 _LARGEST_BLOCK = 256
 """Channels of the largest block of our kernels. cuBLAS is as fast for larger ones"""
 
-_FUSED_FROM = 2048
-"""Number of tokens that fills a GPU with programs of 16 tokens"""
+_MANY_TOKENS = 1024
+"""Number of tokens whose programs fill a GPU"""
 
 
 def transform(
@@ -71,34 +66,8 @@ def transform_quantize(
 
     :return: see :func:`cat_modifier.kernels.reference.quantize_per_token`
     """
-    tokens, in_features = x.shape
-    size = 0 if blocks is None else blocks.shape[-1]
-    is_fused = hadamard is None and tokens >= _FUSED_FROM and 0 < size <= _LARGEST_BLOCK
-    if not is_fused:
-        z = _block_products(x, blocks)
-        return _quantize_rows(z, hadamard, interleave, num_bits, symmetric, clip_ratio)
-    x = x.contiguous()
-    q, scales, zero_points = _outputs(x, symmetric)
-    tile = 16
-    _blocks_quantize_kernel[(triton.cdiv(tokens, tile),)](
-        x,
-        blocks,
-        q,
-        scales,
-        zero_points,
-        clip_ratio,
-        tokens,
-        in_features,
-        COUNT=in_features // size,
-        SIZE=size,
-        TILE=tile,
-        PADDED=_padded(size),
-        BITS=num_bits,
-        SYMMETRIC=symmetric,
-        PRECISION=_precision(x),
-        num_warps=4 if size <= 128 else 8,
-    )
-    return q, scales, zero_points
+    z = _block_products(x, blocks)
+    return _quantize_rows(z, hadamard, interleave, num_bits, symmetric, clip_ratio)
 
 
 def quantize(
@@ -121,19 +90,22 @@ def _block_products(x: Tensor, blocks: Tensor | None) -> Tensor:
         return apply_blocks(x, dequantize_blocks(blocks, x.dtype))
     x = x.contiguous()
     z = torch.empty_like(x)
-    tile = 16 if tokens <= 16 else 64
+    options = block_options(size, tokens, x.element_size())
     if tokens:
-        _blocks_kernel[(in_features // size, triton.cdiv(tokens, tile))](
+        grid = (
+            in_features // size,
+            triton.cdiv(tokens, options["TILE"]),
+            triton.cdiv(size, options["OUTPUTS"]),
+        )
+        _blocks_kernel[grid](
             x,
             blocks,
             z,
             tokens,
             in_features,
             SIZE=size,
-            TILE=tile,
-            PADDED=_padded(size),
             PRECISION=_precision(x),
-            num_warps=4 if tile * size < 8192 else 8,
+            **options,
         )
     return z
 
@@ -166,7 +138,6 @@ def _rows(
 ):
     tokens, in_features = z.shape
     size = 1 if hadamard is None else hadamard.shape[0]
-    rows, columns, warps = row_shape(size, interleave)
     if tokens:
         _rows_kernel[(tokens,)](
             z,
@@ -179,27 +150,56 @@ def _rows(
             SPANS=in_features // (size * interleave),
             SIZE=size,
             INTERLEAVE=interleave,
-            ROWS=rows,
-            COLUMNS=columns,
             BITS=num_bits,
             SYMMETRIC=symmetric,
             QUANTIZE=scales is not None,
             PRECISION=_precision(z),
-            num_warps=warps,
+            **row_options(size, interleave, tokens, z.element_size()),
         )
 
 
-def row_shape(size: int, interleave: int) -> tuple[int, int, int]:
+def block_options(size: int, tokens: int, item_size: int) -> dict[str, int]:
     """
-    Choose the shape of a span in registers.
+    Choose what one program of the blocks kernel computes.
+
+    :param item_size: bytes of an input
+    :return: keyword arguments of :func:`_blocks_kernel`
+    """
+    padded = _padded(size)
+    # few tokens: more programs, which read fewer rows of a block each
+    tile, outputs = (16, 32) if tokens <= 16 else (64, 128)
+    return {
+        "TILE": tile,
+        "OUTPUTS": min(padded, outputs),
+        "STEP": min(padded, 256 // item_size),
+        "num_warps": 4,
+    }
+
+
+def row_options(size: int, interleave: int, tokens: int, item_size: int) -> dict[str, int]:
+    """
+    Choose the shape of a span in registers, and how many threads hold it.
 
     :param size: p, order of the Hadamard matrix; 1 for none
-    :return: rows, columns, number of warps
+    :param item_size: bytes of an input
+    :return: keyword arguments of :func:`_rows_kernel`
     """
     rows = 1 if size == 1 else _padded(size)
     columns = max(64, triton.next_power_of_2(interleave)) if size == 1 else _padded(interleave)
     elements = rows * columns
-    return rows, columns, 4 if elements <= 8192 else 8 if elements <= 16384 else 16
+    warps = 4 if elements <= 8192 else 8 if elements <= 16384 else 16
+    if tokens >= _MANY_TOKENS:
+        # fewer threads take longer for a token, but more programs run at once
+        warps = max(4, warps // 2)
+    # each stage of a loop over spans holds all of H and a span in shared memory
+    stages = 3 if 3 * rows * (rows + columns) * item_size <= 96 * 1024 else 1
+    return {
+        "ROWS": rows,
+        "COLUMNS": columns,
+        "STEP": min(rows, 128 // item_size, max(16, 32 * 1024 // (rows * item_size))),
+        "STAGES": stages,
+        "num_warps": warps,
+    }
 
 
 def _outputs(x: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -217,7 +217,8 @@ def _precision(x: Tensor) -> str:
     return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
-@triton.jit
+# each number of tokens specializes a kernel otherwise, and warm_up would miss most of them
+@triton.jit(do_not_specialize=["tokens"])
 def _blocks_kernel(
     x_ptr,
     blocks_ptr,
@@ -226,48 +227,34 @@ def _blocks_kernel(
     in_features,
     SIZE: tl.constexpr,
     TILE: tl.constexpr,
-    PADDED: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    STEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Compute z = x T^T for one block of TILE tokens"""
+    """
+    Compute z = x T^T for TILE tokens and OUTPUTS channels of one block. STEP channels are
+    summed at once, which bounds the shared memory
+    """
     block = tl.program_id(0)
     rows = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    z, offsets, mask = _block_product(
-        x_ptr, blocks_ptr, block, rows, tokens, in_features, SIZE, PADDED, PRECISION
-    )
-    tl.store(z_ptr + offsets, _cast(z, z_ptr.dtype.element_ty), mask)
-
-
-@triton.jit
-def _block_product(
-    x_ptr,
-    blocks_ptr,
-    block,
-    rows,
-    tokens,
-    in_features,
-    SIZE: tl.constexpr,
-    PADDED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    outputs = tl.arange(0, PADDED)
+    outputs = tl.program_id(2) * OUTPUTS + tl.arange(0, OUTPUTS)
     # 64 bits: offsets of 131,072 tokens of 16,384 channels overflow 32 bits
     start = rows.to(tl.int64)[:, None] * in_features + block * SIZE
     is_token = (rows < tokens)[:, None]
-    step: tl.constexpr = min(PADDED, _STEP)
-    product = tl.zeros((rows.shape[0], PADDED), tl.float32)
-    for first in tl.static_range(0, PADDED, step):
-        inputs = first + tl.arange(0, step)
+    z = tl.zeros((TILE, OUTPUTS), tl.float32)
+    for first in tl.static_range(0, SIZE, STEP):
+        inputs = first + tl.arange(0, STEP)
         x = tl.load(x_ptr + start + inputs, is_token & (inputs < SIZE), other=0.0)
         weight = tl.load(
             blocks_ptr + block * SIZE * SIZE + outputs * SIZE + inputs[:, None],
             (inputs < SIZE)[:, None] & (outputs < SIZE),
             other=0,
         )
-        product = _dot(x, weight, product, PRECISION)
+        z = _dot(x, weight, z, PRECISION)
     if blocks_ptr.dtype.element_ty == tl.int8:
-        product *= _UNIT
-    return product, start + outputs, is_token & (outputs < SIZE)
+        z *= _UNIT
+    mask = is_token & (outputs < SIZE)
+    tl.store(z_ptr + start + outputs, _cast(z, z_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -288,46 +275,6 @@ def _dot(a, b, sum, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _blocks_quantize_kernel(
-    x_ptr,
-    blocks_ptr,
-    q_ptr,
-    scales_ptr,
-    zero_points_ptr,
-    clip_ptr,
-    tokens,
-    in_features,
-    COUNT: tl.constexpr,
-    SIZE: tl.constexpr,
-    TILE: tl.constexpr,
-    PADDED: tl.constexpr,
-    BITS: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Compute all blocks of TILE tokens twice: for the range, then to quantize"""
-    rows = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    # padding with zeros is harmless: every range contains zero
-    low = tl.zeros((TILE,), tl.float32)
-    high = tl.zeros((TILE,), tl.float32)
-    for block in range(COUNT):
-        z, _, _ = _block_product(
-            x_ptr, blocks_ptr, block, rows, tokens, in_features, SIZE, PADDED, PRECISION
-        )
-        low, high = _wider(low, high, z, 1)
-    scale, zero_point = _quantizer(low, high, clip_ptr, BITS, SYMMETRIC)
-    tl.store(scales_ptr + rows, scale, rows < tokens)
-    if not SYMMETRIC:
-        tl.store(zero_points_ptr + rows, zero_point.to(tl.int32), rows < tokens)
-    for block in range(COUNT):
-        z, offsets, mask = _block_product(
-            x_ptr, blocks_ptr, block, rows, tokens, in_features, SIZE, PADDED, PRECISION
-        )
-        q = _to_q(z, scale[:, None], zero_point[:, None], BITS)
-        tl.store(q_ptr + offsets, q, mask)
-
-
-@triton.jit
 def _rows_kernel(
     z_ptr,
     hadamard_ptr,
@@ -341,6 +288,8 @@ def _rows_kernel(
     INTERLEAVE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+    STAGES: tl.constexpr,
     BITS: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     QUANTIZE: tl.constexpr,
@@ -353,28 +302,46 @@ def _rows_kernel(
     high = tl.zeros((), tl.float32)
     if SPANS == 1:  # the only span stays in registers
         y, offsets, mask = _mixed(
-            z_ptr, hadamard_ptr, start, 0, SIZE, INTERLEAVE, ROWS, COLUMNS, PRECISION
+            z_ptr, hadamard_ptr, start, 0, SIZE, INTERLEAVE, ROWS, COLUMNS, STEP, PRECISION
         )
         if QUANTIZE:
-            low, high = _wider(low, high, y, None)
+            low, high = _wider(low, high, y)
             scale, zero_point = _quantizer(low, high, clip_ptr, BITS, SYMMETRIC)
             tl.store(out_ptr + offsets, _to_q(y, scale, zero_point, BITS), mask)
         else:
             tl.store(out_ptr + offsets, _cast(y, out_ptr.dtype.element_ty), mask)
     else:
-        for span in range(SPANS):
+        for span in tl.range(0, SPANS, num_stages=STAGES):
             y, offsets, mask = _mixed(
-                z_ptr, hadamard_ptr, start, span, SIZE, INTERLEAVE, ROWS, COLUMNS, PRECISION
+                z_ptr,
+                hadamard_ptr,
+                start,
+                span,
+                SIZE,
+                INTERLEAVE,
+                ROWS,
+                COLUMNS,
+                STEP,
+                PRECISION,
             )
             if QUANTIZE:
-                low, high = _wider(low, high, y, None)
+                low, high = _wider(low, high, y)
             else:
                 tl.store(out_ptr + offsets, _cast(y, out_ptr.dtype.element_ty), mask)
         if QUANTIZE:
             scale, zero_point = _quantizer(low, high, clip_ptr, BITS, SYMMETRIC)
-            for span in range(SPANS):
+            for span in tl.range(0, SPANS, num_stages=STAGES):
                 y, offsets, mask = _mixed(
-                    z_ptr, hadamard_ptr, start, span, SIZE, INTERLEAVE, ROWS, COLUMNS, PRECISION
+                    z_ptr,
+                    hadamard_ptr,
+                    start,
+                    span,
+                    SIZE,
+                    INTERLEAVE,
+                    ROWS,
+                    COLUMNS,
+                    STEP,
+                    PRECISION,
                 )
                 tl.store(out_ptr + offsets, _to_q(y, scale, zero_point, BITS), mask)
     if QUANTIZE:
@@ -393,9 +360,10 @@ def _mixed(
     INTERLEAVE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Multiply H by one span of a token, a (SIZE, INTERLEAVE) matrix"""
+    """Multiply H by one span of a token, a (SIZE, INTERLEAVE) matrix, STEP rows at once"""
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS)
     start += span * SIZE * INTERLEAVE
@@ -404,28 +372,71 @@ def _mixed(
     if SIZE == 1:
         product = tl.load(z_ptr + offsets, mask, other=0.0).to(tl.float32)
     else:
-        step: tl.constexpr = min(ROWS, _STEP)
         product = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for first in tl.static_range(0, ROWS, step):
-            inner = first + tl.arange(0, step)
-            hadamard = tl.load(
-                hadamard_ptr + row * SIZE + inner, (row < SIZE) & (inner < SIZE), other=0.0
-            )
-            inner = inner[:, None]
-            z = tl.load(
-                z_ptr + start + inner * INTERLEAVE + column,
-                (inner < SIZE) & (column < INTERLEAVE),
-                other=0.0,
-            )
-            product = _dot(hadamard, z, product, PRECISION)
+        z_ptr += start + column
+        hadamard_ptr += row * SIZE
+        if SIZE <= 128:
+            for first in tl.static_range(0, SIZE, STEP):
+                product = _sum_rows(
+                    product,
+                    z_ptr,
+                    hadamard_ptr,
+                    first,
+                    SIZE,
+                    INTERLEAVE,
+                    COLUMNS,
+                    STEP,
+                    PRECISION,
+                )
+        else:
+            # a loop at run time: the compiler would keep all of H in shared memory
+            for first in tl.range(0, SIZE, STEP, num_stages=1):
+                product = _sum_rows(
+                    product,
+                    z_ptr,
+                    hadamard_ptr,
+                    first,
+                    SIZE,
+                    INTERLEAVE,
+                    COLUMNS,
+                    STEP,
+                    PRECISION,
+                )
     return product, offsets, mask
 
 
 @triton.jit
-def _wider(low, high, x, AXIS: tl.constexpr):
-    """Widen ranges to hold x; NaN makes them infinite, for which :func:`_quantizer` looks"""
+def _sum_rows(
+    product,
+    z_ptr,
+    hadamard_ptr,
+    first,
+    SIZE: tl.constexpr,
+    INTERLEAVE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """
+    Add STEP columns of H times as many rows of a span
+
+    :param z_ptr: the columns of the span's first row
+    :param hadamard_ptr: the rows of H
+    """
+    inner = first + tl.arange(0, STEP)
+    row = tl.arange(0, product.shape[0])[:, None]
+    hadamard = tl.load(hadamard_ptr + inner, (row < SIZE) & (inner < SIZE), other=0.0)
+    inner = inner[:, None]
+    mask = (inner < SIZE) & (tl.arange(0, COLUMNS) < INTERLEAVE)
+    z = tl.load(z_ptr + inner * INTERLEAVE, mask, other=0.0)
+    return _dot(hadamard, z, product, PRECISION)
+
+
+@triton.jit
+def _wider(low, high, x):
+    """Widen a range to hold x; NaN makes it infinite, for which :func:`_quantizer` looks"""
     x = tl.where(x == x, x, float("inf"))
-    return tl.minimum(low, tl.min(x, AXIS)), tl.maximum(high, tl.max(x, AXIS))
+    return tl.minimum(low, tl.min(x)), tl.maximum(high, tl.max(x))
 
 
 @triton.jit
@@ -458,9 +469,31 @@ def _quantizer(low, high, clip_ptr, BITS: tl.constexpr, SYMMETRIC: tl.constexpr)
 def _to_q(x, scale, zero_point, BITS: tl.constexpr):
     least: tl.constexpr = -(2 ** (BITS - 1))
     greatest: tl.constexpr = 2 ** (BITS - 1) - 1
-    x, scale = tl.broadcast(x, scale)
-    q = _round(tl.div_rn(x, scale) + zero_point)
+    q = _round(_quotient(x, scale) + zero_point)
     return tl.minimum(tl.maximum(q, least), greatest).to(tl.int8)
+
+
+@triton.jit
+def _quotient(x, scale):
+    """
+    Divide by a scalar as ``tl.div_rn`` does, to the bit for quotients of 1/8 or more. Smaller
+    ones round to zero anyway
+    """
+    x, scales = tl.broadcast(x, scale)
+    if _IS_INTERPRETED:  # the interpreter rounds the products of FMAs
+        q = tl.div_rn(x, scales)
+    elif (scale > 1e-30) & (scale < 1e30):
+        # Markstein, Computation of elementary functions on the IBM RISC System/6000 processor
+        # (1990): with the reciprocal rounded to nearest, the inner FMA computes the remainder
+        # of an approximate quotient, and the outer one the correctly rounded quotient. No
+        # step overflows, and a remainder that underflows belongs to a quotient below 1/8
+        reciprocal = tl.div_rn(tl.full((), 1.0, tl.float32), scale)
+        x, reciprocals = tl.broadcast(x, reciprocal)
+        q = x * reciprocals
+        q = tl.fma(tl.fma(-q, scales, x), reciprocals, q)
+    else:  # NaN, too
+        q = tl.div_rn(x, scales)
+    return q
 
 
 @triton.jit

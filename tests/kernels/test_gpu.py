@@ -11,26 +11,24 @@ from cat_modifier.functional.layout import Rotation, choose_layout
 from cat_modifier.functional.stored import dequantize_blocks, store_blocks
 from cat_modifier.functional.transform import apply_transform
 from cat_modifier.kernels import ops
+from cat_modifier.kernels.reference import quantize_per_token
 
 pytestmark = pytest.mark.skipif(GPU == "cpu", reason="needs a GPU")
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-TOKENS = [1, 2, 15, 16, 17, 64, 65, 300, 2047, 2048, 5000]
+TOKENS = [1, 17, 300, 1500]
+"""For each way to launch the kernels"""
 
 # (channels, size of a block)
-SIZES = [
+SMALL = [
     (576, 64),
     (576, 576),  # larger than our kernels
-    (1536, 16),
     (1536, 96),
-    (2048, 32),
-    (2048, 128),
     (3072, 192),
-    (4096, 128),
-    (8192, 256),
-    (8960, 128),
-    (14336, 128),
 ]
+LARGE = [(1536, 16), (8192, 256), (8960, 128), (14336, 128)]
+CASES = [(*one, dtype) for one in SMALL for dtype in DTYPES]
+CASES += [(*one, torch.bfloat16) for one in LARGE]
 
 
 def inputs(tokens, channels, size, rotation, dtype, stored=None, clip_ratio=1.0):
@@ -62,58 +60,63 @@ def exact_transform(x, online):
 
 
 @pytest.mark.parametrize("rotation", [Rotation.HADAMARD, Rotation.BLOCK_HADAMARD])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("channels, size", SIZES)
+@pytest.mark.parametrize("channels, size, dtype", CASES, ids=str)
 def test_transforms_are_those_of_float64(channels, size, dtype, rotation):
     allowed = {torch.bfloat16: 6e-3, torch.float16: 8e-4, torch.float32: 2e-6}[dtype]
     x, online = inputs(max(TOKENS), channels, size, rotation, dtype)
     expected = exact_transform(x, online)
     for tokens in TOKENS:
-        part = slice(tokens - tokens // 2, tokens - tokens // 2 + tokens)
-        part = slice(0, tokens) if part.stop > max(TOKENS) else part
-        found = online(x[part])
-        assert found.dtype == dtype and found.is_cuda
-        assert error(found, expected[part]) < allowed, tokens
-        exact = expected[part]
-        for bits, symmetric in ((4, False), (4, True), (8, False)):
-            q, scales, zero_points = online.quantize(x[part], bits, symmetric)
-            noise = error(dequantize(*reference(exact, bits, symmetric)), exact)
-            found = dequantize(q, scales, zero_points)
-            assert error(found, exact) < 1.02 * noise + allowed, (tokens, bits, symmetric)
+        part = slice(max(TOKENS) - tokens, None)
+        found, exact = online(x[part]), expected[part]
+        assert found.dtype == dtype and found.device.type == GPU
+        assert error(found, exact) < allowed, tokens
+        for bits, symmetric in ((4, False), (8, True)):
+            noise = error(dequantize(*quantize_per_token(exact, bits, symmetric)), exact)
+            found = error(dequantize(*online.quantize(x[part], bits, symmetric)), exact)
+            assert found < 1.02 * noise + allowed, (tokens, bits, symmetric)
 
 
-@pytest.mark.parametrize("clip_ratio", [1.0, 0.8])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("channels, size", SIZES)
-def test_int8_blocks_are_multiplied_as_floats(channels, size, dtype, clip_ratio):
-    options = (channels, size, Rotation.BLOCK_HADAMARD, dtype, torch.int8, clip_ratio)
-    x, integers = inputs(2100, *options)
+@pytest.mark.parametrize("channels, size, dtype", CASES, ids=str)
+def test_int8_blocks_are_multiplied_as_floats(channels, size, dtype):
+    options = (channels, size, Rotation.BLOCK_HADAMARD, dtype, torch.int8, 0.8)
+    x, integers = inputs(max(TOKENS), *options)
     floats = dequantize_blocks(integers.weight.detach(), dtype)
-    floats = ops.OnlineTransform(floats, None, 1, dtype, clip_ratio).to(GPU)
-    for tokens in (1, 33, 2100):
+    floats = ops.OnlineTransform(floats, None, 1, dtype, 0.8).to(GPU)
+    # the tensor cores get the channels of int8 blocks in another order, and sum them so: a
+    # few results round to the other side
+    allowed = max(torch.finfo(dtype).eps / 4, 1e-6)
+    for tokens in TOKENS:
         part = x[:tokens]
-        assert torch.equal(integers(part), floats(part))
-        found, expected = (one.quantize(part, 4, False) for one in (integers, floats))
-        for one, other in zip(found, expected, strict=True):
-            assert torch.equal(one, other)
+        assert error(integers(part), floats(part).double()) < allowed, tokens
+        found, expected = (
+            dequantize(*one.quantize(part, 4, False)) for one in (integers, floats)
+        )
+        assert error(found, expected) < 0.1, tokens
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("channels", [1, 576, 5000, 14336])
+@pytest.mark.parametrize("channels", [1, 5000, 14336])
 @pytest.mark.parametrize("clip_ratio", [None, 0.8])
-def test_quantization_alone_is_exact(channels, dtype, clip_ratio):
-    x = torch.randn(517, channels, device=GPU).to(dtype)
+@pytest.mark.parametrize("tokens", [300, 1500])
+def test_quantization_alone_is_exact(channels, dtype, tokens, clip_ratio):
+    x = torch.randn(tokens, channels, device=GPU).to(dtype)
     largest = torch.finfo(dtype).max
     x[0], x[1, 0], x[2] = 0, largest, largest
     x[3], x[4] = torch.finfo(dtype).tiny, -x[5].abs()
     x[6:9] = x[6:9] * 1e4 + 3
+    if dtype != torch.float16:  # scales of all sizes
+        x[9:300] *= torch.logspace(-37, 37, 291, device=GPU)[:, None].to(dtype)
     ratio = None if clip_ratio is None else torch.tensor(clip_ratio, device=GPU)
     for bits in (4, 8):
         for symmetric in (False, True):
             found = torch.ops.cat_modifier.quantize(x, bits, symmetric, ratio)
             expected = reference(x, bits, symmetric, ratio)
-            for one, other in zip(found[: 3 - symmetric], expected, strict=False):
-                assert torch.equal(one, other)
+            for name, one, other in zip(
+                ("q", "scales", "zero points"), found, expected, strict=True
+            ):
+                if other is not None:
+                    different = (one != other).any(1).nonzero().flatten().tolist()
+                    assert not different, (name, bits, symmetric, different[:9])
 
 
 @pytest.mark.parametrize("rotation", [Rotation.HADAMARD, Rotation.BLOCK_HADAMARD])
@@ -142,7 +145,7 @@ def test_tokens_need_not_be_contiguous(rotation):
 
 
 @pytest.mark.parametrize("rotation", [Rotation.HADAMARD, Rotation.BLOCK_HADAMARD])
-@pytest.mark.parametrize("tokens", [1, 16, 2048])
+@pytest.mark.parametrize("tokens", [1, 2048])
 def test_graphs_replay_the_operators(tokens, rotation):
     x, online = inputs(tokens, 4096, 128, rotation, torch.bfloat16, torch.int8, 0.9)
     ops.warm_up(x, 4, False, online)

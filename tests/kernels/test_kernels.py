@@ -67,6 +67,7 @@ LAYOUTS = [
     (24, 8, 48, 4),
     (192, None, 12, 16),
     (96, None, 4, 8),
+    (512, None, 256, 1),
 ]
 
 RATIO = torch.tensor(0.8)
@@ -85,14 +86,15 @@ def test_transform_is_as_exact_as_plain_pytorch(kernels, layout, tokens, dtype):
     allowed = 2 * error(plain, expected)
     out = KERNELS[kernels].transform(x, online.weight, online.hadamard, interleave)
     assert out.dtype == dtype
-    assert error(out.double() * online.norm_scale, expected) <= max(allowed, 1e-7)
+    # GPUs add up the channels one after the other, PyTorch in parts
+    least = 1e-7 if device == "cpu" else 4e-7
+    assert error(out.double() * online.norm_scale, expected) <= max(allowed, least)
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("layout", [*LAYOUTS[:7], (1, 288, 1, 1)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_int8_blocks_are_multiplied_as_floats(kernels, layout, dtype, monkeypatch):
-    monkeypatch.setattr(triton, "_FUSED_FROM", 30)
+def test_int8_blocks_are_multiplied_as_floats(kernels, layout, dtype):
     x, online, _ = inputs(33, *layout, dtype, False, device=DEVICES[kernels])
     kernels, interleave = KERNELS[kernels], layout[3]
     integers = torch.empty_like(online.weight, dtype=torch.int8)
@@ -122,9 +124,8 @@ def test_int8_blocks_are_multiplied_as_floats(kernels, layout, dtype, monkeypatc
     ],
 )
 def test_transformed_inputs_are_quantized_like_exact_ones(
-    kernels, layout, tokens, bits, symmetric, clip_ratio, monkeypatch
+    kernels, layout, tokens, bits, symmetric, clip_ratio
 ):
-    monkeypatch.setattr(triton, "_FUSED_FROM", 30)
     device, interleave = DEVICES[kernels], layout[3]
     x, online, hadamard = inputs(
         tokens, *layout, torch.bfloat16, outliers=tokens == 40, device=device
@@ -173,10 +174,7 @@ def test_quantization_without_a_transform_is_exactly_the_reference(
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
-def test_a_token_that_is_not_finite_is_no_number_after_it(
-    layout, symmetric, value, monkeypatch
-):
-    monkeypatch.setattr(triton, "_FUSED_FROM", 3)
+def test_a_token_that_is_not_finite_is_no_number_after_it(layout, symmetric, value):
     x, online, _ = inputs(3, *(layout or (48, None, 1, 1)), torch.float32, False, device=GPU)
     x[1, 37] = value
     arguments = (online.weight, online.hadamard, online.interleave, 4, symmetric)
@@ -268,6 +266,6 @@ def test_triton_kernels_compile_for_gpus_and_fit_in_their_shared_memory():
     )
     assert run.returncode == 0, run.stderr
     kernels = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(kernels) == 6 * (3 + 2 + 4)
+    assert len(kernels) == 3 * 15
     smallest = 99 * 1024  # Ada, the smallest of these GPUs
     assert all(memory < smallest for *_, memory in kernels), kernels
