@@ -1,18 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """CATDistillationModifier: trains all transforms of CATModifier together, on the logits."""
 
-from collections.abc import Sized
+from contextlib import suppress
+from typing import Any
 
 import torch
 import tqdm
+from compressed_tensors.utils import patch_attr
 from llmcompressor.core import Event, State
+from llmcompressor.modeling.moe import context
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from loguru import logger
 from pydantic import Field
+from torch.nn import Module
 
 from cat_modifier.functional.alignment import condition_number
-from cat_modifier.modifiers.cat_distillation.fit import Distillation
+from cat_modifier.modifiers.cat.pipeline import unquantized
+from cat_modifier.modifiers.cat_distillation.fit import Distillation, real_tokens
 from cat_modifier.modifiers.cat_training.inputs import (
     check_inputs,
     check_recipe,
@@ -76,14 +81,14 @@ class CATDistillationModifier(Modifier):
 
     Quantized Linears outside of decoding layers, such as an lm_head, compute unquantized in
     training. Memory beside the model: the weights of the decoding layers twice in its dtype,
-    and the activations of one batch in one layer.
+    the activations of one batch in one layer, and a few times the logits of one batch.
 
     :param steps: upper bound of the steps of gradient descent
     :param batch_size: batches of the calibration data per step
     :param learning_rate: learning rate of Adam; grows in the first steps, and decays to 0
         along a cosine
     :param patience: number of evaluations without progress before training stops. An eighth
-        of the batches is held out, and their divergence is evaluated ten times. The
+        of the batches is held out, and their divergence is evaluated at most ten times. The
         transforms of least divergence are kept: those of CATModifier if no step is better
     """
 
@@ -103,12 +108,9 @@ class CATDistillationModifier(Modifier):
             CATModifier, or more than one rank
         """
         check_recipe(self, state)
-        data = state.data.calib
-        if isinstance(data, Sized) and len(data) < 2:
-            raise ValueError(
-                "CATDistillationModifier needs at least two batches of calibration data: one "
-                "to train on, and one held out to decide when to stop"
-            )
+        data: Any = state.data.calib
+        with suppress(TypeError):  # of data without a length
+            _check_count(len(data))
         return True
 
     def on_calibration_end(self, state: State, event: Event, **kwargs):
@@ -116,16 +118,19 @@ class CATDistillationModifier(Modifier):
         Train the transforms, and write them.
 
         :raises ValueError: if the recipe's schemes are not supported, no transform is inside
-            a decoding layer, the model returns no logits, or they are not finite
+            a decoding layer, there are less than two batches with real tokens, the model
+            returns no logits, or they are not finite
         """
         model = state.model
         config = find_config(model, self)
         store_in_floats(model, config)
         inputs = find_inputs(model, config)
         layers = []
-        for name, layer in find_decoding_layers(model).items():
+        found = find_decoding_layers(model)
+        for name, layer in found.items():
+            is_inside_another = any(name.startswith(f"{other}.") for other in found)
             own = [one for one in inputs if one.first.startswith(f"{name}.")]
-            if own:
+            if own and not is_inside_another:
                 layers.append(TrainableLayer(layer, name, own))
         if not any(one.correction_shape for layer in layers for one in layer.inputs):
             raise ValueError(
@@ -134,10 +139,14 @@ class CATDistillationModifier(Modifier):
                 "of the recipe"
             )
         check_inputs([one for layer in layers for one in layer.inputs], self)
-        batches = list(state.data.calib or ())
+        batches = [one for one in state.data.calib or () if _has_tokens(model, one)]
+        _check_count(len(batches))
         count = max(1, len(batches) // _HELD_OUT)
         with (
             HooksMixin.disable_hooks(),
+            unquantized(model),
+            # only those that a token is routed to
+            patch_attr(context, "_CALIBRATE_ALL_EXPERTS", False),
             tqdm.tqdm(total=self.steps, desc="Training all transforms") as progress,
             torch.enable_grad(),
             without_gradients(model),
@@ -159,3 +168,25 @@ class CATDistillationModifier(Modifier):
             for trainable in layers:
                 insert(trainable, training.corrections)
                 trainable.release()
+        else:
+            logger.warning(
+                "No step was better than the transforms of CATModifier, which are kept: try "
+                "another `learning_rate`, or more data"
+            )
+
+
+def _has_tokens(model: Module, batch: dict[str, Any]) -> bool:
+    """Whether a batch has more than padding"""
+    mask = real_tokens(model, batch)
+    return mask is None or bool(mask.any())
+
+
+def _check_count(batches: int):
+    """
+    :raises ValueError: if there are too few batches
+    """
+    if batches < 2:
+        raise ValueError(
+            "CATDistillationModifier needs at least two batches of calibration data: one to "
+            "train on, and one held out to decide when to stop"
+        )

@@ -7,8 +7,9 @@ the loss is the Kullback-Leibler divergence of their next tokens (arXiv 1503.025
 The teacher is the same model in memory, whose transforms leave its function as it is.
 
 Memory: the quantized weights and their gradients in the dtype of the model, the float32
-copies of one layer, and the activations of one layer. Activations of the others are computed
-again in the backward pass (arXiv 1604.06174).
+copies of one layer, the activations of one layer, and the logits of one batch with their
+gradients. Activations of other layers are computed again in the backward pass
+(arXiv 1604.06174).
 """
 
 import math
@@ -21,13 +22,14 @@ import torch
 from compressed_tensors.offload import get_execution_device
 from compressed_tensors.utils import patch_attr
 from llmcompressor.pytorch.utils.helpers import tensors_to_device
+from loguru import logger
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.functional import kl_div
 from torch.utils.checkpoint import checkpoint
+from transformers import Cache
 
 from cat_modifier.calibration.shared_inputs import padding_mask
-from cat_modifier.modifiers.cat.pipeline import unquantized
 from cat_modifier.modifiers.cat_training.fit import Training, draw_batches
 from cat_modifier.modifiers.cat_training.layer import LayerTensors, TrainableLayer
 
@@ -106,6 +108,12 @@ class Distillation:
         made = without_progress = 0
         while made < steps and without_progress < patience:
             self._add_gradients(next(batches))
+            if not self._is_finite():
+                logger.warning(
+                    f"The gradients of step {made + 1} are not finite: training ends, and the "
+                    "best transforms until then are kept"
+                )
+                break
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
@@ -115,30 +123,40 @@ class Distillation:
                 continue
             error = self._evaluate()
             if not math.isfinite(error):
+                logger.warning(
+                    f"The logits are not finite after step {made}: training ends, and the best "
+                    "transforms until then are kept. Try a smaller `learning_rate`"
+                )
                 break
             without_progress += 1
             if error < best_error:
                 best, best_error, without_progress = self._copy(), error, 0
         return Training(best, before, best_error, made)
 
+    def _is_finite(self) -> bool:
+        """Whether all gradients are finite"""
+        gradients = [one.grad for one in self.corrections.values() if one.grad is not None]
+        return all(bool(one.isfinite().all()) for one in gradients)
+
     def _copy(self) -> dict[str, Tensor]:
         return {name: one.detach().clone() for name, one in self.corrections.items()}
 
     @torch.no_grad()
     def _evaluate(self) -> float:
-        """Search for ranges, and compute the divergence of held-out samples, in nats"""
+        """Search for ranges, and compute the divergence of held-out tokens, in nats"""
         # keep ranges until the next evaluation: to search for them takes longer than a step
         self._ratios = []
         for layer in self.layers:
             self._ratios.append(layer.range_ratios(layer.correct(self.corrections)))
             layer.release()
         leaves = [self._tensors(index).leaves(self.dtype) for index in range(len(self.layers))]
-        errors = []
+        total, tokens = 0.0, 0
         for sample in self.held_out:
             teacher = self._predict(sample)
             with self._student(leaves):
-                errors.append(divergence(self._predict(sample), teacher))
-        return torch.stack(errors).mean().item()
+                error = divergence(self._predict(sample), teacher)
+            total, tokens = total + error.item() * len(teacher), tokens + len(teacher)
+        return total / tokens
 
     @property
     def dtype(self) -> torch.dtype:
@@ -172,9 +190,8 @@ class Distillation:
     def _predict(self, sample: dict[str, Any]) -> Tensor:
         """Compute the logits of real tokens, shape (tokens, vocabulary)"""
         inputs: Any = tensors_to_device(sample, get_execution_device(self.model))
-        with unquantized(self.model):
-            logits = _logits(self.model, inputs)
-        mask = padding_mask(inputs.get("attention_mask"))
+        logits = _logits(self.model, inputs)
+        mask = real_tokens(self.model, inputs)
         if mask is None or mask.shape != logits.shape[:-1]:
             return logits.flatten(0, -2)
         return logits[mask]
@@ -186,12 +203,7 @@ class Distillation:
             for layer, tensors in zip(self.layers, leaves, strict=True):
                 module = stack.enter_context(layer.computing_with(tensors))
                 if torch.is_grad_enabled():
-                    again = partial(
-                        checkpoint,
-                        module.forward,
-                        use_reentrant=False,
-                        preserve_rng_state=False,
-                    )
+                    again = partial(_compute_again, module.forward)
                     stack.enter_context(patch_attr(module, "forward", again))
             yield
 
@@ -199,6 +211,27 @@ class Distillation:
 def _rate(step: int, steps: int) -> float:
     """Factor of the learning rate: grows linearly, and decays to 0 along a cosine"""
     return min(1, (step + 1) / _WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def real_tokens(model: Module, sample: dict[str, Any]) -> Tensor | None:
+    """
+    Find the tokens whose predictions count.
+
+    :return: true for real tokens, false for padding, shape (batch, tokens), bool; None if the
+        sample has no attention mask
+    """
+    config: Any = getattr(model, "config", None)
+    is_encoder_decoder = getattr(config, "is_encoder_decoder", False)
+    name = "decoder_attention_mask" if is_encoder_decoder else "attention_mask"
+    return padding_mask(sample.get(name))
+
+
+def _compute_again(forward: Callable, *args, **kwargs) -> Any:
+    """Call a function, and once more in the backward pass"""
+    # a cache would be filled twice
+    args = tuple(None if isinstance(one, Cache) else one for one in args)
+    kwargs = {k: None if isinstance(v, Cache) else v for k, v in kwargs.items()}
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def _logits(model: Module, sample: dict[str, Any]) -> Tensor:
@@ -221,9 +254,13 @@ def divergence(student: Tensor, teacher: Tensor) -> Tensor:
     :return: KL(teacher || student), scalar, float32
     """
     total = student.new_zeros((), dtype=torch.float32)
-    for ours, theirs in zip(
+    for pair in zip(
         student.split(_TOKENS_AT_ONCE), teacher.split(_TOKENS_AT_ONCE), strict=True
     ):
-        ours, theirs = (one.float().log_softmax(-1) for one in (ours, theirs))
-        total = total + kl_div(ours, theirs, reduction="sum", log_target=True)
+        total = total + _compute_again(_sum_of_divergences, *pair)
     return total / len(student)
+
+
+def _sum_of_divergences(student: Tensor, teacher: Tensor) -> Tensor:
+    student, teacher = (one.float().log_softmax(-1) for one in (student, teacher))
+    return kl_div(student, teacher, reduction="sum", log_target=True)
