@@ -485,8 +485,8 @@ def _quotient(x, scale):
     elif (scale > 1e-30) & (scale < 1e30):
         # Markstein, Computation of elementary functions on the IBM RISC System/6000 processor
         # (1990): with the reciprocal rounded to nearest, the inner FMA computes the remainder
-        # of an approximate quotient, and the outer one the correctly rounded quotient. No
-        # step overflows, and a remainder that underflows belongs to a quotient below 1/8
+        # of an approximate quotient, and the outer one corrects the quotient by it. No step
+        # overflows, and a remainder that underflows belongs to a quotient below 1/8
         reciprocal = tl.div_rn(tl.full((), 1.0, tl.float32), scale)
         x, reciprocals = tl.broadcast(x, reciprocal)
         q = x * reciprocals

@@ -141,11 +141,12 @@ class Server:
     def __init__(self, folder: Path, options: dict, log: Path):
         environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
         self.log = log
+        log.write_text("")
         self.process = subprocess.Popen(
             [sys.executable, __file__, str(folder), "--serve", json.dumps(options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=log.open("w"),
+            stderr=log.open("a"),
             env=environment | os.environ,
             text=True,
         )

@@ -25,6 +25,7 @@ default_stage:
   default_modifiers:
     CATModifier: {transform_block_size: 32}
     CATTrainingModifier: {steps: 3}
+    CATDistillationModifier: {steps: 5}
     QuantizationModifier: {targets: [Linear], scheme: W8A8}
 """
 
@@ -61,6 +62,7 @@ def test_help_of_the_command_imports_no_library():
         "import llmcompressor, cat_modifier",
         # modules of this package that import llm-compressor first
         "import cat_modifier.modifiers.cat.base",
+        "import cat_modifier.modifiers.cat_distillation.base",
         "import cat_modifier.modifiers.cat_training.base",
         "import cat_modifier.calibration.collector, llmcompressor",
     ],
@@ -69,12 +71,13 @@ def test_recipes_find_the_modifiers(imports):
     code = f"""
 {imports}
 from llmcompressor.recipe import Recipe
-cat, training, _ = Recipe.create_instance({RECIPE!r}).modifiers
-from cat_modifier import CATModifier, CATTrainingModifier
-assert type(cat) is CATModifier and type(training) is CATTrainingModifier
-print(cat.transform_block_size, training.steps)
+cat, *trainings, _ = Recipe.create_instance({RECIPE!r}).modifiers
+from cat_modifier import CATDistillationModifier, CATModifier, CATTrainingModifier
+assert type(cat) is CATModifier
+assert [type(one) for one in trainings] == [CATTrainingModifier, CATDistillationModifier]
+print(cat.transform_block_size, *(one.steps for one in trainings))
 """
-    assert run_python(code) == "32 3"
+    assert run_python(code) == "32 3 5"
 
 
 def test_a_wrong_option_in_a_recipe_is_refused():

@@ -37,7 +37,7 @@ def test_serving_imports_neither_llm_compressor_nor_the_quantizer(checkpoints):
     assert "llmcompressor" not in modules
 
 
-@pytest.mark.parametrize("name", ["CATModifier", "CATTrainingModifier"])
+@pytest.mark.parametrize("name", sorted(cat_modifier.MODIFIERS))
 def test_modifiers_name_the_extra_that_they_need(name):
     message = rf"{name} needs llm-compressor: pip install 'cat-modifier\[compress\]'"
     with pytest.raises(ImportError, match=message):
