@@ -22,7 +22,6 @@ import torch
 from compressed_tensors.offload import get_execution_device
 from compressed_tensors.utils import patch_attr
 from llmcompressor.pytorch.utils.helpers import tensors_to_device
-from loguru import logger
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.functional import kl_div
@@ -30,13 +29,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache
 
 from cat_modifier.calibration.shared_inputs import padding_mask
-from cat_modifier.modifiers.cat_training.fit import Training, draw_batches
+from cat_modifier.modifiers.cat_training.descent import Training, descend, draw_batches
 from cat_modifier.modifiers.cat_training.layer import LayerTensors, TrainableLayer
 
 __all__ = ["Distillation", "divergence"]
-
-_EVALUATIONS = 10
-"""Number of evaluations of the held-out divergence"""
 
 _WARM_UP = 5
 """Steps in which the learning rate grows: Adam knows nothing of the gradients' sizes yet"""
@@ -97,49 +93,16 @@ class Distillation:
         optimizer = torch.optim.Adam(self.corrections.values(), learning_rate, (0.9, 0.95))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, steps=steps))
         batches = draw_batches(self.samples, batch_size)
-        interval = math.ceil(steps / _EVALUATIONS)
-        before = best_error = self._evaluate()
-        if not math.isfinite(before):
-            raise ValueError(
-                "The logits are not finite when the model is quantized: look for infinities in "
-                "the calibration data, or in the weights of the model"
-            )
-        best = self._copy()
-        made = without_progress = 0
-        while made < steps and without_progress < patience:
-            self._add_gradients(next(batches))
-            if not self._is_finite():
-                logger.warning(
-                    f"The gradients of step {made + 1} are not finite: training ends, and the "
-                    "best transforms until then are kept"
-                )
-                break
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            made += 1
-            on_step()
-            if made % interval and made < steps:
-                continue
-            error = self._evaluate()
-            if not math.isfinite(error):
-                logger.warning(
-                    f"The logits are not finite after step {made}: training ends, and the best "
-                    "transforms until then are kept. Try a smaller `learning_rate`"
-                )
-                break
-            without_progress += 1
-            if error < best_error:
-                best, best_error, without_progress = self._copy(), error, 0
-        return Training(best, before, best_error, made)
-
-    def _is_finite(self) -> bool:
-        """Whether all gradients are finite"""
-        gradients = [one.grad for one in self.corrections.values() if one.grad is not None]
-        return all(bool(one.isfinite().all()) for one in gradients)
-
-    def _copy(self) -> dict[str, Tensor]:
-        return {name: one.detach().clone() for name, one in self.corrections.items()}
+        return descend(
+            self.corrections,
+            schedule,
+            self._evaluate,
+            lambda: self._add_gradients(next(batches)),
+            steps,
+            patience,
+            on_step,
+            type(self.model).__name__,
+        )
 
     @torch.no_grad()
     def _evaluate(self) -> float:

@@ -1,20 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gradient descent on the corrections of one layer."""
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cat_modifier.modifiers.cat_training.descent import Training, descend, draw_batches
 from cat_modifier.modifiers.cat_training.layer import TrainableLayer
 
-__all__ = ["Sample", "Training", "call_layer", "draw_batches", "fit"]
-
-_EVALUATIONS = 10
-"""Number of evaluations of the held-out error"""
+__all__ = ["Sample", "call_layer", "fit"]
 
 
 @dataclass
@@ -36,24 +33,6 @@ class Sample:
     hidden: Tensor
     target: Tensor
     mask: Tensor | None
-
-
-@dataclass(frozen=True)
-class Training:
-    """
-    Result of a training.
-
-    :param corrections: corrections of least error on held-out samples, by the first Linear of
-        the input
-    :param before: held-out error without corrections
-    :param after: held-out error with corrections
-    :param steps: number of steps made
-    """
-
-    corrections: dict[str, Tensor]
-    before: float
-    after: float
-    steps: int
 
 
 def call_layer(layer: Callable, sample: Sample) -> Tensor:
@@ -92,53 +71,19 @@ def fit(
     optimizer = torch.optim.Adam(corrections.values(), learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     batches = draw_batches(samples, batch_size)
-    interval = math.ceil(steps / _EVALUATIONS)
+    ratios: dict[str, Tensor] = {}
 
-    ratios = _range_ratios(layer, corrections)
-    before = best_error = _held_out_error(layer, corrections, ratios, held_out)
-    if not math.isfinite(before):
-        raise ValueError(
-            f"The output of {layer.name} is not finite when it is quantized: look for "
-            "infinities in the calibration data, or in the weights of the model"
-        )
-    best = _copy(corrections)
-    made = without_progress = 0
-    while made < steps and without_progress < patience:
-        _add_gradients(layer, corrections, ratios, next(batches))
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        made += 1
-        on_step()
-        if made % interval and made < steps:
-            continue
+    def evaluate() -> float:
         # keep ranges for some steps: to search for them takes longer than a step
-        ratios = _range_ratios(layer, corrections)
-        error = _held_out_error(layer, corrections, ratios, held_out)
-        if not math.isfinite(error):
-            break
-        without_progress += 1
-        if error < best_error:
-            best, best_error, without_progress = _copy(corrections), error, 0
-    return Training(best, before, best_error, made)
+        ratios.update(_range_ratios(layer, corrections))
+        return _held_out_error(layer, corrections, ratios, held_out)
 
+    def add_gradients():
+        _add_gradients(layer, corrections, ratios, next(batches))
 
-def draw_batches(samples: list, size: int) -> Iterator[list]:
-    """
-    Draw batches forever, in the same order in every run. Each sample is drawn once before any
-    sample is drawn again.
-    """
-    generator = torch.Generator().manual_seed(0)
-    order: list[int] = []
-    while True:
-        while len(order) < size:
-            order += torch.randperm(len(samples), generator=generator).tolist()
-        yield [samples[index] for index in order[:size]]
-        del order[:size]
-
-
-def _copy(corrections: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: one.detach().clone() for name, one in corrections.items()}
+    return descend(
+        corrections, schedule, evaluate, add_gradients, steps, patience, on_step, layer.name
+    )
 
 
 @torch.no_grad()
