@@ -55,7 +55,7 @@ def descend(
     :param steps: upper bound of the number of steps
     :param patience: number of evaluations without progress before training stops, of ten
     :param on_step: called after each step
-    :param name: what is trained, for messages
+    :param name: name of the layer or model, for messages
     :raises ValueError: if the error is not finite before the first step
     """
     optimizer, interval = schedule.optimizer, math.ceil(steps / _EVALUATIONS)
