@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from compressed_tensors.offload import get_execution_device
-from compressed_tensors.utils import patch_attr
 from llmcompressor.pytorch.utils.helpers import tensors_to_device
 from torch import Tensor
 from torch.nn import Module
@@ -30,7 +29,11 @@ from transformers import Cache
 
 from cat_modifier.calibration.shared_inputs import padding_mask
 from cat_modifier.modifiers.cat_training.descent import Training, descend, draw_batches
-from cat_modifier.modifiers.cat_training.layer import LayerTensors, TrainableLayer
+from cat_modifier.modifiers.cat_training.layer import (
+    LayerTensors,
+    TrainableLayer,
+    replace_forward,
+)
 
 __all__ = ["Distillation", "divergence"]
 
@@ -167,7 +170,7 @@ class Distillation:
                 module = stack.enter_context(layer.computing_with(tensors))
                 if torch.is_grad_enabled():
                     again = partial(_compute_again, module.forward)
-                    stack.enter_context(patch_attr(module, "forward", again))
+                    stack.enter_context(replace_forward(module, again))
             yield
 
 

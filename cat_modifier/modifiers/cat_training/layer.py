@@ -8,7 +8,7 @@ quantization, the layer computes the same as before. The online Hadamard matrix 
 the two: ``H R T`` and ``W T^-1 R^-1 H^T``.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
-from compressed_tensors.utils import patch_attr
 from torch import Tensor
 from torch.nn import Linear, Module
 from torch.nn.functional import linear as multiply
@@ -31,7 +30,7 @@ from cat_modifier.modifiers.cat_training.fake_quant import (
     range_ratio,
 )
 
-__all__ = ["LayerInput", "LayerTensors", "TrainableLayer"]
+__all__ = ["LayerInput", "LayerTensors", "TrainableLayer", "replace_forward"]
 
 
 @dataclass(frozen=True)
@@ -264,8 +263,28 @@ class TrainableLayer:
                     for step in steps:
                         step.forget()
 
-            stack.enter_context(patch_attr(self.layer, "forward", forward_and_forget))
+            stack.enter_context(replace_forward(self.layer, forward_and_forget))
             yield self.layer
+
+
+@contextmanager
+def replace_forward(module: Module, forward: Callable) -> Iterator[None]:
+    """
+    Replace what a module computes within the context.
+
+    `patch_attr` of compressed-tensors would leave the method in the instance, where it hides
+    a later one of the class.
+    """
+    attributes = vars(module)
+    before = attributes.get("forward")
+    attributes["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del attributes["forward"]
+        else:
+            attributes["forward"] = before
 
 
 def _correct_values(tensors: LayerTensors, linear: str, correction: Tensor):
