@@ -147,7 +147,8 @@ def _tile(shape: torch.Size, args: QuantizationArgs) -> tuple[int, int]:
 def _padded(x: Tensor, height: int, width: int) -> Tensor:
     """Fill incomplete tiles with zeros. Ranges stay the same, since each contains zero"""
     rows, channels = x.shape
-    return torch.nn.functional.pad(x, (0, -channels % width, 0, -rows % height))
+    missing = (0, -channels % width, 0, -rows % height)
+    return torch.nn.functional.pad(x, missing) if any(missing) else x
 
 
 def quantize_by_range(x: Tensor, args: QuantizationArgs, ratio: float | Tensor = 1.0) -> Tensor:

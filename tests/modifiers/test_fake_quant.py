@@ -9,7 +9,7 @@ from compressed_tensors.quantization import (
 from llmcompressor.observers import Observer
 
 from cat_modifier.functional.clipping import clip_tokens
-from cat_modifier.functional.sqnr import quantize_by_range
+from cat_modifier.functional.sqnr import quantization_range, quantize_by_range, range_ends
 from cat_modifier.modifiers.cat_training.fake_quant import (
     quantize_activations,
     quantize_weight,
@@ -76,6 +76,33 @@ def test_gradient_is_that_of_ranges_too(x, args, ratio):
     cotangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     (gradient,) = torch.autograd.grad(result, x, cotangent)
     torch.testing.assert_close((gradient * x).sum(-1), (cotangent * result).sum(-1))
+
+
+@pytest.mark.parametrize("ratio", [0.6, 1.0, 1.2])
+@pytest.mark.parametrize(
+    "args",
+    [CHANNEL, GROUP, *(scheme.weights for scheme in FLOATS.values())],
+    ids=["channel", "group", *FLOATS],
+)
+def test_gradient_is_that_of_autograd(x, args, ratio):
+    """That of its definition: noise is a constant, which grows with the range or the value"""
+    weight = x.flatten(0, 1).requires_grad_()
+    ratios = torch.full_like(quantization_range(weight.detach(), args), ratio)
+    result = quantize_weight(weight, args, ratios)
+    low, high = (end.unsqueeze(-1) * ratio for end in range_ends(weight, args))
+    values = weight.unflatten(-1, (low.shape[-2], -1))
+    inside = torch.clamp(values, low, high)
+    noise = (result.view_as(values) - inside).detach()
+    size = (high - low).expand_as(inside)
+    if args.type == "float":
+        uniform = {4: 2 / 6, 8: 2 * 2.0**-6 / 448}[args.num_bits]
+        size = torch.where(inside.abs() > uniform * high, inside.abs(), size)
+    expected = (inside + noise * size / size.detach()).flatten(-2)
+    cotangent = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(result, expected)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(one, weight, cotangent)[0] for one in (result, expected))
+    )
 
 
 def test_noise_of_floats_near_zero_is_that_of_the_range():

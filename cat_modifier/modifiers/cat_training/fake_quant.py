@@ -9,6 +9,8 @@ to make ranges small. The same holds for floats near zero. The noise of larger f
 proportional to the value.
 """
 
+from typing import Any
+
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationType
 from compressed_tensors.quantization.quant_args import FP4_E2M1_DATA, FP8_E4M3_DATA
@@ -30,7 +32,7 @@ def quantize_activations(x: Tensor, args: QuantizationArgs, clip_ratio: float = 
     :param clip_ratio: clipped range of a token over the range of its values
     :return: shape of x
     """
-    return _quantize(x.flatten(0, -2), args, clip_ratio).view_as(x)
+    return _Quantize.apply(x.flatten(0, -2), args, clip_ratio).view_as(x)
 
 
 def quantize_weight(weight: Tensor, args: QuantizationArgs, ratio: Tensor) -> Tensor:
@@ -44,7 +46,7 @@ def quantize_weight(weight: Tensor, args: QuantizationArgs, ratio: Tensor) -> Te
     :param ratio: see :func:`range_ratio`
     :return: shape (out, d)
     """
-    return _quantize(weight, args, ratio)
+    return _Quantize.apply(weight, args, ratio)
 
 
 def range_ratio(weight: Tensor, args: QuantizationArgs) -> Tensor:
@@ -65,21 +67,62 @@ def range_ratio(weight: Tensor, args: QuantizationArgs) -> Tensor:
     return (width.reshape(values.shape) / values).nan_to_num(1.0)
 
 
-def _quantize(rows: Tensor, args: QuantizationArgs, ratio: float | Tensor) -> Tensor:
-    low, high = (end.unsqueeze(-1) * _last(ratio) for end in range_ends(rows, args))
-    values = rows.unflatten(-1, (low.shape[-2], -1))
-    inside = torch.clamp(values, low, high)
-    with torch.no_grad():
-        noise = quantize_by_range(rows, args, ratio).view_as(values) - inside
-    size = high - low
-    if args.type == QuantizationType.FLOAT:
-        size = torch.where(inside.abs() > _uniform_part(args) * high, inside.abs(), size)
-    growth = size / size.detach().clamp_min(torch.finfo(size.dtype).tiny)
-    return (inside + noise * growth).flatten(-2)
+class _Quantize(torch.autograd.Function):
+    """
+    Quantization of rows by their ranges.
 
+    The gradient is written out. Autograd would keep, and compute, several times as much.
+    """
 
-def _last(ratio: float | Tensor) -> float | Tensor:
-    return ratio.unsqueeze(-1) if isinstance(ratio, Tensor) else ratio
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, args: QuantizationArgs, ratio: float | Tensor
+    ) -> Tensor:
+        """See :func:`quantize_by_range`"""
+        result = quantize_by_range(rows, args, ratio)
+        ctx.save_for_backward(rows, result)
+        ctx.args, ctx.ratio = args, ratio
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """
+        Compute the gradient of ``inside + noise * size / size0``.
+
+        `inside` is a value, or the end of the range beyond which it is. `noise` and `size0` are
+        constants. `size` is the width of the range, or ``|inside|`` where the noise of a float
+        is proportional to it. The ends of a range belong to its least and greatest value.
+        """
+        rows, result = ctx.saved_tensors
+        args, ratio = ctx.args, ctx.ratio
+        ratio = ratio.unsqueeze(-1) if isinstance(ratio, Tensor) else ratio
+        low, high = (end.unsqueeze(-1) * ratio for end in range_ends(rows, args))
+        groups = (low.shape[-2], -1)
+        values, gradient = rows.unflatten(-1, groups), gradient.unflatten(-1, groups)
+        inside = torch.clamp(values, low, high)
+        noise = (result.view_as(values) - inside).mul_(gradient)
+        if args.type == QuantizationType.FLOAT:
+            is_large = inside.abs() > _uniform_part(args) * high
+            gradient = gradient + torch.where(is_large, noise / inside, 0)
+            noise.masked_fill_(is_large, 0)
+        width = (high - low).clamp_min(torch.finfo(rows.dtype).tiny)
+        to_width = noise.sum(-1, keepdim=True) / width
+        # products with -1, 0 and 1: on a CPU, masks take several times as long
+        side = (values - inside).sign_()
+        beyond = gradient * side
+        above, below = beyond * side.clamp(0, 1), beyond * side.clamp(-1, 0)
+        gradient = gradient - above - below
+        to_high = (above.sum(-1, keepdim=True) + to_width) * ratio
+        to_low = (below.sum(-1, keepdim=True) - to_width) * ratio
+        if args.symmetric:
+            largest = values.abs().argmax(-1, keepdim=True)
+            sign = values.gather(-1, largest).sign()
+            gradient.scatter_add_(-1, largest, (to_high - to_low) * sign)
+        else:
+            # an end at zero is not one of the values
+            gradient.scatter_add_(-1, values.argmin(-1, keepdim=True), to_low * (low < 0))
+            gradient.scatter_add_(-1, values.argmax(-1, keepdim=True), to_high * (high > 0))
+        return gradient.flatten(-2), None, None
 
 
 def _uniform_part(args: QuantizationArgs) -> float:
