@@ -12,13 +12,13 @@ make_serving_models.py has made.
 
 import argparse
 import json
-import os
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
 from statistics import median
+
+from model_process import ModelProcess, answer_questions, start_model, time_generation
 
 SIDES = ("bf16", "W8A8", "W4A16", "W4A4", "W4A4-Hadamard", "W4A4-CAT", "W4A4-CAT-32")
 BASE = "W4A4"
@@ -27,100 +27,45 @@ BASE = "W4A4"
 PREFILL = {"prefill, 1 x 512": (1, 512), "prefill, 4 x 512": (4, 512)}
 DECODE = {"decode, 1": (1, 64), "decode, 16": (16, 32)}
 
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_WAIT_POLICY": "passive"}
+
 
 def serve(folder: str, is_compiled: bool, takes_cpu_time: bool):
     """The process of one model: answers a name of what to time by seconds per token"""
     clock = time.process_time if takes_cpu_time else time.perf_counter
     import torch
     import vllm
-    from vllm import LLM, SamplingParams
 
-    start = time.perf_counter()
-    llm = LLM(
-        folder,
-        dtype="bfloat16",
+    llm, started = start_model(
+        model=folder,
         # vLLM itself has no kernel for the activations of stock W4A4 checkpoints
         quantization="cat-modifier" if Path(folder).name == BASE else None,
         enforce_eager=not is_compiled,
         max_model_len=1024,
         max_num_batched_tokens=2048,
-        enable_prefix_caching=False,
-        skip_tokenizer_init=True,
-        seed=0,
     )
-    started = time.perf_counter() - start
     status = Path("/proc/self/status").read_text()
     memory = dict(re.findall(r"(Vm\w+):\s+(\d+) kB", status))
-
-    def generate(count: int, length: int, tokens: int) -> float:
-        params = SamplingParams(
-            temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False
-        )
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(2, 1000, (count, length), generator=generator).tolist()
-        prompts = [{"prompt_token_ids": row} for row in ids]
-        start = clock()
-        llm.generate(prompts, params, use_tqdm=False)
-        return clock() - start
 
     def measure(name: str) -> float:
         if name in PREFILL:
             count, length = PREFILL[name]
-            return generate(count, length, 1) / (count * length)
+            return time_generation(llm, count, length, 1, clock) / (count * length)
         count, tokens = DECODE[name]
-        prefill = generate(count, 16, 1)
-        return (generate(count, 16, 1 + tokens) - prefill) / (count * tokens)
+        prefill = time_generation(llm, count, 16, 1, clock)
+        both = time_generation(llm, count, 16, 1 + tokens, clock)
+        return (both - prefill) / (count * tokens)
 
     for name in (*PREFILL, *DECODE):  # to warm up
         measure(name)
-    answer = {
+    facts = {
         "start-up, s": started,
         "resident memory, GB": int(memory["VmRSS"]) / 2**20,
         "peak memory, GB": int(memory["VmHWM"]) / 2**20,
         "versions": {"vllm": vllm.__version__, "torch": torch.__version__},
         "threads": torch.get_num_threads(),
     }
-    while True:
-        print(f"\nanswer {json.dumps(answer)}", flush=True)
-        name = sys.stdin.readline().strip()
-        if not name:
-            os._exit(0)
-        answer = measure(name)
-
-
-class Server:
-    def __init__(self, folder: Path, options: list[str], log: Path):
-        environment = {
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_NO_USAGE_STATS": "1",
-            "OMP_WAIT_POLICY": "passive",
-        }
-        self.log = log
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, str(folder), "--serve", *options],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log.open("w"),
-            env=environment | os.environ,
-            text=True,
-        )
-        self.facts = self._answer()
-
-    def measure(self, name: str) -> float:
-        self.process.stdin.write(name + "\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait()
-
-    def _answer(self):
-        for line in self.process.stdout:
-            if line.startswith("answer "):
-                return json.loads(line.removeprefix("answer "))
-        raise SystemExit(f"vLLM stopped: see {self.log}")
+    answer_questions(facts, measure)
 
 
 def main():
@@ -139,23 +84,25 @@ def main():
         serve(str(args.folder), args.compiled, args.cpu_time)
 
     options = ["--compiled"] * args.compiled + ["--cpu-time"] * args.cpu_time
-    servers = {}
+    servers, facts = {}, {}
     for side in dict.fromkeys((*args.sides, BASE)):
         print(f"Starting {side}", file=sys.stderr)
-        servers[side] = Server(args.folder / side, options, args.folder / f"{side}.log")
+        command = [__file__, str(args.folder / side), "--serve", *options]
+        servers[side] = ModelProcess(command, args.folder / f"{side}.log", ENVIRONMENT)
+        facts[side] = servers[side].answer()
     seconds = {side: {name: [] for name in (*PREFILL, *DECODE)} for side in servers}
     for number in range(args.rounds):
         print(f"Round {number + 1} of {args.rounds}", file=sys.stderr)
         for name in (*PREFILL, *DECODE):
             for side, server in servers.items():
-                seconds[side][name].append(server.measure(name))
+                seconds[side][name].append(server.ask(name))
 
     result: dict = {"model": args.folder.name, "compiled": args.compiled}
     result |= {"cpu time": args.cpu_time, "sides": {}}
     for side, server in servers.items():
-        facts = server.facts
-        result["versions"], result["threads"] = facts.pop("versions"), facts.pop("threads")
-        result["sides"][side] = facts | {
+        result["versions"] = facts[side].pop("versions")
+        result["threads"] = facts[side].pop("threads")
+        result["sides"][side] = facts[side] | {
             name: {
                 "tokens/s": 1 / median(values),
                 "time to W4A4": median(

@@ -11,13 +11,12 @@ round.
 
 import argparse
 import json
-import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 from statistics import median
+
+from model_process import ModelProcess, answer_questions, start_model, time_generation
 
 SIDES = {
     # side: (folder, options)
@@ -76,7 +75,6 @@ def serve(folder: str, options: dict):
     """The process of one side: answers a name of WORK by seconds"""
     import torch
     import vllm
-    from vllm import LLM, SamplingParams
     from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
     load_weights = DummyModelLoader.load_weights
@@ -86,31 +84,17 @@ def serve(folder: str, options: dict):
         make_weights_up(model)
 
     DummyModelLoader.load_weights = load
-    start = time.perf_counter()
-    llm = LLM(
-        folder,
+    llm, started = start_model(
+        model=folder,
         load_format="dummy",
-        dtype="bfloat16",
         max_model_len=4096,
         max_num_seqs=64,
         max_num_batched_tokens=4096,
-        enable_prefix_caching=False,
-        skip_tokenizer_init=True,
-        seed=0,
         **options,
     )
-    started = time.perf_counter() - start
 
     def generate(count: int, length: int, tokens: int) -> float:
-        params = SamplingParams(
-            temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False
-        )
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(2, 1000, (count, length), generator=generator).tolist()
-        prompts = [{"prompt_token_ids": row} for row in ids]
-        start = time.perf_counter()
-        llm.generate(prompts, params, use_tqdm=False)
-        return time.perf_counter() - start
+        return time_generation(llm, count, length, tokens, time.perf_counter)
 
     def measure(name: str) -> float:
         """Seconds of a prefill, or of one step of decoding"""
@@ -123,50 +107,13 @@ def serve(folder: str, options: dict):
         measure(name)
         measure(name)
     is_cuda = torch.cuda.is_available()
-    answer = {
+    facts = {
         "start-up, s": started,
         "memory, GB": torch.cuda.memory_allocated() / 1e9 if is_cuda else 0,
         "versions": {"vllm": vllm.__version__, "torch": torch.__version__},
         "device": torch.cuda.get_device_name() if is_cuda else "cpu",
     }
-    while True:
-        print(f"\nanswer {json.dumps(answer)}", flush=True)
-        name = sys.stdin.readline().strip()
-        if not name:
-            os._exit(0)
-        answer = measure(name)
-
-
-class Server:
-    def __init__(self, folder: Path, options: dict, log: Path):
-        environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
-        self.log = log
-        log.write_text("")
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, str(folder), "--serve", json.dumps(options)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log.open("a"),
-            env=environment | os.environ,
-            text=True,
-        )
-
-    def measure(self, name: str) -> float:
-        self.process.stdin.write(name + "\n")
-        self.process.stdin.flush()
-        return self.answer()
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait()
-
-    def answer(self):
-        with self.log.open("a") as log:
-            for line in self.process.stdout:
-                if line.startswith("answer "):
-                    return json.loads(line.removeprefix("answer "))
-                log.write(line)
-        raise RuntimeError(f"vLLM stopped: see {self.log}")
+    answer_questions(facts, measure)
 
 
 def main():
@@ -192,7 +139,8 @@ def main():
         name, options = SIDES[side]
         options = SHARED | MODES[args.mode] | options | args.options
         log = logs / f"{args.folder.name}-{args.mode}-{side}.log"
-        servers[side] = Server(args.folder / name, options, log)
+        command = [__file__, str(args.folder / name), "--serve", json.dumps(options)]
+        servers[side] = ModelProcess(command, log, {})
     facts = {}
     for side, server in list(servers.items()):
         try:
@@ -207,7 +155,7 @@ def main():
             break
         for name in WORK:
             for side, server in servers.items():
-                seconds[side][name].append(server.measure(name))
+                seconds[side][name].append(server.ask(name))
 
     result = {"model": args.folder.name, "mode": args.mode, "sides": {}}
     for side, server in servers.items():
