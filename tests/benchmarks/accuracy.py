@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 Accuracy of models, quantized in many ways: each with llm-compressor from the same calibration
-text (documentation of Python, shuffled by a seed), exported, loaded with Transformers, and
+text, in an order that depends on a seed, exported, loaded with Transformers, and
 compared with the bfloat16 model on four kinds of held-out text. Takes 3 to 6 minutes a row,
-model and seed on 2 cores, three quarters of an hour if transforms are trained; rows which the
+model and seed on 2 cores, an hour or more if transforms are trained; rows which the
 JSON has are not made again. Runs in the compress environment, after examples/quickstart.sh has
 unpacked the model, and make_twin.py has rotated it.
 
@@ -76,6 +76,10 @@ TRANSFORMS = {
     "CAT, max_overhead 0.075": {"CATModifier": {"max_overhead": 0.075}},
     "CAT, blocks to 512, max_overhead 0.102": {
         "CATModifier": {"transform_block_size": 512, "max_overhead": 0.102}
+    },
+    **{
+        f"CAT, tensor_parallel_size {size}": {"CATModifier": {"tensor_parallel_size": size}}
+        for size in (2, 4, 8)
     },
     "CAT, scaling alone": {"CATModifier": {"transform_block_size": 1, "rotation": "none"}},
 }
@@ -245,7 +249,7 @@ def main():
         type=lambda text: text.split("=", 1),
         help="more rows, as `4.5-bit CAT RTN=mixed.yaml`",
     )
-    parser.add_argument("--calibration", choices=(EMBEDDED, MIXED), default=EMBEDDED)
+    parser.add_argument("--calibration", choices=(EMBEDDED, MIXED), default=MIXED)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--samples", type=int, default=16, help="windows of each text")
     parser.add_argument("--json", type=Path, required=True)
