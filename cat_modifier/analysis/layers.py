@@ -21,6 +21,7 @@ from cat_modifier.analysis.schemes import Scheme
 from cat_modifier.calibration.collector import InputCollector
 from cat_modifier.calibration.default_ignore import DEFAULT_IGNORE
 from cat_modifier.calibration.experts import find_fused_experts
+from cat_modifier.calibration.padding import PaddingMasks
 from cat_modifier.calibration.shared_inputs import SharedInput
 from cat_modifier.functional.layout import Rotation, choose_layout
 
@@ -77,14 +78,14 @@ def analyze(
         known = shared.in_features if WHOLE in transforms else block_size(shared)
         return AnalysisStatistics(shared.in_features, known, _SAMPLE_SIZE)
 
-    collector = InputCollector(linears, new_statistics)
+    collector = InputCollector(linears, new_statistics, PaddingMasks(model))
 
     def observe(name: str, index: int, module: Module, args: tuple, output: Any):
         collector.observe(name, args[0], index)
 
     for index, batch in enumerate(tqdm(batches, desc="Calibrating")):
         if not torch.is_tensor(batch):
-            collector.set_attention_mask(index, batch.get("attention_mask"))
+            collector.masks.note("", batch, index)
         hooks = {linear: partial(observe, name, index) for name, linear in linears.items()}
         call(model, batch, hooks)
     rows: list[dict[str, Any]] = []

@@ -11,6 +11,7 @@ matrix. So names prove nothing. Instead, the output of each Linear is multiplied
 per head, and the inputs of the other Linears are compared.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from torch import Tensor
 from torch.nn import Linear, Module
 from transformers import Cache
 
+from cat_modifier.calibration.padding import real_tokens
 from cat_modifier.functional.transform import apply_blocks
 
 __all__ = ["ValueProjection", "find_value_projections"]
@@ -61,7 +63,10 @@ class ValueProjection:
 
 
 def find_value_projections(
-    model: Module, linears: Mapping[str, Linear], run: Callable[[], None]
+    model: Module,
+    linears: Mapping[str, Linear],
+    run: Callable[[], None],
+    mask: Tensor | None = None,
 ) -> dict[str, ValueProjection]:
     """
     Find the value projection of each output projection.
@@ -69,6 +74,8 @@ def find_value_projections(
     :param linears: Linears that may be changed, by full name
     :param run: passes some data through the model. Modules with a `head_dim`, such as
         Transformers' attention, run again on the same inputs
+    :param mask: real tokens of that data, shape (batch, tokens), bool; None for all. Attention
+        may return zeros for padding, which no Linear changes
     :return: value projections by the name of the output projection
     """
     siblings: dict[str, dict[str, Linear]] = {}
@@ -80,7 +87,7 @@ def find_value_projections(
         module = model.get_submodule(name)
         head_dim = getattr(module, "head_dim", None)
         if isinstance(head_dim, int) and len(members) > 1:
-            hooks[module] = _Probe(members, head_dim, found)
+            hooks[module] = _Probe(members, head_dim, mask, found)
     with _hooks() as handles:
         for module, hook in hooks.items():
             handles.append(module.register_forward_hook(hook, with_kwargs=True))
@@ -88,7 +95,7 @@ def find_value_projections(
             run()
     readers = Counter(projection.linear for projection in found.values())
     alone = {name: one for name, one in found.items() if readers[one.linear] == 1}
-    kept = _read_by_nothing_else(linears, alone, run) if alone else {}
+    kept = _read_by_nothing_else(linears, alone, run, mask) if alone else {}
     if shared := [name for name in found if name not in kept]:
         logger.warning(
             "The values of attention are read by more than its output projection (layers may "
@@ -99,7 +106,10 @@ def find_value_projections(
 
 
 def _read_by_nothing_else(
-    linears: Mapping[str, Linear], found: Mapping[str, ValueProjection], run: Callable[[], None]
+    linears: Mapping[str, Linear],
+    found: Mapping[str, ValueProjection],
+    run: Callable[[], None],
+    mask: Tensor | None,
 ) -> dict[str, ValueProjection]:
     """
     Keep projections with no other reader: multiplying v_proj's output, and undoing it before
@@ -125,7 +135,7 @@ def _read_by_nothing_else(
             for linear in linears.values():
                 handles.append(linear.register_forward_pre_hook(remember))
             run()
-        return _some_tokens(last["input"])
+        return _some_tokens(last["input"], mask)
 
     expected = last_input({})
     kept: dict[str, ValueProjection] = {}
@@ -162,14 +172,19 @@ def _multiply_input(blocks: Tensor) -> Callable:
     return lambda linear, inputs: (apply_blocks(inputs[0].float(), blocks).to(inputs[0].dtype),)
 
 
-def _some_tokens(x: Tensor) -> Tensor:
-    return x.flatten(0, -2)[:_TOKENS].float()
+def _some_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Take evenly spaced real tokens"""
+    tokens = real_tokens(x, mask)
+    return tokens[:: -(-len(tokens) // _TOKENS) or 1].float()
 
 
 def _error(x: Tensor, expected: Tensor) -> float:
-    """Relative error, mean over tokens"""
-    size = expected.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
-    return ((x - expected).norm(dim=-1) / size).mean().item()
+    """Relative error, mean over tokens that are not zero; infinite if all are"""
+    size = expected.norm(dim=-1)
+    is_seen = size > 0
+    if not is_seen.any():
+        return math.inf
+    return ((x - expected).norm(dim=-1)[is_seen] / size[is_seen]).mean().item()
 
 
 class _Probe:
@@ -181,11 +196,18 @@ class _Probe:
 
     :param linears: Linears of the module, by full name
     :param head_dim: channels of a head
+    :param mask: real tokens, see :func:`find_value_projections`
     :param found: receives the value projections, by the name of the output projection
     """
 
-    def __init__(self, linears: Mapping[str, Linear], head_dim: int, found: dict):
-        self.linears, self.head_dim, self.found = linears, head_dim, found
+    def __init__(
+        self,
+        linears: Mapping[str, Linear],
+        head_dim: int,
+        mask: Tensor | None,
+        found: dict[str, ValueProjection],
+    ):
+        self.linears, self.head_dim, self.mask, self.found = linears, head_dim, mask, found
         self.is_done = False
 
     def __call__(self, module: Module, args: tuple, kwargs: dict[str, Any], output: Any):
@@ -201,7 +223,8 @@ class _Probe:
             )
 
     def _probe(self, module: Module, args: tuple, kwargs: dict[str, Any]):
-        run = partial(module, *args, **without_caches(kwargs))
+        args, kwargs = without_caches(args, kwargs)
+        run = partial(module, *args, **kwargs)
         before = self._inputs(run)
         for value, linear in self.linears.items():
             if linear.out_features % self.head_dim:
@@ -235,7 +258,7 @@ class _Probe:
             for name, linear in self.linears.items():
 
                 def read(linear: Linear, inputs: tuple, name: str = name):
-                    seen[name] = _some_tokens(inputs[0])
+                    seen[name] = _some_tokens(inputs[0], self.mask)
 
                 handles.append(linear.register_forward_pre_hook(read))
             if value is not None and matrices is not None:
@@ -255,7 +278,10 @@ def _hooks() -> Iterator[list]:
             handle.remove()
 
 
-def without_caches(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def without_caches(args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Leave out caches, which would be filled twice when a module runs again"""
-    caches = Cache, QuantizedKVCache
-    return {key: None if isinstance(one, caches) else one for key, one in kwargs.items()}
+
+    def keep(one: Any) -> Any:
+        return None if isinstance(one, Cache | QuantizedKVCache) else one
+
+    return tuple(map(keep, args)), {key: keep(one) for key, one in kwargs.items()}

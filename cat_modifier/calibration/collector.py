@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Statistics of each shared input, collected during a forward pass."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Generic, Protocol, TypeVar
 
@@ -8,12 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import Linear
 
+from cat_modifier.calibration.padding import PaddingMasks, real_tokens
 from cat_modifier.calibration.second_moments import SecondMoments
-from cat_modifier.calibration.shared_inputs import (
-    SharedInput,
-    SharedInputObserver,
-    padding_mask,
-)
+from cat_modifier.calibration.shared_inputs import SharedInput, SharedInputObserver
 from cat_modifier.calibration.token_sample import TokenSample
 
 __all__ = ["InputCollector", "InputStatistics"]
@@ -36,11 +34,16 @@ class InputStatistics:
     :param block_size: k, a divisor of d
     :param sample_size: number of tokens to keep
     :param seed: seed of the token sample
+
+    Attributes:
+        tokens_read: number of tokens that the Linears read, of which the statistics may have a
+            part
     """
 
     def __init__(self, in_features: int, block_size: int, sample_size: int, seed: int = 0):
         self.second_moments = SecondMoments(in_features, block_size)
         self.sample = TokenSample(sample_size, seed)
+        self.tokens_read = 0
 
     def update(self, tokens: Tensor):
         """
@@ -69,41 +72,36 @@ class InputCollector(Generic[StatisticsType]):
 
     :param linears: Linears by full name, in the order of the model
     :param new_statistics: makes the empty statistics of an input
+    :param masks: masks of the batches, to be noted as modules are called
     """
 
     def __init__(
         self,
         linears: Mapping[str, Linear],
         new_statistics: Callable[[SharedInput], StatisticsType],
+        masks: PaddingMasks,
     ):
         self.observer = SharedInputObserver(linears)
         self._new_statistics = new_statistics
-        self._masks: dict[int, Tensor] = {}
-        self._certain: set[int] = set()
+        self.masks = masks
+        self._tokens_read: Counter[str] = Counter()
         self._weighted: set[str] = set()
         # by the Linear that was called first, which need not be the first in the model
         self._statistics: dict[str, StatisticsType] = {}
 
-    def set_attention_mask(self, batch: int, attention_mask: object):
+    def count(self, name: str, x: Tensor, batch: int):
         """
-        Note which tokens of a batch are padding.
+        Count the tokens that a Linear reads, be they observed or not.
 
+        :param name: full name of the Linear
+        :param x: its input, shape (..., d)
         :param batch: index of the batch
-        :param attention_mask: any form of mask; an unknown form is ignored
         """
-        mask = padding_mask(attention_mask)
-        if mask is None:
-            return
-        # trust the mask of the data (2 dimensions) over those that models derive from it
-        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-            self._certain.add(batch)
-        elif batch in self._certain:
-            return
-        self._masks[batch] = mask
+        self._tokens_read[name] += self.masks.count(name, batch, x)
 
-    def attention_mask(self, batch: int) -> Tensor | None:
-        """Return the mask of real tokens, shape (batch, tokens), bool; None if not known"""
-        return self._masks.get(batch)
+    def tokens_read(self, shared: SharedInput) -> int:
+        """Number of tokens that the Linears of an input were called with"""
+        return max(self._tokens_read[name] for name in shared.linears)
 
     def observe(self, name: str, x: Tensor, batch: int, weights: Tensor | None = None):
         """
@@ -115,16 +113,13 @@ class InputCollector(Generic[StatisticsType]):
         :param weights: weights of the tokens, shape (...), float32; None for equal weights
         """
         shared, is_new = self.observer.observe(name, x)
+        mask = self.masks.of(name, batch, x)
         if not is_new or (weights is None and not self._weighted.isdisjoint(shared.linears)):
             return
         if weights is not None:
             self._weighted.add(name)
             x = x.float() * weights.sqrt().unsqueeze(-1)
-        tokens = x.reshape(-1, x.shape[-1])
-        # the mask does not fit other layouts, such as tokens routed to an expert
-        mask = self._masks.get(batch)
-        if mask is not None and mask.numel() == tokens.shape[0]:
-            tokens = tokens[mask.flatten().to(tokens.device)]
+        tokens = real_tokens(x, mask)
         key = self._key(shared)
         if key is None:
             key = name

@@ -82,7 +82,8 @@ def weighted_inputs(
     ]
     try:
         with torch.enable_grad():
-            output = tree_leaves(module(*args, **without_caches(kwargs)))[0]
+            args, kwargs = without_caches(args, kwargs)
+            output = tree_leaves(module(*args, **kwargs))[0]
             direction = torch.randn(output.shape, generator=generator).to(output.device)
             if token_scales is not None and token_scales.shape[:-1] == output.shape[:-1]:
                 direction *= token_scales

@@ -10,11 +10,10 @@ import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 from torch.nn import Linear
 
-__all__ = ["SharedInput", "SharedInputObserver", "padding_mask"]
+__all__ = ["SharedInput", "SharedInputObserver"]
 
 
 @dataclass
@@ -111,34 +110,3 @@ class SharedInputObserver:
 
     def _forget_dead(self):
         self._seen = {key: entry for key, entry in self._seen.items() if entry[0]() is not None}
-
-
-def padding_mask(attention_mask: object) -> Tensor | None:
-    """
-    Find the real tokens in an attention mask.
-
-    Known forms:
-
-    - shape (batch, tokens): true or 1 for real tokens
-    - shape (batch, heads, queries, keys), bool: true where a query sees a key; or, if all
-      of the future is true, true where a key is hidden
-    - shape (batch, heads, queries, keys), numbers: 0 is added to scores of visible keys
-
-    With queries and keys, a token is real if it sees itself.
-
-    :param attention_mask: the mask
-    :return: shape (batch, tokens), bool, true for real tokens; None if the form is not known
-    """
-    if not isinstance(attention_mask, Tensor):
-        return None
-    if attention_mask.ndim == 2:
-        return attention_mask.bool()
-    if attention_mask.ndim == 4 and attention_mask.shape[-1] == attention_mask.shape[-2]:
-        to_itself = attention_mask[:, 0].diagonal(dim1=-2, dim2=-1)
-        if to_itself.dtype != torch.bool:
-            return to_itself == 0
-        size = attention_mask.shape[-1]
-        future = torch.ones(size, size, dtype=torch.bool, device=to_itself.device).triu(1)
-        marks_hidden = not to_itself.all() and bool(attention_mask[:, 0, future].all())
-        return ~to_itself if marks_hidden else to_itself
-    return None

@@ -3,6 +3,7 @@ import pytest
 import torch
 from tiny_models import FAMILIES, make_model, make_tokens
 from torch.nn import Linear
+from transformers import OPTConfig, OPTForCausalLM
 
 from cat_modifier.calibration.attention import find_value_projections
 
@@ -65,6 +66,60 @@ def test_a_norm_of_the_values_is_seen(tmp_path):
     linears = linears_of(model)
     model.model.layers[1].self_attn.v_proj = Norm()
     assert set(find(model, **linears)) == {"model.layers.0.self_attn.o_proj"}
+
+
+def on_padded(model, mask) -> dict:
+    """Find value projections on a text of 40 tokens after much padding"""
+    padded = torch.cat([torch.ones(1, 1500, dtype=torch.long), torch.zeros(1, 40).long()], 1)
+    padded[:, -40:] = make_tokens(1, length=40)
+    attention_mask = (torch.arange(1540) >= 1500).long()[None]
+
+    def run():
+        model(padded, attention_mask=attention_mask, use_cache=False)
+
+    is_known = {"mask": attention_mask.bool()} if mask else {}
+    return find_value_projections(model, linears_of(model), run, **is_known)
+
+
+@pytest.mark.parametrize("mask", [True, False], ids=["mask", "no mask"])
+def test_zeros_of_padding_prove_nothing(mask):
+    """Attention returns zeros for them, whatever its Linears do: OPT calls q_proj last"""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=128,
+        hidden_size=64,
+        ffn_dim=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        word_embed_proj_dim=64,
+    )
+    found = on_padded(OPTForCausalLM(config).eval(), mask)
+    assert len(found) == 2
+    assert all(one.linear == name.replace("out_proj", "v_proj") for name, one in found.items())
+
+
+@pytest.mark.parametrize("mask", [True, False], ids=["mask", "no mask"])
+def test_a_gate_is_seen_behind_padding(tmp_path, mask):
+    model = make_model(tmp_path, max_position_embeddings=2048)
+    gate = torch.linspace(0.5, 1.5, 96)
+    gated = model.model.layers[0].self_attn.o_proj
+    gated.register_forward_pre_hook(lambda _, inputs: (inputs[0] * gate,), prepend=True)
+    assert set(on_padded(model, mask)) == {"model.layers.1.self_attn.o_proj"}
+
+
+def test_values_read_elsewhere_are_seen_behind_padding(tmp_path):
+    """Padding hides most of what changes"""
+    model = make_model(tmp_path, max_position_embeddings=2048)
+    first, second = (layer.self_attn for layer in model.model.layers)
+    seen = {}
+    first.v_proj.register_forward_pre_hook(lambda _, inputs: seen.update(x=inputs[0]))
+
+    class SharedValues(torch.nn.Module):
+        def forward(self, hidden_states):
+            return first.v_proj(seen["x"])
+
+    second.v_proj = SharedValues()
+    assert on_padded(model, mask=True) == {}
 
 
 def test_a_cache_does_not_get_in_the_way(tmp_path):

@@ -3,7 +3,8 @@ import pytest
 import torch
 from torch.nn import Linear
 
-from cat_modifier.calibration.shared_inputs import SharedInputObserver, padding_mask
+from cat_modifier.calibration.padding import padding_mask
+from cat_modifier.calibration.shared_inputs import SharedInputObserver
 
 
 @pytest.fixture

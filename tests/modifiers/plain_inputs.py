@@ -33,6 +33,7 @@ def make_input(names, in_features=64, block_size=16, tokens=200, scale=1.0, **ch
         layout=layout,
         second_moments=blocks.mT @ blocks / tokens,
         token_count=tokens,
+        tokens_read=tokens,
         tokens=x[:32],
         token_weights=torch.ones(32, dtype=torch.float64),
         **changes,

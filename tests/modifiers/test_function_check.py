@@ -30,7 +30,7 @@ from transformers import (
 
 from cat_modifier import CATModifier
 from cat_modifier.modifiers.cat import base
-from cat_modifier.modifiers.cat.function_check import relative_change
+from cat_modifier.modifiers.cat.function_check import FunctionCheck, relative_change
 
 PIPELINES = ["independent", "sequential"]
 
@@ -235,3 +235,38 @@ def test_change_is_relative_to_what_a_module_adds():
     routed = x.clone()
     routed[0] = 0
     assert relative_change(x, routed) == 0
+
+
+class MaskedAttention(torch.nn.Module):
+    """Returns zeros for padding, and reads a weight without calling its Linear"""
+
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.v_proj = (torch.nn.Linear(64, 64, bias=False) for _ in range(2))
+
+    def forward(self, x, attention_mask):
+        values = self.q_proj(x) + linear(x, self.v_proj.weight)
+        return torch.where(attention_mask[..., None], values, 0)
+
+
+@pytest.mark.parametrize("is_masked", [True, False])
+def test_padding_hides_no_change(is_masked):
+    model = torch.nn.Module()
+    model.attention = MaskedAttention()
+    mask = (torch.arange(100) >= 80)[None]
+    check = FunctionCheck(model, {"attention.v_proj": model.attention.v_proj}, {})
+    hooks = []
+
+    def register(module, hook, kind, with_kwargs):
+        hooks.append(module.register_forward_pre_hook(hook, with_kwargs=with_kwargs))
+
+    check.watch(register, lambda name: mask if is_masked else None)
+    with torch.no_grad():
+        model.attention(torch.randn(1, 100, 64), attention_mask=mask)
+        before = check.outputs(["attention.v_proj"])
+        model.attention.v_proj.weight.mul_(-1)
+    if is_masked:
+        with pytest.raises(ValueError, match="without calling the Linear"):
+            check.compare(before, ["attention.v_proj"])
+    else:  # most tokens did not change: what the mask is for
+        check.compare(before, ["attention.v_proj"])

@@ -19,6 +19,7 @@ from tiny_models import (
 
 from cat_modifier import CATModifier
 from cat_modifier.modifiers.cat import base as modifier_module
+from cat_modifier.modifiers.cat import weighted_tokens
 
 WIDE = {"hidden_size": 192, "intermediate_size": 384, "head_dim": 48}
 
@@ -67,6 +68,13 @@ def added(model, layer: str, counts: Mapping[str, int] | None = None) -> float:
 @pytest.mark.parametrize("rotation", ["hadamard", "block-hadamard", "none"])
 def test_the_budget_is_kept(tmp_path, family, rotation):
     model = transform(tmp_path, 0.12, family, rotation=rotation)
+    assert all(0.08 < added(model, f"model.layers.{i}") <= 0.12 for i in (0, 1))
+
+
+def test_tokens_without_weights_cost_as_much(tmp_path, monkeypatch):
+    """Attention weights the tokens of one batch in four, and transforms those of all"""
+    monkeypatch.setattr(weighted_tokens, "_ENOUGH_TOKENS", 48)
+    model = transform(tmp_path, 0.12)
     assert all(0.08 < added(model, f"model.layers.{i}") <= 0.12 for i in (0, 1))
 
 

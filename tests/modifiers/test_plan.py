@@ -96,7 +96,9 @@ def test_larger_blocks_go_where_they_lower_noise():
 
 def make_choice(name: str, noise: float, count: int) -> plan._Choice:
     """Make a choice of blocks of 64, 32 and 16. Larger blocks have less noise"""
-    source = InputToPlan((name,), 64, 1, TransformLayout(64, 1, 1, ""), token_count=count)
+    source = InputToPlan(
+        (name,), 64, 1, TransformLayout(64, 1, 1, ""), token_count=count, tokens_read=count
+    )
     candidates = [
         plan._Candidate(None, 64 * size, plan.Prediction(1 / (factor * noise), 1.0))
         for size, factor in ((64, 1), (32, 1.2), (16, 1.5))

@@ -12,6 +12,7 @@ from torch.nn import Linear, Module
 
 from cat_modifier import CATModifier
 from cat_modifier.calibration.collector import InputCollector, InputStatistics
+from cat_modifier.calibration.padding import PaddingMasks
 from cat_modifier.modifiers.cat import weighted_tokens
 from cat_modifier.modifiers.cat.weighted_tokens import WeightedTokens
 
@@ -43,7 +44,9 @@ def test_enough_tokens_have_weights_and_no_others_count(batches, stride):
     layer = ParallelLayer()
     linears = {"0.attention.value": layer.attention.value, "0.mlp": layer.mlp}
     weighted = WeightedTokens(linears, {"0": layer}, batches, seed=0)
-    collector = InputCollector(linears, lambda shared: InputStatistics(SIZE, SIZE, 4))
+    collector = InputCollector(
+        linears, lambda shared: InputStatistics(SIZE, SIZE, 4), PaddingMasks(layer)
+    )
     batch, probed, hooks = 0, [], HooksMixin()
 
     def module_hook(module, args, kwargs, name):
@@ -53,6 +56,7 @@ def test_enough_tokens_have_weights_and_no_others_count(batches, stride):
             collector.observe(linear, x, batch, weights)
 
     def input_hook(linear, args, name):
+        collector.count(name, args[0], batch)
         if not weighted.covers(linear):
             collector.observe(name, args[0], batch)
 
@@ -68,6 +72,7 @@ def test_enough_tokens_have_weights_and_no_others_count(batches, stride):
     assert probed == list(range(0, batches or 20, stride))
     (shared,) = collector.pending()
     assert list(shared.linears) == list(linears)
+    assert collector.tokens_read(shared) == (batches or 20) * LENGTH
     assert collector.take(shared).second_moments.count == len(probed) * LENGTH
 
 

@@ -22,6 +22,7 @@ from torch.nn import Linear, Module
 from cat_modifier.calibration.attention import ValueProjection, find_value_projections
 from cat_modifier.calibration.collector import InputCollector, InputStatistics
 from cat_modifier.calibration.default_ignore import DEFAULT_IGNORE
+from cat_modifier.calibration.padding import PaddingMasks, predicted_tokens
 from cat_modifier.calibration.shared_inputs import SharedInput
 from cat_modifier.checkpoint.integers import suits_int8_product
 from cat_modifier.checkpoint.schema import CATTransformConfig
@@ -293,7 +294,10 @@ class CATModifier(Modifier):
         self._ranks = self._find_tensor_parallel_size(state)
         self._collector = self._start_collecting(state)
         self._check = FunctionCheck(state.model, self._linears, self._layers)
-        self._check.watch(self.register_hook)
+        masks = self._collector.masks
+        self._check.watch(
+            self.register_hook, lambda name: masks.of(name, state.current_batch_idx)
+        )
 
     def on_sequential_epoch_end(
         self, state: State, event: Event, modules: list[Module], **kwargs
@@ -406,7 +410,10 @@ class CATModifier(Modifier):
         # all experts read all tokens: inputs are compared, and rounding may change a route
         with moe_calibration_context():
             found = find_value_projections(
-                state.model, self._linears, lambda: run_batch(state, batch)
+                state.model,
+                self._linears,
+                lambda: run_batch(state, batch),
+                predicted_tokens(state.model, batch),
             )
         everywhere = gather(found)
         return {
@@ -420,7 +427,8 @@ class CATModifier(Modifier):
             block_size = self._layout(state, shared).block_size
             return InputStatistics(shared.in_features, block_size, _SAMPLE_SIZE, rank())
 
-        collector = InputCollector(self._linears, new_statistics)
+        masks = PaddingMasks(state.model)
+        collector = InputCollector(self._linears, new_statistics, masks)
         if self.mappings is not None:
             collector.observer.set_inputs(
                 match_mappings(state.model, self.mappings, self.ignore, self._linears)
@@ -433,14 +441,16 @@ class CATModifier(Modifier):
         weighted = WeightedTokens(self._linears, layers, batches, rank())
 
         def input_hook(linear: Linear, args: tuple):
+            batch = state.current_batch_idx
+            collector.count(names[linear], args[0], batch)
             if not weighted.covers(linear):
-                collector.observe(names[linear], args[0], state.current_batch_idx)
+                collector.observe(names[linear], args[0], batch)
 
         def mask_hook(module: Module, args: tuple, kwargs: dict, name: str):
             self._called.add(name)
             batch = state.current_batch_idx
-            collector.set_attention_mask(batch, kwargs.get("attention_mask"))
-            mask = collector.attention_mask(batch)
+            masks.note(name, kwargs, batch)
+            mask = masks.of(name, batch)
             for linear, x, weights in weighted.enter(name, module, args, kwargs, batch, mask):
                 collector.observe(linear, x, batch, weights)
 
@@ -525,6 +535,7 @@ class CATModifier(Modifier):
                 statistics.reduce(device)
                 if not statistics.second_moments.count:
                     continue  # all padding: treated as unseen in the end
+                statistics.tokens_read = sum(gather(self._collector.tokens_read(shared)))
             inputs.append(
                 describe_input(
                     shared,
@@ -558,7 +569,7 @@ class CATModifier(Modifier):
                 self._unaligned.append(one.source.first)
             if one.source.is_quantized and one.before is not None and one.after is not None:
                 sqnr = to_db(one.before.sqnr), to_db(one.after.sqnr)
-                self._record.add(one.source.names, one.source.token_count, *sqnr)
+                self._record.add(one.source.names, one.source.tokens_read, *sqnr)
             if is_source_process():
                 log_transform(one)
         if plan.overhead is not None and self.max_overhead and is_source_process():

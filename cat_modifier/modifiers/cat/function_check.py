@@ -16,8 +16,9 @@ from llmcompressor.modifiers.utils.hooks import HooksMixin
 from torch import Tensor
 from torch.nn import Linear, Module, ModuleDict, ModuleList
 from torch.utils._pytree import tree_leaves
-from transformers import Cache
 
+from cat_modifier.calibration.attention import without_caches
+from cat_modifier.calibration.padding import real_tokens
 from cat_modifier.modifiers.cat.distributed import gather
 from cat_modifier.modifiers.cat.pipeline import as_it_is_run
 
@@ -34,6 +35,7 @@ _TOKENS = 256
 class _Call(NamedTuple):
     args: tuple
     kwargs: dict[str, Any]
+    mask: Tensor | None
 
 
 class FunctionCheck:
@@ -61,17 +63,19 @@ class FunctionCheck:
             self._modules[holder] = model.get_submodule(holder)
         self._calls: dict[str, _Call] = {}
 
-    def watch(self, register: Callable):
+    def watch(self, register: Callable, find_mask: Callable[[str], Tensor | None]):
         """
         Remember the first call of each module, until :meth:`compare` forgets it.
 
         :param register: `register_hook` of a modifier
+        :param find_mask: finds the real tokens of a module that is called, shape (batch,
+            tokens), bool. Attention may return zeros for padding, whatever its Linears do
         """
         for name, module in self._modules.items():
 
             def remember(module: Module, args: tuple, kwargs: dict, name: str = name):
                 if name not in self._calls:
-                    self._calls[name] = _Call(args, kwargs)
+                    self._calls[name] = _Call(args, kwargs, find_mask(name))
 
             register(module, remember, "forward_pre", with_kwargs=True)
 
@@ -112,10 +116,8 @@ class FunctionCheck:
                 )
 
     def _run(self, name: str) -> list[Tensor]:
-        args, kwargs = self._calls[name]
-        # a cache would be filled twice
-        args = tuple(None if isinstance(one, Cache) else one for one in args)
-        kwargs = {k: None if isinstance(v, Cache) else v for k, v in kwargs.items()}
+        call = self._calls[name]
+        args, kwargs = without_caches(call.args, call.kwargs)
         devices = range(torch.cuda.device_count())
         with (
             HooksMixin.disable_hooks(),
@@ -124,7 +126,7 @@ class FunctionCheck:
         ):
             torch.manual_seed(0)
             outputs = self._modules[name](*args, **kwargs)
-        return [_some_tokens(one) for one in _floats(outputs)]
+        return [_some_tokens(one, call.mask) for one in _floats(outputs)]
 
 
 def relative_change(before: Tensor, after: Tensor, x: Tensor | None = None) -> float:
@@ -174,13 +176,13 @@ def _floats(tree: Any) -> list[Tensor]:
     ]
 
 
-def _some_tokens(x: Tensor) -> Tensor:
-    """Take evenly spaced rows, shape (tokens, last size)"""
-    rows = x.reshape(-1, x.shape[-1]) if x.ndim else x.reshape(1, 1)
+def _some_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Take evenly spaced rows of real tokens, shape (tokens, last size)"""
+    rows = real_tokens(x, mask) if x.ndim else x.reshape(1, 1)
     return rows[:: -(-len(rows) // _TOKENS) or 1].clone()
 
 
 def _tokens_of(call: _Call) -> Tensor | None:
     """Tokens of a module's first floating point input"""
     inputs = _floats([call.args, call.kwargs])
-    return _some_tokens(inputs[0]) if inputs else None
+    return _some_tokens(inputs[0], call.mask) if inputs else None

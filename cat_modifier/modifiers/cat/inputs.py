@@ -113,6 +113,7 @@ def describe_input(
         if second_moments.mean is not None:
             changes["second_moments"] = second_moments.mean.to(device)
         changes["token_count"] = second_moments.count
+        changes["tokens_read"] = statistics.tokens_read
         if sample.tokens is not None:
             changes["tokens"] = sample.tokens.to(device)
             changes["token_weights"] = sample.weights.to(device)

@@ -79,6 +79,7 @@ class InputToPlan:
     :param second_moments: diagonal blocks of Sx, shape (d/k, k, k), k the block size of the
         layout; None if no token was seen
     :param token_count: number of tokens behind the second moments
+    :param tokens_read: number of tokens of the calibration that read the input
     :param tokens: sample of tokens, shape (n, d), float32; None if no token was seen
     :param token_weights: weight of each token of the sample, shape (n,), float64
     :param weight_args: quantization of the weights; None for 16 bits
@@ -95,6 +96,7 @@ class InputToPlan:
     layout: TransformLayout
     second_moments: Tensor | None = None
     token_count: int = 0
+    tokens_read: int = 0
     tokens: Tensor | None = None
     token_weights: Tensor | None = None
     weight_args: QuantizationArgs | None = field(default_factory=lambda: _ROW)
@@ -464,11 +466,11 @@ def _choose(
     :return: index of the candidate of each input
     :raises ValueError: if even the cheapest transforms exceed the limit
     """
-    products = sum(one.source.token_count * one.weight_cost for one in choices)
-    most = max(one.source.token_count for one in choices)
+    products = sum(one.source.tokens_read * one.weight_cost for one in choices)
+    most = max(one.source.tokens_read for one in choices)
     costs = []
     for one in choices:
-        count = one.source.token_count
+        count = one.source.tokens_read
         # weight noise and cost by tokens: experts that see few of them matter little
         costs.append(
             [

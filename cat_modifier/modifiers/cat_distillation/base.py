@@ -15,9 +15,10 @@ from loguru import logger
 from pydantic import Field
 from torch.nn import Module
 
+from cat_modifier.calibration.padding import predicted_tokens
 from cat_modifier.functional.alignment import condition_number
 from cat_modifier.modifiers.cat.pipeline import unquantized
-from cat_modifier.modifiers.cat_distillation.fit import Distillation, real_tokens
+from cat_modifier.modifiers.cat_distillation.fit import Distillation
 from cat_modifier.modifiers.cat_training.inputs import (
     check_inputs,
     check_recipe,
@@ -177,7 +178,7 @@ class CATDistillationModifier(Modifier):
 
 def _has_tokens(model: Module, batch: dict[str, Any]) -> bool:
     """Whether a batch has more than padding"""
-    mask = real_tokens(model, batch)
+    mask = predicted_tokens(model, batch)
     return mask is None or bool(mask.any())
 
 

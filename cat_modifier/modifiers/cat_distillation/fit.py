@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.functional import kl_div
 from torch.utils.checkpoint import checkpoint
-from transformers import Cache
 
-from cat_modifier.calibration.shared_inputs import padding_mask
+from cat_modifier.calibration.attention import without_caches
+from cat_modifier.calibration.padding import predicted_tokens
 from cat_modifier.modifiers.cat_training.descent import Training, descend, draw_batches
 from cat_modifier.modifiers.cat_training.layer import (
     LayerTensors,
@@ -157,7 +157,7 @@ class Distillation:
         """Compute the logits of real tokens, shape (tokens, vocabulary)"""
         inputs: Any = tensors_to_device(sample, get_execution_device(self.model))
         logits = _logits(self.model, inputs)
-        mask = real_tokens(self.model, inputs)
+        mask = predicted_tokens(self.model, inputs)
         if mask is None or mask.shape != logits.shape[:-1]:
             return logits.flatten(0, -2)
         return logits[mask]
@@ -179,24 +179,9 @@ def _rate(step: int, steps: int) -> float:
     return min(1, (step + 1) / _WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
-def real_tokens(model: Module, sample: dict[str, Any]) -> Tensor | None:
-    """
-    Find the tokens whose predictions count.
-
-    :return: true for real tokens, false for padding, shape (batch, tokens), bool; None if the
-        sample has no attention mask
-    """
-    config: Any = getattr(model, "config", None)
-    is_encoder_decoder = getattr(config, "is_encoder_decoder", False)
-    name = "decoder_attention_mask" if is_encoder_decoder else "attention_mask"
-    return padding_mask(sample.get(name))
-
-
 def _compute_again(forward: Callable, *args, **kwargs) -> Any:
     """Call a function, and once more in the backward pass"""
-    # a cache would be filled twice
-    args = tuple(None if isinstance(one, Cache) else one for one in args)
-    kwargs = {k: None if isinstance(v, Cache) else v for k, v in kwargs.items()}
+    args, kwargs = without_caches(args, kwargs)
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 

@@ -12,9 +12,9 @@ from loguru import logger
 from pydantic import Field, PrivateAttr
 from torch import Tensor
 from torch.nn import Module
-from transformers import Cache
 
-from cat_modifier.calibration.shared_inputs import padding_mask
+from cat_modifier.calibration.attention import without_caches
+from cat_modifier.calibration.padding import padding_mask
 from cat_modifier.functional.alignment import condition_number
 from cat_modifier.modifiers.cat_training.fit import Sample, call_layer, fit
 from cat_modifier.modifiers.cat_training.inputs import (
@@ -161,8 +161,8 @@ class CATTrainingModifier(Modifier):
         check_inputs([one for name in self._names.values() for one in self._inputs[name]], self)
 
         def capture(layer: Module, args: tuple, kwargs: dict[str, Any]):
-            kwargs = {k: None if isinstance(v, Cache) else v for k, v in kwargs.items()}
-            self._calls.setdefault(self._names[layer], []).append((args, kwargs))
+            call = without_caches(args, kwargs)
+            self._calls.setdefault(self._names[layer], []).append(call)
 
         # Any: its type hint allows hooks of one argument only
         register: Any = self.register_hook
