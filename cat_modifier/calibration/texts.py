@@ -102,7 +102,8 @@ def windows(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, count: int
 ) -> Tensor:
     """
-    Cut texts into windows of tokens, without padding.
+    Cut texts into windows of tokens, without padding. Each begins with the token that the
+    tokenizer puts before a text, if any: all other tokens attend to it when a model is served.
 
     :param texts: texts, to be joined
     :param length: tokens per window
@@ -110,12 +111,14 @@ def windows(
     :return: token ids, shape (windows, length), int64
     :raises ValueError: if the texts do not fill one window
     """
-    ids, end = [], length * count
+    start = _first_token(tokenizer)
+    size = length - len(start)
+    ids, end = [], size * count
     for text in texts:
         ids += tokenizer(text + "\n\n", add_special_tokens=False).input_ids
         if len(ids) >= end:
             break
-    found = min(len(ids) // length, count)
+    found = min(len(ids) // size, count)
     if found == 0:
         raise ValueError(
             f"The texts have {len(ids)} tokens, too few for one window of {length}: use more "
@@ -123,7 +126,15 @@ def windows(
         )
     if found < count:
         logger.info(f"The texts fill {found} windows of {length} tokens, not {count}")
-    return torch.tensor(ids[: found * length]).view(found, length)
+    return torch.tensor([start + ids[i * size : (i + 1) * size] for i in range(found)])
+
+
+def _first_token(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Find the special token that begins every text, if any: of a tokenizer that ends texts
+    with one, too, only the first"""
+    ids = tokenizer("").input_ids
+    first = (tokenizer.bos_token_id, tokenizer.cls_token_id)
+    return ids[:1] if ids and ids[0] in first else []
 
 
 def _read_rows(dataset: str, split: str | Sequence[str]) -> Any:

@@ -54,6 +54,11 @@ def run(
     if re.search(r"(^|,)\s*pretrained\s*=", model_args):
         raise ValueError("--model-args cannot name another model than CHECKPOINT")
 
+    chosen = None
+    if names:  # before hours of other work
+        from cat_modifier.evaluate.tasks import Tasks, evaluate_tasks
+
+        chosen = Tasks(names, include_path)
     measures: list[Measure] = []
     settings: dict[str, Any] = {"checkpoint": checkpoint, "base": base}
     if samples:
@@ -64,12 +69,8 @@ def run(
         gc.collect()  # memory of the models, before others are loaded
         torch.cuda.empty_cache()
     results: list[TaskResult] = []
-    if names:
-        from cat_modifier.evaluate.tasks import evaluate_tasks
-
-        results = evaluate_tasks(
-            checkpoint, base, names, model, model_args, include_path, limit
-        )
+    if chosen is not None:
+        results = evaluate_tasks(checkpoint, base, chosen, model, model_args, limit)
         settings |= {"tasks": names, "model": model, "model_args": model_args, "limit": limit}
     of_tasks = [measure for result in results for measure in result.measures]
     print(results_table(measures + of_tasks))

@@ -4,6 +4,7 @@
 import gc
 import re
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,38 +15,52 @@ from lm_eval.utils import simple_parse_args_string
 
 from cat_modifier.evaluate.results import Measure, TaskResult
 
-__all__ = ["evaluate_tasks"]
+__all__ = ["Tasks", "evaluate_tasks"]
 
 _LOADERS = ("json", "csv", "parquet", "text", "arrow")
 """Names of dataset loaders, which lm-eval gives as the dataset of files"""
 
 
+class Tasks:
+    """
+    Tasks to evaluate.
+
+    :param patterns: names of tasks, groups or tags; `*` stands for any part of a name
+    :param include_path: folder with tasks beside those of lm-eval; None for none
+    :raises ValueError: if there is no such task
+
+    Attributes:
+        names: tasks, groups and tags that match
+        manager: knows how to load them
+    """
+
+    def __init__(self, patterns: Sequence[str], include_path: Path | None):
+        path = None if include_path is None else str(include_path)
+        self.manager = TaskManager(include_path=path)
+        found = {pattern: self.manager.match_tasks([pattern]) for pattern in patterns}
+        if unknown := [pattern for pattern, names in found.items() if not names]:
+            raise ValueError(
+                f"lm-eval has no task {', '.join(unknown)}: `lm_eval ls tasks` lists them; "
+                "--include-path adds a folder of yours"
+            )
+        self.names = list(dict.fromkeys(chain.from_iterable(found.values())))
+
+
 def evaluate_tasks(
     checkpoint: str,
     base: str | None,
-    tasks: Sequence[str],
+    tasks: Tasks,
     engine: str,
     arguments: str,
-    include_path: Path | None,
     limit: int | None,
 ) -> list[TaskResult]:
     """
     Evaluate a checkpoint and its base, one after the other.
 
-    :param tasks: names of tasks, groups or tags
     :param engine: `hf` or `vllm`
     :param arguments: further arguments of lm-eval's model, as `max_model_len=2048`
-    :param include_path: folder with tasks beside those of lm-eval; None for none
     :param limit: samples of each task, at most; None for all
-    :raises ValueError: if there is no such task
     """
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    if unknown := [name for name in tasks if not manager.match_tasks([name])]:
-        raise ValueError(
-            f"lm-eval has no task {', '.join(unknown)}: `lm_eval ls tasks` lists them; "
-            "--include-path adds a folder of yours"
-        )
-
     device = None
     if engine == "hf":  # lm-eval's default is CUDA, also where there is none
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,24 +69,25 @@ def evaluate_tasks(
         found = simple_evaluate(
             model=engine,
             model_args={"pretrained": model} | simple_parse_args_string(arguments),
-            tasks=list(tasks),
+            tasks=tasks.names,
             limit=limit,
             device=device,
-            task_manager=manager,
+            task_manager=tasks.manager,
             log_samples=False,
         )
         gc.collect()  # memory of the model, before the next one is loaded
         return dict(found or {})
 
     before = None if base is None else evaluate(base)
-    return _collect(evaluate(checkpoint), before, tasks)
+    return _collect(evaluate(checkpoint), before, tasks.names)
 
 
 def _collect(
     found: dict[str, Any], before: dict[str, Any] | None, tasks: Sequence[str]
 ) -> list[TaskResult]:
-    # tasks that were asked for, without the members of groups
-    names = [name for name in tasks if name in found["results"]] or list(found["results"])
+    # a group has a result, and so have its members; a tag has none, only its tasks have
+    members = set(chain.from_iterable(found.get("group_subtasks", {}).values()))
+    names = [name for name in found["results"] if name in tasks or name not in members]
     results = []
     for name in names:
         numbers = found["results"][name]

@@ -6,6 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from compressed_tensors.quantization import QuantizationArgs
+
+from cat_modifier.checkpoint.integers import (
+    INT8_PRODUCT_RULE,
+    is_integer,
+    suits_int8_product,
+)
 from cat_modifier.checkpoint.schema import CATTransformConfig, read_quantization_config
 
 __all__ = ["Schemes", "describe_schemes", "is_scheme_tag"]
@@ -43,13 +50,14 @@ def describe_schemes(quantization_config: Mapping[str, Any]) -> Schemes:
     read = read_quantization_config(dict(quantization_config))
     if read is None:
         raise ValueError("The checkpoint has no CAT transforms")
-    kinds = []
+    kinds, are_served = [], True
     for group in read[0]["config_groups"].values():
         weights, inputs = group.get("weights"), group.get("input_activations")
         bits = (16 if weights is None else weights["num_bits"], _bits(inputs))
         kind = (*bits, _number_type(weights or inputs))
         if kind not in kinds:
             kinds.append(kind)
+        are_served &= _is_served(weights, inputs)
     labels = [
         f"W{w}A{a}" if number.startswith("int") else f"{number.upper()} W{w}A{a}"
         for w, a, number in kinds
@@ -62,8 +70,19 @@ def describe_schemes(quantization_config: Mapping[str, Any]) -> Schemes:
         label=", ".join(labels),
         text=sizes,
         tags=list(dict.fromkeys(tags)),
-        products=_products(kinds, _has_experts(read[1])),
+        products=_products(kinds, _has_experts(read[1]))
+        if are_served
+        else [("any", f"nothing in vLLM: {INT8_PRODUCT_RULE}")],
     )
+
+
+def _is_served(weights: Mapping[str, Any] | None, inputs: Mapping[str, Any] | None) -> bool:
+    """Whether our plugin serves a scheme, if it is one of few bits"""
+    if weights is None or inputs is None:
+        return True
+    parsed = QuantizationArgs(**weights), QuantizationArgs(**inputs)
+    is_small = min(args.num_bits for args in parsed) < 8 and is_integer(*parsed)
+    return not is_small or suits_int8_product(*parsed)
 
 
 def _bits(args: Mapping[str, Any] | None) -> int:

@@ -47,7 +47,7 @@ def transform(
     z = _block_products(x, blocks)
     if hadamard is None:
         return z
-    out = torch.empty_like(x)
+    out = torch.empty_like(z)
     _rows(z, hadamard, interleave, out, None, None, 8, True, None)
     return out
 

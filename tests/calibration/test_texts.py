@@ -5,6 +5,11 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer as Tokenizers
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from cat_modifier.calibration.texts import (
     CALIBRATION_SPLITS,
@@ -12,6 +17,7 @@ from cat_modifier.calibration.texts import (
     HELD_OUT_SPLITS,
     MIXED,
     load_texts,
+    windows,
 )
 
 
@@ -116,3 +122,24 @@ def test_other_splits_are_listed(tmp_path):
         load_texts(dataset, CALIBRATION_SPLITS)
     with pytest.raises(ValueError, match="'no_such'.* cannot be read"):
         load_texts(dataset, "no_such")
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("$A", [[2, 3, 4, 5], [2, 3, 4, 5]]),
+        ("<s> $A", [[0, 2, 3, 4], [0, 5, 2, 3]]),
+        ("<s> $A </s>", [[0, 2, 3, 4], [0, 5, 2, 3]]),
+        ("$A </s>", [[2, 3, 4, 5], [2, 3, 4, 5]]),
+    ],
+)
+def test_windows_begin_as_texts_do(template, expected):
+    vocabulary = {"<s>": 0, "</s>": 1, "a": 2, "b": 3, "c": 4, "d": 5}
+    backend = Tokenizers(WordLevel(vocabulary, unk_token="</s>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    special = [("<s>", 0), ("</s>", 1)]
+    backend.post_processor = TemplateProcessing(single=template, special_tokens=special)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>"
+    )
+    assert windows(["a b c d"] * 4, tokenizer, 4, 2).tolist() == expected

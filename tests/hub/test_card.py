@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model card that every saved checkpoint has"""
 
+import json
 import socket
 import time
 from pathlib import Path
@@ -31,6 +32,7 @@ from cat_modifier.hub.card import update_evaluation
 from cat_modifier.hub.markdown import code, fenced, plain, read_section, replace_section
 from cat_modifier.hub.push import push
 from cat_modifier.hub.run_record import RunRecord, dataset_ids
+from cat_modifier.hub.schemes import describe_schemes
 
 GOLDEN = Path(__file__).parents[1] / "checkpoint" / "golden"
 TAGS = ["cat-modifier", "compressed-tensors", "llm-compressor", "vllm"]
@@ -441,3 +443,30 @@ def test_without_a_network_nothing_hangs(hub, monkeypatch):
         found = find_base_model("org/base")
     assert time.monotonic() - begin < 3
     assert found.id == "org/base" and "cannot be read" in found.problem
+
+
+@pytest.mark.parametrize(
+    ("weights", "inputs", "is_served"),
+    [
+        ({}, {}, True),
+        ({"symmetric": False}, {}, False),
+        ({"strategy": "group", "group_size": 16}, {}, False),
+        ({}, {"dynamic": False, "strategy": "tensor"}, False),
+    ],
+    ids=["w4a8", "asymmetric", "groups", "static"],
+)
+def test_kernels_are_those_that_serve_the_scheme(weights, inputs, is_served):
+    """The plugin refuses the others"""
+    config = json.loads((GOLDEN / "config.json").read_text())["quantization_config"]
+    config["transform_config"]["sha256"] = None
+    for group in config["config_groups"].values():
+        group["weights"] |= {"num_bits": 4, "strategy": "channel"} | weights
+        group["input_activations"] |= {"num_bits": 8, "symmetric": False} | inputs
+    (first, *_) = describe_schemes(config).products
+    if is_served:
+        assert first == (
+            "x86 CPU",
+            "exact int8 products, of weights that stay packed in 4 bits",
+        )
+    else:
+        assert first[0] == "any" and "nothing in vLLM: integers of fewer than 8" in first[1]

@@ -29,6 +29,7 @@ from transformers import (
 
 from cat_modifier import CATDistillationModifier, CATModifier, CATTrainingModifier
 from cat_modifier.modifiers.cat_distillation import base, fit
+from cat_modifier.modifiers.cat_training import insert
 
 pytestmark = pytest.mark.slow
 
@@ -376,11 +377,33 @@ def test_batches_of_padding_are_left_out(tmp_path, trainings):
     assert trainings[0].after < trainings[0].before
 
 
+@pytest.mark.parametrize("writes", [0, 3])
+def test_a_model_that_changed_in_part_is_not_saved(tmp_path, monkeypatch, writes):
+    """Memory may run out between the transforms and the weights"""
+    write, written = insert.update_offload_parameter, []
+
+    def fail(*args):
+        if len(written) == writes:
+            raise MemoryError("out of memory")
+        written.append(write(*args))
+
+    monkeypatch.setattr(insert, "update_offload_parameter", fail)
+    model = make_model(tmp_path)
+    with pytest.raises(MemoryError):
+        compress(model, CATModifier(transform_block_size=32), CATDistillationModifier(steps=4))
+    with pytest.raises(ValueError, match="A modifier did not finish"):
+        model.save_pretrained(tmp_path / "quantized")
+    assert not (tmp_path / "quantized").exists()
+
+
 def test_a_model_that_does_not_get_better_is_left(tmp_path, warnings):
     steep = CATDistillationModifier(steps=4, learning_rate=100.0)
     model = compress(make_model(tmp_path), CATModifier(transform_block_size=32), steep)
     closed = compress(make_model(tmp_path), CATModifier(transform_block_size=32))
     assert torch.equal(logits_of(model), logits_of(closed))
+    # also in the dtypes of the transforms: training would store int8 as bfloat16
+    groups, same = (one.transform_config.config_groups for one in (model, closed))
+    assert groups.keys() == same.keys() and any("int8" in name for name in groups)
     assert any("No step was better" in one for one in warnings)
 
 

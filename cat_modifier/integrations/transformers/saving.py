@@ -36,6 +36,7 @@ from cat_modifier.integrations.transformers.atomic_folder import (
 from cat_modifier.integrations.transformers.conversions import with_whole_transforms
 
 __all__ = [
+    "changing",
     "check_complete",
     "mark_complete",
     "mark_incomplete",
@@ -157,13 +158,21 @@ def mark_complete(model: Module):
         delattr(model, _INCOMPLETE)
 
 
+@contextmanager
+def changing(model: Module) -> Iterator[None]:
+    """Refuse to save a model if an error ends the context: a part of it may be changed"""
+    mark_incomplete(model)
+    yield
+    mark_complete(model)
+
+
 def check_complete(model: Module):
     """
-    :raises ValueError: if a run of CATModifier has transformed a part of the model alone
+    :raises ValueError: if a run has transformed a part of the model alone
     """
     if hasattr(model, _INCOMPLETE):
         raise ValueError(
-            "CATModifier did not finish: only a part of the model is transformed. Remove the "
+            "A modifier did not finish: only a part of the model is transformed. Remove the "
             "cause of its error, load the original model again, and repeat the run"
         )
 

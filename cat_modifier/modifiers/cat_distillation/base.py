@@ -17,6 +17,7 @@ from torch.nn import Module
 
 from cat_modifier.calibration.padding import predicted_tokens
 from cat_modifier.functional.alignment import condition_number
+from cat_modifier.integrations.transformers.saving import changing
 from cat_modifier.modifiers.cat.pipeline import unquantized
 from cat_modifier.modifiers.cat_distillation.fit import Distillation
 from cat_modifier.modifiers.cat_training.inputs import (
@@ -124,7 +125,6 @@ class CATDistillationModifier(Modifier):
         """
         model = state.model
         config = find_config(model, self)
-        store_in_floats(model, config)
         inputs = find_inputs(model, config)
         layers = []
         found = find_decoding_layers(model)
@@ -166,9 +166,11 @@ class CATDistillationModifier(Modifier):
             f"of the corrections {condition:.1f}"
         )
         if training.after < training.before:
-            for trainable in layers:
-                insert(trainable, training.corrections)
-                trainable.release()
+            with changing(model):
+                store_in_floats(model, config)
+                for trainable in layers:
+                    insert(trainable, training.corrections)
+                    trainable.release()
         else:
             logger.warning(
                 "No step was better than the transforms of CATModifier, which are kept: try "

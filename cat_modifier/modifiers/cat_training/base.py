@@ -16,6 +16,7 @@ from torch.nn import Module
 from cat_modifier.calibration.attention import without_caches
 from cat_modifier.calibration.padding import padding_mask
 from cat_modifier.functional.alignment import condition_number
+from cat_modifier.integrations.transformers.saving import changing
 from cat_modifier.modifiers.cat_training.fit import Sample, call_layer, fit
 from cat_modifier.modifiers.cat_training.inputs import (
     check_inputs,
@@ -137,7 +138,8 @@ class CATTrainingModifier(Modifier):
                 include={"steps", "batch_size", "learning_rate", "patience"}
             )
             self._store = CorrectionStore(self.checkpoint_dir, settings)
-        store_in_floats(state.model, config)
+        with changing(state.model):
+            store_in_floats(state.model, config)
         inputs = find_inputs(state.model, config)
         layers = find_decoding_layers(state.model)
         self._inputs = {
@@ -175,7 +177,7 @@ class CATTrainingModifier(Modifier):
         for layer, name in self._names.items():
             if layer in modules and name in self._calls:
                 with HooksMixin.disable_hooks():  # training must not be captured
-                    self._train(layer, name, self._calls.pop(name))
+                    self._train(state.model, layer, name, self._calls.pop(name))
                 self._trained.add(name)
 
     def on_calibration_end(self, state: State, event: Event, **kwargs):
@@ -207,7 +209,13 @@ class CATTrainingModifier(Modifier):
 
     ## Training ##
 
-    def _train(self, layer: Module, name: str, calls: list[tuple[tuple, dict[str, Any]]]):
+    def _train(
+        self,
+        model: Module,
+        layer: Module,
+        name: str,
+        calls: list[tuple[tuple, dict[str, Any]]],
+    ):
         if len(calls) < 2:
             raise ValueError(
                 "CATTrainingModifier needs at least two batches of calibration data: one to "
@@ -218,7 +226,8 @@ class CATTrainingModifier(Modifier):
         unchanged = trainable.identity()
         corrections = self._load_or_fit(trainable, samples) if unchanged else {}
         if any(not torch.equal(corrections[name], unchanged[name]) for name in unchanged):
-            trainable = insert(trainable, corrections)
+            with changing(model):
+                trainable = insert(trainable, corrections)
         with torch.no_grad():
             tensors = trainable.correct({})
             tensors = trainable.quantize(tensors, trainable.range_ratios(tensors))

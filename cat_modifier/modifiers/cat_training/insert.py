@@ -43,11 +43,12 @@ def store_in_floats(model: Module, config: CATTransformConfig):
 
 def insert(trainable: TrainableLayer, corrections: Mapping[str, Tensor]) -> TrainableLayer:
     """
-    Write the corrected transforms and weights into the modules.
+    Write the corrected transforms and weights into the modules, once all are computed.
 
     :return: the corrected layer
     """
     corrections = dict(corrections)
+    new: list[tuple[Module, str, Tensor]] = []
     for one in trainable.inputs:
         if one.first not in corrections:
             continue
@@ -58,17 +59,16 @@ def insert(trainable: TrainableLayer, corrections: Mapping[str, Tensor]) -> Trai
             before = one.transform.weight.detach().double()
             after = (correction @ before).to(one.transform.weight.dtype)
             correction = torch.linalg.solve(before, after.double(), left=False)
-            update_offload_parameter(one.transform, "weight", after)
+            new.append((one.transform, "weight", after))
         corrections[one.first] = correction
     tensors = trainable.correct(corrections)
     for one in trainable.inputs:
         for name, linear in one.linears.items():
-            new = {"weight": tensors.weights[name]}
+            new.append((linear, "weight", tensors.weights[name].to(linear.weight.dtype)))
             if name in tensors.biases:
-                new["bias"] = tensors.biases[name]
-            for key, value in new.items():
-                dtype = getattr(linear, key).dtype
-                update_offload_parameter(linear, key, value.to(dtype))
+                new.append((linear, "bias", tensors.biases[name].to(linear.bias.dtype)))
+    for module, key, value in new:
+        update_offload_parameter(module, key, value)
     return TrainableLayer(trainable.layer, trainable.name, trainable.inputs)
 
 

@@ -23,6 +23,7 @@ from torch.nn.functional import linear as multiply
 from cat_modifier.calibration.attention import ValueProjection
 from cat_modifier.checkpoint.transform_module import CATTransform, online_hadamard
 from cat_modifier.functional.hadamard import apply_hadamard
+from cat_modifier.functional.stored import dequantize_blocks
 from cat_modifier.functional.transform import apply_blocks, apply_transform, multiply_heads
 from cat_modifier.modifiers.cat_training.fake_quant import (
     quantize_activations,
@@ -148,7 +149,8 @@ class TrainableLayer:
                 if linear.bias is not None:
                     base.biases[name] = linear.bias.detach().float()
             if one.transform is not None and one.transform.weight is not None:
-                base.blocks[one.first] = one.transform.weight.detach().float()
+                blocks = one.transform.weight.detach()
+                base.blocks[one.first] = dequantize_blocks(blocks, torch.float32)
         return base
 
     def release(self):
