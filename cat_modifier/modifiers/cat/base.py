@@ -55,7 +55,7 @@ from cat_modifier.modifiers.cat.log import (
     warn_if_unaligned,
 )
 from cat_modifier.modifiers.cat.matching import match_linears, match_mappings
-from cat_modifier.modifiers.cat.pipeline import is_resident, run_batch
+from cat_modifier.modifiers.cat.pipeline import is_resident
 from cat_modifier.modifiers.cat.plan import (
     InputToPlan,
     OverheadUnit,
@@ -80,6 +80,7 @@ from cat_modifier.modifiers.cat.validation import (
 )
 from cat_modifier.modifiers.cat.weighted_tokens import WeightedTokens
 from cat_modifier.modifiers.decoding_layers import find_decoding_layers
+from cat_modifier.modifiers.forward import run_batch
 
 __all__ = ["CATModifier"]
 

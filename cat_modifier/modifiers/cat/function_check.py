@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from cat_modifier.calibration.attention import without_caches
 from cat_modifier.calibration.padding import real_tokens
 from cat_modifier.modifiers.cat.distributed import gather
-from cat_modifier.modifiers.cat.pipeline import as_it_is_run
+from cat_modifier.modifiers.forward import as_it_is_run
 
 __all__ = ["FunctionCheck", "relative_change"]
 

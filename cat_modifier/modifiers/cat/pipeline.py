@@ -9,36 +9,25 @@ needs a model that can be traced. Where the model is on the device that computes
 from `requires_calibration_data` alone; :func:`register` adds `prefers_single_pass`.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 import tqdm
 from compressed_tensors.offload import get_execution_device, get_offloaded_device
-from compressed_tensors.quantization import disable_quantization, enable_quantization
-from compressed_tensors.utils import patch_attr
-from llmcompressor.core import LifecycleCallbacks, State, active_session
+from llmcompressor.core import LifecycleCallbacks, active_session
 from llmcompressor.modifiers import Modifier
 from llmcompressor.pipelines.registry import CalibrationPipeline
 from llmcompressor.pytorch.utils.helpers import tensors_to_device
 from llmcompressor.utils.dev import get_main_device
-from llmcompressor.utils.helpers import disable_cache, disable_hf_kernels, eval_context
-from torch import Tensor
-from torch.nn import Linear, Module
+from torch.nn import Module
 from torch.utils.data import DataLoader
+
+from cat_modifier.modifiers.forward import as_it_is_run
 
 if TYPE_CHECKING:
     from llmcompressor.args.dataset_arguments import DatasetArguments
 
-__all__ = [
-    "SinglePassPipeline",
-    "as_it_is_run",
-    "is_resident",
-    "register",
-    "run_batch",
-    "unquantized",
-]
+__all__ = ["SinglePassPipeline", "is_resident", "register"]
 
 
 class SinglePassPipeline(CalibrationPipeline):
@@ -62,46 +51,6 @@ class SinglePassPipeline(CalibrationPipeline):
                 model(**batch)
             LifecycleCallbacks.sequential_epoch_end(list(model.modules()))
             LifecycleCallbacks.calibration_end()
-
-
-@contextmanager
-def as_it_is_run(model: Module) -> Iterator[None]:
-    """
-    Context to run a model in without gradients, caches, quantization, and the product of its
-    lm_head.
-    """
-    with unquantized(model), _without_lm_head(model), torch.no_grad():
-        yield
-
-
-@contextmanager
-def unquantized(model: Module) -> Iterator[None]:
-    """Context to run a model in without caches, dropout and quantization"""
-    # may be called inside a context of llm-compressor that has disabled it already
-    quantized = [one for one in model.modules() if getattr(one, "quantization_enabled", False)]
-    with ExitStack() as stack:
-        for context in (disable_cache, eval_context, disable_hf_kernels):
-            stack.enter_context(context(model))
-        for module in quantized:
-            disable_quantization(module)
-            stack.callback(enable_quantization, module)
-        yield
-
-
-@contextmanager
-def _without_lm_head(model: Module) -> Iterator[None]:
-    """Replace logits by zeros that take no memory; hooks still see the inputs"""
-    find = getattr(model, "get_output_embeddings", None)
-    head = None if find is None else find()
-    if not isinstance(head, Linear):
-        yield
-        return
-
-    def zeros(x: Tensor) -> Tensor:
-        return x.new_zeros(1).expand(*x.shape[:-1], head.out_features)
-
-    with patch_attr(head, "forward", zeros):
-        yield
 
 
 def register():
@@ -144,14 +93,3 @@ def is_resident(model: Module) -> bool:
         for module in model.modules()
         if next(module.parameters(recurse=False), None) is not None
     )
-
-
-def run_batch(state: State, batch: Any):
-    """
-    Pass one batch through the model.
-
-    :param batch: keyword arguments of the model
-    """
-    batch = tensors_to_device(batch, get_execution_device(state.model))
-    with as_it_is_run(state.model):
-        state.model(**batch)

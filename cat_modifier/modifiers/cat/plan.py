@@ -4,8 +4,8 @@ Plan transforms from statistics, weights and options: pure functions on tensors.
 
 Nothing here knows llm-compressor, changes a weight, or writes a file. The peak of memory is
 one Linear in float64, however many Linears and inputs there are: weights are read one at a
-time, and inverses are computed where they are needed and dropped. Each transform is computed
-once, also where block sizes are chosen under a limit.
+time, and inverses are computed where they are needed and dropped. Where block sizes are chosen
+under a limit, a transform of each size is computed once.
 """
 
 import math

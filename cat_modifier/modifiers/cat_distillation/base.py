@@ -18,7 +18,6 @@ from torch.nn import Module
 from cat_modifier.calibration.padding import predicted_tokens
 from cat_modifier.functional.alignment import condition_number
 from cat_modifier.integrations.transformers.saving import changing
-from cat_modifier.modifiers.cat.pipeline import unquantized
 from cat_modifier.modifiers.cat_distillation.fit import Distillation
 from cat_modifier.modifiers.cat_training.inputs import (
     check_inputs,
@@ -33,6 +32,7 @@ from cat_modifier.modifiers.cat_training.insert import (
 )
 from cat_modifier.modifiers.cat_training.layer import TrainableLayer
 from cat_modifier.modifiers.decoding_layers import find_decoding_layers
+from cat_modifier.modifiers.forward import unquantized
 
 __all__ = ["CATDistillationModifier"]
 

@@ -32,8 +32,8 @@ from cat_modifier.modifiers.cat_training.descent import Training, descend, draw_
 from cat_modifier.modifiers.cat_training.layer import (
     LayerTensors,
     TrainableLayer,
-    replace_forward,
 )
+from cat_modifier.modifiers.forward import replace_forward
 
 __all__ = ["Distillation", "divergence"]
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training of transforms, layer by layer, from the closed form on."""
+"""Training of transforms layer by layer, and what it shares with distillation."""

@@ -8,7 +8,7 @@ quantization, the layer computes the same as before. The online Hadamard matrix 
 the two: ``H R T`` and ``W T^-1 R^-1 H^T``.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -30,8 +30,9 @@ from cat_modifier.modifiers.cat_training.fake_quant import (
     quantize_weight,
     range_ratio,
 )
+from cat_modifier.modifiers.forward import replace_forward
 
-__all__ = ["LayerInput", "LayerTensors", "TrainableLayer", "replace_forward"]
+__all__ = ["LayerInput", "LayerTensors", "TrainableLayer"]
 
 
 @dataclass(frozen=True)
@@ -267,26 +268,6 @@ class TrainableLayer:
 
             stack.enter_context(replace_forward(self.layer, forward_and_forget))
             yield self.layer
-
-
-@contextmanager
-def replace_forward(module: Module, forward: Callable) -> Iterator[None]:
-    """
-    Replace what a module computes within the context.
-
-    `patch_attr` of compressed-tensors would leave the method in the instance, where it hides
-    a later one of the class.
-    """
-    attributes = vars(module)
-    before = attributes.get("forward")
-    attributes["forward"] = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del attributes["forward"]
-        else:
-            attributes["forward"] = before
 
 
 def _correct_values(tensors: LayerTensors, linear: str, correction: Tensor):
