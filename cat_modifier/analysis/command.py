@@ -9,9 +9,9 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from cat_modifier.analysis import layers
 from cat_modifier.analysis.comparison import compare
+from cat_modifier.analysis.experts import make_experts_linears
 from cat_modifier.analysis.report import comparison_report, layer_report, new_report
 from cat_modifier.auto_model import load_model, read_config
-from cat_modifier.calibration.experts import make_experts_linears
 from cat_modifier.calibration.texts import (
     CALIBRATION_SPLITS,
     HELD_OUT_SPLITS,

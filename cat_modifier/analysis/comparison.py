@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import Linear, Module
 from tqdm import tqdm
 
+from cat_modifier.analysis.experts import find_fused_experts
 from cat_modifier.analysis.layers import call, warn_of_unseen
-from cat_modifier.calibration.experts import find_fused_experts
 from cat_modifier.checkpoint.integers import bits_name
 from cat_modifier.functional.predictions import compare_predictions
 from cat_modifier.functional.sqnr import to_db

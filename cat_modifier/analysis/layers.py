@@ -16,11 +16,11 @@ from torch.nn import Linear, Module
 from tqdm import tqdm
 
 from cat_modifier.analysis.compared_transforms import TRANSFORMS, WHOLE, AnalysisStatistics
+from cat_modifier.analysis.experts import find_fused_experts
 from cat_modifier.analysis.measure import measure_input
 from cat_modifier.analysis.schemes import Scheme
 from cat_modifier.calibration.collector import InputCollector
 from cat_modifier.calibration.default_ignore import DEFAULT_IGNORE
-from cat_modifier.calibration.experts import find_fused_experts
 from cat_modifier.calibration.padding import PaddingMasks
 from cat_modifier.calibration.shared_inputs import SharedInput
 from cat_modifier.functional.layout import Rotation, choose_layout

@@ -7,9 +7,9 @@ from torch.nn import Linear, ReLU, Sequential
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cat_modifier.analysis import TRANSFORMS, analyze
+from cat_modifier.analysis.experts import make_experts_linears
 from cat_modifier.analysis.schemes import Scheme
 from cat_modifier.analysis.summary import best_transform, diagnose, sentences
-from cat_modifier.calibration.experts import make_experts_linears
 from cat_modifier.calibration.texts import EMBEDDED, load_texts, windows
 from cat_modifier.functional.sqnr import alignment, energy, to_db
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch.nn import Linear, Module
 from transformers import PreTrainedModel
 
+from cat_modifier.checkpoint.names import layer_of
 from cat_modifier.checkpoint.schema import TRANSFORM_NAME
 from cat_modifier.checkpoint.transform_module import CATTransform
 from cat_modifier.integrations.transformers.experts import LinearExperts
@@ -82,11 +83,11 @@ class LoadingCheck:
         # a model of another class may have parts that the checkpoint lacks, but no incomplete
         # layers
         is_saved_class = type(self._model).__name__ in (self._model.config.architectures or ())
-        stored = {_layer_of(name) for name in self._shapes.keys() - self._not_loaded}
+        stored = {layer_of(name) for name in self._shapes.keys() - self._not_loaded}
         missing |= {
             name
             for name in self._not_loaded
-            if is_saved_class or (_layer_of(name) and _layer_of(name) in stored)
+            if is_saved_class or (layer_of(name) and layer_of(name) in stored)
         }
         problems = [f"{name} is missing" for name in sorted(missing)]
         problems += [
@@ -117,13 +118,6 @@ class LoadingCheck:
                 "quantization_config: it is damaged, or incomplete. Copy or download it "
                 "again:\n" + "\n".join(problems)
             )
-
-
-def _layer_of(name: str) -> str:
-    """Cut the name of a tensor after its first number; empty without one"""
-    parts = name.split(".")
-    index = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    return "" if index is None else ".".join(parts[: index + 1])
 
 
 def check_files(files: Iterable[str]):

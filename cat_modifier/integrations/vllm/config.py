@@ -9,6 +9,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationType
 
 from cat_modifier.checkpoint.integers import INT8_PRODUCT_RULE, is_integer
 from cat_modifier.checkpoint.marker import METHOD_NAME
+from cat_modifier.checkpoint.names import layer_of
 from cat_modifier.checkpoint.schema import CATTransformConfig, read_quantization_config
 from cat_modifier.integrations.vllm.compat import (
     CompressedTensorsConfig,
@@ -262,14 +263,8 @@ def _check_offload(prefix: str, first: str):
         return
     options = config.offload_config
     is_offloaded = options.uva.cpu_offload_gb > 0 or options.prefetch.offload_group_size > 0
-    if is_offloaded and _decoder_layer(prefix) != _decoder_layer(first):
+    if is_offloaded and layer_of(prefix) != layer_of(first):
         raise NotImplementedError(
             f"{prefix} uses the transform of {first}, in another decoder layer: weights of "
             "this model cannot be offloaded to the CPU"
         )
-
-
-def _decoder_layer(name: str) -> list[str]:
-    """Cut the name of a module after its first number"""
-    parts = name.split(".")
-    return parts[: next((i for i, part in enumerate(parts) if part.isdigit()), 0) + 1]

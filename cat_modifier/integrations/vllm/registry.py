@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which transform belongs to which Linear of the model that vLLM builds."""
 
-import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from cat_modifier.checkpoint.names import layer_of
 from cat_modifier.checkpoint.schema import (
     TENSOR_SUFFIX,
     TRANSFORM_NAME,
@@ -191,15 +191,15 @@ class TransformRegistry:
         :return: the Linears of the same names in the same decoder layer that share a transform
             with no other, if there is one such transform; else nothing
         """
-        layer = re.match(r"(?:.*?\.)?\d+\.", prefix)
-        if layer is None:
+        layer = layer_of(prefix)
+        if not layer:
             return []
         ends = sorted(part.rpartition(".")[2] for part in parts)
         found = [
             list(one.names)
             for one in self._inputs
             if sorted(name.rpartition(".")[2] for name in one.names) == ends
-            and all(name.startswith(layer[0]) for name in one.names)
+            and all(name.startswith(f"{layer}.") for name in one.names)
         ]
         if len(found) != 1 or self._claimed.intersection(found[0]):
             return []
@@ -213,10 +213,10 @@ class TransformRegistry:
 
         :param prefix: name of the experts' layer; its decoder layer has no others
         """
-        layer = re.match(r"(?:.*?\.)?\d+\.", prefix)
-        if layer is None or not prefix.endswith(_EXPERTS) or self.has_below(prefix):
+        layer = layer_of(prefix)
+        if not layer or not prefix.endswith(_EXPERTS) or self.has_below(prefix):
             return
-        names = [x for one in self._inputs for x in one.names if x.startswith(layer[0])]
+        names = [x for one in self._inputs for x in one.names if x.startswith(f"{layer}.")]
         holders = {x.partition(f"{_EXPERTS}.")[0] for x in names if f"{_EXPERTS}." in x}
         if len(holders) == 1:
             old, new = holders.pop() + _EXPERTS, prefix
