@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
+from compressed_tensors.modeling.kvcache import QuantizedKVCache
 from tiny_models import FAMILIES, make_model, make_tokens
 from torch.nn import Linear
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import DynamicCache, OPTConfig, OPTForCausalLM
 
-from cat_modifier.calibration.attention import find_value_projections
+from cat_modifier.calibration.attention import find_value_projections, without_caches
 
 
 def linears_of(model) -> dict[str, Linear]:
@@ -200,3 +201,10 @@ def test_no_hooks_are_left(tmp_path):
     model = make_model(tmp_path)
     find(model)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_no_cache_is_filled_twice(tmp_path):
+    """Neither Transformers', nor that of llm-compressor, which writes into the former"""
+    caches = DynamicCache(), QuantizedKVCache(make_model(tmp_path).config, torch.nn.Identity())
+    positional, named = without_caches((1, *caches), {"a": caches[0], "b": caches[1], "c": 2})
+    assert positional == (1, None, None) and named == {"a": None, "b": None, "c": 2}

@@ -325,7 +325,7 @@ def test_padding_of_an_encoder_is_not_that_of_the_decoder(tmp_path, trainings):
         inputs = {"input_ids": tokens, "attention_mask": mask, "decoder_input_ids": tokens}
         samples.append(inputs)
     batch = {name: one[None] for name, one in samples[0].items()}
-    assert fit.real_tokens(model, batch) is None
+    assert fit.predicted_tokens(model, batch) is None
     oneshot(
         model=model,
         processor=AutoTokenizer.from_pretrained(tmp_path),

@@ -270,14 +270,3 @@ def test_padding_hides_no_change(is_masked):
             check.compare(before, ["attention.v_proj"])
     else:  # most tokens did not change: what the mask is for
         check.compare(before, ["attention.v_proj"])
-
-
-def test_a_quantized_cache_is_not_filled_twice(tmp_path):
-    """A model that does not name its layers: attention itself runs again, with its cache"""
-    model = make_model(tmp_path)
-    model._no_split_modules = None
-    fp8 = {"num_bits": 8, "type": "float", "dynamic": False, "symmetric": True}
-    cache = QuantizationModifier(**int_scheme(8, 8), kv_cache_scheme=fp8)
-    oneshot(model=model, recipe=[CATModifier(), cache], dataset=make_loader(make_tokens()))
-    assert model.transform_config.config_groups
-    assert model(make_tokens(1)).logits.isfinite().all()
