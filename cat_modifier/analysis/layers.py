@@ -84,10 +84,9 @@ def analyze(
         collector.observe(name, args[0], index)
 
     for index, batch in enumerate(tqdm(batches, desc="Calibrating")):
-        if not torch.is_tensor(batch):
-            collector.masks.note("", batch, index)
         hooks = {linear: partial(observe, name, index) for name, linear in linears.items()}
-        call(model, batch, hooks)
+        with collector.masks.watching(model, index):
+            call(model, batch, hooks)
     rows: list[dict[str, Any]] = []
     for shared in tqdm(collector.pending(), desc="Measuring"):
         statistics = collector.take(shared)

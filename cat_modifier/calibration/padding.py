@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which tokens of the calibration data are real, and which are padding."""
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -24,10 +26,10 @@ class PaddingMasks:
     def __init__(self, model: Module):
         self._encoder = _encoder_name(model)
         # by batch, and by whether the tokens are those of an encoder
-        self._masks: dict[tuple[int, bool], Tensor | None] = {}
-        self._certain: set[tuple[int, bool]] = set()
+        self._masks: dict[tuple[int, bool], Tensor] = {}
         self._counts: dict[tuple[int, bool], int] = {}
-        self._encoder_states: tuple | None = None
+        self._certain: set[tuple[int, bool]] = set()
+        self._encoder_states: weakref.ref[Tensor] | None = None
 
     def note(self, name: str, kwargs: Mapping[str, Any], batch: int):
         """
@@ -39,16 +41,32 @@ class PaddingMasks:
         """
         mask = kwargs.get("attention_mask")
         if self._holds_both(name):
-            # without a mask, all tokens of the decoder are real
-            self._set((batch, False), kwargs.get("decoder_attention_mask"), is_certain=True)
             self._set((batch, True), mask)
+            self._set((batch, False), kwargs.get("decoder_attention_mask"))
+            # without a mask, all tokens of the decoder are real
+            self._certain.add((batch, False))
             return
+        is_cross_attention = False
         for key in ("encoder_hidden_states", "key_value_states"):
             if isinstance(states := kwargs.get(key), Tensor):
-                self._encoder_states = _memory(states)
-        # attention of a decoder to its encoder has the mask of the encoder
-        if not isinstance(kwargs.get("key_value_states"), Tensor) and mask is not None:
+                self._encoder_states = weakref.ref(states)
+                is_cross_attention = "encoder_attention_mask" not in kwargs
+        if not is_cross_attention:  # else the mask is that of the encoder
             self._set((batch, self._is_in_encoder(name)), mask)
+
+    @contextmanager
+    def watching(self, model: Module, batch: int) -> Iterator[None]:
+        """Context in which the modules of a model are called with one batch"""
+        with ExitStack() as stack:
+            for name, module in model.named_modules():
+                if next(module.children(), None) is not None:
+
+                    def note(module: Module, args: tuple, kwargs: dict, name: str = name):
+                        self.note(name, kwargs, batch)
+
+                    handle = module.register_forward_pre_hook(note, with_kwargs=True)
+                    stack.callback(handle.remove)
+            yield
 
     def of(self, name: str, batch: int, x: Tensor | None = None) -> Tensor | None:
         """
@@ -75,19 +93,26 @@ class PaddingMasks:
             self._counts[key] = int(mask.sum())
         return self._counts[key]
 
-    def _set(self, key: tuple[int, bool], mask: object, is_certain: bool = False):
-        if key in self._certain:
+    def _set(self, key: tuple[int, bool], mask: object):
+        # masks of two dimensions are those of the data, or of what an encoder makes of it:
+        # trust them over those that layers derive
+        is_of_data = isinstance(mask, Tensor) and mask.ndim == 2
+        if key in self._certain and not is_of_data:
             return
-        # trust the mask of the data (2 dimensions) over those that models derive from it
-        if is_certain or (isinstance(mask, Tensor) and mask.ndim == 2):
+        if is_of_data:
             self._certain.add(key)
-        found = padding_mask(mask)
-        if found is not None:
-            self._masks[key] = found
+        if (found := padding_mask(mask)) is not None:
+            self._masks[key] = found.clone()  # it may be a view of one many times as large
+            self._counts.pop(key, None)
 
     def _key(self, name: str, batch: int, x: Tensor | None) -> tuple[int, bool]:
-        is_of_encoder = x is not None and _memory(x) == self._encoder_states
-        return batch, is_of_encoder or self._is_in_encoder(name)
+        return batch, self._is_encoder_states(x) or self._is_in_encoder(name)
+
+    def _is_encoder_states(self, x: Tensor | None) -> bool:
+        states = None if self._encoder_states is None else self._encoder_states()
+        if x is None or states is None or self._encoder is None:
+            return False
+        return x.data_ptr() == states.data_ptr() and x.shape == states.shape
 
     def _holds_both(self, name: str) -> bool:
         return self._encoder is not None and (not name or self._encoder.startswith(f"{name}."))
@@ -97,16 +122,13 @@ class PaddingMasks:
 
 
 def _encoder_name(model: Module) -> str | None:
-    """Find the full name of the encoder of an encoder-decoder"""
+    """Find the full name of the encoder of an encoder-decoder; None for other models"""
     config: Any = getattr(model, "config", None)
-    if not getattr(config, "is_encoder_decoder", False):
+    find: Any = getattr(model, "get_encoder", None)
+    if find is None or not getattr(config, "is_encoder_decoder", False):
         return None
-    encoder = model.get_encoder()  # type: ignore[operator]
-    return next((name for name, one in model.named_modules() if one is encoder), None)
-
-
-def _memory(x: Tensor) -> tuple:
-    return x.data_ptr(), x.shape
+    encoder = find()  # the model itself, where Transformers knows no encoder
+    return next((name for name, one in model.named_modules() if name and one is encoder), None)
 
 
 def real_tokens(x: Tensor, mask: Tensor | None) -> Tensor:

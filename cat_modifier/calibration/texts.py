@@ -102,17 +102,22 @@ def windows(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, count: int
 ) -> Tensor:
     """
-    Cut texts into windows of tokens, without padding. Each begins with the token that the
-    tokenizer puts before a text, if any: all other tokens attend to it when a model is served.
+    Cut texts into windows of tokens, without padding. Each begins with the tokens that the
+    tokenizer puts before a text, if any: all others attend to them when a model is served.
 
     :param texts: texts, to be joined
     :param length: tokens per window
     :param count: upper bound of the number of windows
     :return: token ids, shape (windows, length), int64
-    :raises ValueError: if the texts do not fill one window
+    :raises ValueError: if the texts do not fill one window, or it is too short
     """
-    start = _first_token(tokenizer)
+    start = _first_tokens(tokenizer)
     size = length - len(start)
+    if size < 1:
+        raise ValueError(
+            f"Windows of {length} tokens are too short: the tokenizer puts {len(start)} before "
+            "each text"
+        )
     ids, end = [], size * count
     for text in texts:
         ids += tokenizer(text + "\n\n", add_special_tokens=False).input_ids
@@ -129,12 +134,12 @@ def windows(
     return torch.tensor([start + ids[i * size : (i + 1) * size] for i in range(found)])
 
 
-def _first_token(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Find the special token that begins every text, if any: of a tokenizer that ends texts
-    with one, too, only the first"""
-    ids = tokenizer("").input_ids
-    first = (tokenizer.bos_token_id, tokenizer.cls_token_id)
-    return ids[:1] if ids and ids[0] in first else []
+def _first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Find the tokens that are put before every text, as one for its beginning"""
+    ids = tokenizer("a").input_ids
+    plain = tokenizer("a", add_special_tokens=False).input_ids
+    starts = range(len(ids) - len(plain) + 1)
+    return ids[: next((i for i in starts if ids[i : i + len(plain)] == plain), 0)]
 
 
 def _read_rows(dataset: str, split: str | Sequence[str]) -> Any:

@@ -25,7 +25,7 @@ class Tasks:
     """
     Tasks to evaluate.
 
-    :param patterns: names of tasks, groups or tags; `*` stands for any part of a name
+    :param patterns: names of tasks, groups or tags; of tasks alone, `*` stands for any part
     :param include_path: folder with tasks beside those of lm-eval; None for none
     :raises ValueError: if there is no such task
 
@@ -37,13 +37,19 @@ class Tasks:
     def __init__(self, patterns: Sequence[str], include_path: Path | None):
         path = None if include_path is None else str(include_path)
         self.manager = TaskManager(include_path=path)
-        found = {pattern: self.manager.match_tasks([pattern]) for pattern in patterns}
+        found = {pattern: self._match(pattern) for pattern in patterns}
         if unknown := [pattern for pattern, names in found.items() if not names]:
             raise ValueError(
                 f"lm-eval has no task {', '.join(unknown)}: `lm_eval ls tasks` lists them; "
                 "--include-path adds a folder of yours"
             )
         self.names = list(dict.fromkeys(chain.from_iterable(found.values())))
+
+    def _match(self, pattern: str) -> list[str]:
+        names = self.manager.match_tasks([pattern])
+        # lm-eval refuses a group together with its members
+        tasks = set(self.manager.all_subtasks)
+        return [name for name in names if name == pattern or name in tasks]
 
 
 def evaluate_tasks(
@@ -85,8 +91,13 @@ def evaluate_tasks(
 def _collect(
     found: dict[str, Any], before: dict[str, Any] | None, tasks: Sequence[str]
 ) -> list[TaskResult]:
-    # a group has a result, and so have its members; a tag has none, only its tasks have
-    members = set(chain.from_iterable(found.get("group_subtasks", {}).values()))
+    # members of a group are left out if the group has a number; a tag has none
+    members = {
+        name
+        for group, inside in found.get("group_subtasks", {}).items()
+        if any(_is_metric(*one) for one in found["results"].get(group, {}).items())
+        for name in inside
+    }
     names = [name for name in found["results"] if name in tasks or name not in members]
     results = []
     for name in names:

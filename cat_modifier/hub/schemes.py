@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationArgs
 
 from cat_modifier.checkpoint.integers import (
@@ -57,7 +58,7 @@ def describe_schemes(quantization_config: Mapping[str, Any]) -> Schemes:
         kind = (*bits, _number_type(weights or inputs))
         if kind not in kinds:
             kinds.append(kind)
-        are_served &= _is_served(weights, inputs)
+        are_served &= _is_served(weights, inputs, group.get("format") or read[0].get("format"))
     labels = [
         f"W{w}A{a}" if number.startswith("int") else f"{number.upper()} W{w}A{a}"
         for w, a, number in kinds
@@ -76,13 +77,16 @@ def describe_schemes(quantization_config: Mapping[str, Any]) -> Schemes:
     )
 
 
-def _is_served(weights: Mapping[str, Any] | None, inputs: Mapping[str, Any] | None) -> bool:
-    """Whether our plugin serves a scheme, if it is one of few bits"""
+def _is_served(
+    weights: Mapping[str, Any] | None, inputs: Mapping[str, Any] | None, format: str | None
+) -> bool:
+    """Whether our plugin serves a scheme, and does not refuse it: see its `config`"""
     if weights is None or inputs is None:
         return True
     parsed = QuantizationArgs(**weights), QuantizationArgs(**inputs)
-    is_small = min(args.num_bits for args in parsed) < 8 and is_integer(*parsed)
-    return not is_small or suits_int8_product(*parsed)
+    if not is_integer(*parsed) or suits_int8_product(*parsed):
+        return True
+    return parsed[1].num_bits == 8 and format != CompressionFormat.pack_quantized
 
 
 def _bits(args: Mapping[str, Any] | None) -> int:

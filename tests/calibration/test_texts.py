@@ -131,6 +131,8 @@ def test_other_splits_are_listed(tmp_path):
         ("<s> $A", [[0, 2, 3, 4], [0, 5, 2, 3]]),
         ("<s> $A </s>", [[0, 2, 3, 4], [0, 5, 2, 3]]),
         ("$A </s>", [[2, 3, 4, 5], [2, 3, 4, 5]]),
+        ("$A <s>", [[2, 3, 4, 5], [2, 3, 4, 5]]),
+        ("</s> <s> $A", [[1, 0, 2, 3], [1, 0, 4, 5]]),
     ],
 )
 def test_windows_begin_as_texts_do(template, expected):
@@ -143,3 +145,6 @@ def test_windows_begin_as_texts_do(template, expected):
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>"
     )
     assert windows(["a b c d"] * 4, tokenizer, 4, 2).tolist() == expected
+    if template == "</s> <s> $A":
+        with pytest.raises(ValueError, match="2 tokens are too short"):
+            windows(["a b c d"], tokenizer, 2, 1)

@@ -119,19 +119,24 @@ def test_a_task_of_lm_eval_is_measured_and_written(checkpoint, command, task, tm
 def test_patterns_and_tags_show_all_of_their_tasks(command, task):
     """A tag has no result of its own, a group has, and its members are left out"""
     text = (task / "words.yaml").read_text()
-    for name, tag in (("more", "tagged"), ("other", "tagged"), ("inside", "none")):
+    for name, tag in (
+        ("more", "tagged"),
+        ("other", "tagged"),
+        ("inside", "none"),
+        ("listed", "none"),
+    ):
         content = text.replace("task: words", f"task: {name}\ntag: {tag}")
         (task / f"{name}.yaml").write_text(content)
-    (task / "group.yaml").write_text(
-        "group: all_of_them\ntask: [inside]\n"
-        "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
-    )
+    mean = "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    (task / "group.yaml").write_text(f"group: words_of_all\ntask: [inside]\n{mean}")
+    (task / "list.yaml").write_text("group: no_number\ntask: [listed]\n")
     table = command(
-        *("evaluate", "model", "--samples", "0", "--tasks", "wor*,tagged,all_of_them"),
+        *("evaluate", "model", "--samples", "0"),
+        *("--tasks", "wor*,tagged,words_of_all,no_number"),
         *("--include-path", task, "--limit", "2"),
     )
     rows = {line.split("|")[1].partition(",")[0].strip() for line in table.splitlines()[2:]}
-    assert {"words", "more", "other", "all_of_them"} == rows - {""}
+    assert {"words", "more", "other", "words_of_all", "listed"} == rows - {""}
 
 
 def test_the_hub_gets_what_it_can_relate_to_a_dataset(tmp_path, monkeypatch):

@@ -446,20 +446,23 @@ def test_without_a_network_nothing_hangs(hub, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("weights", "inputs", "is_served"),
+    ("weights", "inputs", "format", "is_served"),
     [
-        ({}, {}, True),
-        ({"symmetric": False}, {}, False),
-        ({"strategy": "group", "group_size": 16}, {}, False),
-        ({}, {"dynamic": False, "strategy": "tensor"}, False),
+        ({}, {}, "pack-quantized", True),
+        ({"symmetric": False}, {}, "pack-quantized", False),
+        ({"strategy": "group", "group_size": 16}, {}, "pack-quantized", False),
+        ({"strategy": "group", "group_size": 16}, {}, "int-quantized", True),
+        ({}, {"dynamic": False, "strategy": "tensor"}, "pack-quantized", False),
+        ({}, {"dynamic": False, "strategy": "tensor", "num_bits": 4}, "int-quantized", False),
     ],
-    ids=["w4a8", "asymmetric", "groups", "static"],
+    ids=["w4a8", "asymmetric", "groups", "vllm's own", "static", "w4a4"],
 )
-def test_kernels_are_those_that_serve_the_scheme(weights, inputs, is_served):
+def test_kernels_are_those_that_serve_the_scheme(weights, inputs, format, is_served):
     """The plugin refuses the others"""
     config = json.loads((GOLDEN / "config.json").read_text())["quantization_config"]
     config["transform_config"]["sha256"] = None
     for group in config["config_groups"].values():
+        group["format"] = f"cat-modifier/{format}"
         group["weights"] |= {"num_bits": 4, "strategy": "channel"} | weights
         group["input_activations"] |= {"num_bits": 8, "symmetric": False} | inputs
     (first, *_) = describe_schemes(config).products
