@@ -77,10 +77,6 @@ TRANSFORMS = {
     "CAT, blocks to 512, max_overhead 0.102": {
         "CATModifier": {"transform_block_size": 512, "max_overhead": 0.102}
     },
-    **{
-        f"CAT, tensor_parallel_size {size}": {"CATModifier": {"tensor_parallel_size": size}}
-        for size in (2, 4, 8)
-    },
     "CAT, scaling alone": {"CATModifier": {"transform_block_size": 1, "rotation": "none"}},
 }
 """Modifiers before the one that quantizes"""

@@ -74,8 +74,9 @@ def test_the_budget_is_kept(tmp_path, family, rotation):
 def test_tokens_without_weights_cost_as_much(tmp_path, monkeypatch):
     """Attention weights the tokens of one batch in four, and transforms those of all"""
     monkeypatch.setattr(weighted_tokens, "_ENOUGH_TOKENS", 48)
-    model = transform(tmp_path, 0.12)
-    assert all(0.08 < added(model, f"model.layers.{i}") <= 0.12 for i in (0, 1))
+    model = transform(tmp_path, 0.16)
+    # 0.118 if the tokens without weights were left out
+    assert all(0.15 < added(model, f"model.layers.{i}") <= 0.16 for i in (0, 1))
 
 
 def test_bytes_are_limited_as_they_are_stored(tmp_path):
