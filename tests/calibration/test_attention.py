@@ -69,6 +69,18 @@ def test_a_norm_of_the_values_is_seen(tmp_path):
     assert set(find(model, **linears)) == {"model.layers.0.self_attn.o_proj"}
 
 
+def share_values(model, owner: int, reader: int):
+    """Let a layer read the values of another, as in models whose later layers compute none"""
+    values, seen = model.model.layers[owner].self_attn.v_proj, {}
+    values.register_forward_pre_hook(lambda _, inputs: seen.update(x=inputs[0]))
+
+    class SharedValues(torch.nn.Module):
+        def forward(self, hidden_states):
+            return values(seen["x"])
+
+    model.model.layers[reader].self_attn.v_proj = SharedValues()
+
+
 def on_padded(model, mask) -> dict:
     """Find value projections on a text of 40 tokens after much padding"""
     padded = torch.cat([torch.ones(1, 1500, dtype=torch.long), torch.zeros(1, 40).long()], 1)
@@ -111,15 +123,7 @@ def test_a_gate_is_seen_behind_padding(tmp_path, mask):
 def test_values_read_elsewhere_are_seen_behind_padding(tmp_path):
     """Padding hides most of what changes"""
     model = make_model(tmp_path, max_position_embeddings=2048)
-    first, second = (layer.self_attn for layer in model.model.layers)
-    seen = {}
-    first.v_proj.register_forward_pre_hook(lambda _, inputs: seen.update(x=inputs[0]))
-
-    class SharedValues(torch.nn.Module):
-        def forward(self, hidden_states):
-            return first.v_proj(seen["x"])
-
-    second.v_proj = SharedValues()
+    share_values(model, 0, 1)
     assert on_padded(model, mask=True) == {}
 
 
@@ -134,15 +138,7 @@ def test_a_cache_does_not_get_in_the_way(tmp_path):
 
 def test_values_which_other_layers_read_are_left_alone(tmp_path):
     model = make_model(tmp_path)
-    first, second = (layer.self_attn for layer in model.model.layers)
-    seen = {}
-    first.v_proj.register_forward_pre_hook(lambda _, inputs: seen.update(x=inputs[0]))
-
-    class SharedValues(torch.nn.Module):  # like in models whose later layers compute no values
-        def forward(self, hidden_states):
-            return first.v_proj(seen["x"])
-
-    second.v_proj = SharedValues()
+    share_values(model, 0, 1)
 
     def run():
         model(make_tokens(1, length=16), use_cache=False)
@@ -152,15 +148,7 @@ def test_values_which_other_layers_read_are_left_alone(tmp_path):
 
 def test_values_are_fused_in_all_layers_but_those_that_others_read(tmp_path):
     model = make_model(tmp_path, num_hidden_layers=8)
-    layers = [layer.self_attn for layer in model.model.layers]
-    seen = {}
-    layers[2].v_proj.register_forward_pre_hook(lambda _, inputs: seen.update(x=inputs[0]))
-
-    class SharedValues(torch.nn.Module):
-        def forward(self, hidden_states):
-            return layers[2].v_proj(seen["x"])
-
-    layers[6].v_proj = SharedValues()
+    share_values(model, 2, 6)
 
     def run():
         model(make_tokens(1, length=16), use_cache=False)

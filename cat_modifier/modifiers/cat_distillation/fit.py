@@ -29,10 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from cat_modifier.calibration.attention import without_caches
 from cat_modifier.calibration.padding import predicted_tokens
 from cat_modifier.modifiers.cat_training.descent import Training, descend, draw_batches
-from cat_modifier.modifiers.cat_training.layer import (
-    LayerTensors,
-    TrainableLayer,
-)
+from cat_modifier.modifiers.cat_training.layer import LayerTensors, TrainableLayer
 from cat_modifier.modifiers.forward import replace_forward
 
 __all__ = ["Distillation", "divergence"]
