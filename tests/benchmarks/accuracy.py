@@ -3,14 +3,15 @@
 Accuracy of models, quantized in many ways: each with llm-compressor from the same calibration
 text, in an order that depends on a seed, exported, loaded with Transformers, and
 compared with the bfloat16 model on four kinds of held-out text. Takes 3 to 6 minutes a row,
-model and seed on 2 cores, an hour or more if transforms are trained; rows which the
-JSON has are not made again. Runs in the compress environment, after examples/quickstart.sh has
+model and seed on 2 cores, 40 or more if transforms are trained; rows which the JSON has are
+not made again. Runs in the compress environment, after examples/quickstart.sh has
 unpacked the model, and make_twin.py has rotated it.
 
     python tests/benchmarks/accuracy.py output/smollm2-135m-instruct output/twin \
         --json tests/benchmarks/results/accuracy.json
 
-makes the rows of the README, with the recipes of this repository. `--rows` names others.
+makes rows of the README, with the recipes of this repository. `--seeds 0 1 2` makes those of
+three seeds, `--rows` names others: "CAT, trained RTN" is that of trained transforms.
 """
 
 import argparse
