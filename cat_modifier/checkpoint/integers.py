@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rules for integer schemes: int8 matrix products, and clipping of activations."""
 
+from compressed_tensors import CompressionFormat
 from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationStrategy,
@@ -11,6 +12,7 @@ __all__ = [
     "INT8_PRODUCT_RULE",
     "bits_name",
     "is_integer",
+    "packed_format",
     "suits_clipping",
     "suits_int8_product",
 ]
@@ -58,6 +60,24 @@ def suits_int8_product(
         and inputs.strategy == QuantizationStrategy.TOKEN
         and inputs.dynamic is True
     )
+
+
+def packed_format(
+    weights: QuantizationArgs | None, inputs: QuantizationArgs | None
+) -> CompressionFormat | None:
+    """
+    Choose how to store integer weights of fewer than 8 bits.
+
+    By default compressed-tensors stores them in 8 bits if activations are integers as well.
+    Packed weights fill 32 bits, and each row ends with one.
+
+    :return: the format; None to leave the choice to compressed-tensors
+    """
+    if not suits_int8_product(weights, inputs) or weights is None or weights.num_bits >= 8:
+        return None
+    if 32 % weights.num_bits:
+        return CompressionFormat.int_quantized
+    return CompressionFormat.pack_quantized
 
 
 def suits_clipping(inputs: QuantizationArgs | None) -> bool:

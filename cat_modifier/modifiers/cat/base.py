@@ -2,12 +2,11 @@
 """CATModifier: its options and its lifecycle."""
 
 from collections.abc import Sized
-from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import tqdm
-from compressed_tensors import TRANSFORM_CONFIG_NAME, CompressionFormat
+from compressed_tensors import TRANSFORM_CONFIG_NAME
 from compressed_tensors.distributed import is_source_process
 from compressed_tensors.offload import OffloadCache
 from compressed_tensors.utils import TorchDtype, get_execution_device
@@ -20,11 +19,11 @@ from pydantic import Field, PrivateAttr, field_validator
 from torch.nn import Linear, Module
 
 from cat_modifier.calibration.attention import ValueProjection, find_value_projections
-from cat_modifier.calibration.collector import InputCollector, InputStatistics
+from cat_modifier.calibration.collector import InputStatistics
 from cat_modifier.calibration.default_ignore import DEFAULT_IGNORE
-from cat_modifier.calibration.padding import PaddingMasks, predicted_tokens
+from cat_modifier.calibration.padding import predicted_tokens
 from cat_modifier.calibration.shared_inputs import SharedInput
-from cat_modifier.checkpoint.integers import suits_int8_product
+from cat_modifier.checkpoint.integers import packed_format
 from cat_modifier.checkpoint.schema import CATTransformConfig
 from cat_modifier.checkpoint.token_batch import batch_tokens
 from cat_modifier.functional.alignment import DEFAULT_DAMPENING_FRAC
@@ -47,12 +46,13 @@ from cat_modifier.modifiers.cat import pipeline, processor
 from cat_modifier.modifiers.cat.apply import LinearWeights, apply_transforms
 from cat_modifier.modifiers.cat.distributed import gather, rank
 from cat_modifier.modifiers.cat.function_check import FunctionCheck
+from cat_modifier.modifiers.cat.hooks import CalibrationHooks
 from cat_modifier.modifiers.cat.inputs import PlanningUnit, describe_input, planning_units
 from cat_modifier.modifiers.cat.log import (
     log_overhead,
     log_transform,
-    some_names,
     warn_if_unaligned,
+    warn_of_unseen,
 )
 from cat_modifier.modifiers.cat.matching import match_linears, match_mappings
 from cat_modifier.modifiers.cat.pipeline import is_resident
@@ -202,10 +202,9 @@ class CATModifier(Modifier):
     _linears: dict[str, Linear] = PrivateAttr(default_factory=dict)
     _layers: dict[str, Module] = PrivateAttr(default_factory=dict)
     _value_projections: dict[str, ValueProjection] = PrivateAttr(default_factory=dict)
-    _collector: InputCollector[InputStatistics] = PrivateAttr()
+    _calibration: CalibrationHooks = PrivateAttr()
     _config: CATTransformConfig = PrivateAttr()
     _check: FunctionCheck = PrivateAttr()
-    _called: set[str] = PrivateAttr(default_factory=set)
     _finished: set[Module] = PrivateAttr(default_factory=set)
     _transformed: set[str] = PrivateAttr(default_factory=set)
     _unaligned: list[str] = PrivateAttr(default_factory=list)
@@ -293,9 +292,9 @@ class CATModifier(Modifier):
         if self.fuse_attention and self.transform_block_size != "full":
             self._value_projections = self._find_value_projections(state)
         self._ranks = self._find_tensor_parallel_size(state)
-        self._collector = self._start_collecting(state)
+        self._calibration = self._watch(state)
         self._check = FunctionCheck(state.model, self._linears, self._layers)
-        masks = self._collector.masks
+        masks = self._calibration.collector.masks
         self._check.watch(
             self.register_hook, lambda name: masks.of(name, state.current_batch_idx)
         )
@@ -306,7 +305,7 @@ class CATModifier(Modifier):
         self._finished.update(modules)
         ready = [
             one
-            for one in self._collector.pending()
+            for one in self._calibration.collector.pending()
             if self._finished.issuperset(one.linears.values())
         ]
         self._plan_and_apply(state, ready, set(modules))
@@ -318,7 +317,9 @@ class CATModifier(Modifier):
         :raises ValueError: if no Linear saw any tokens
         """
         self.remove_hooks()
-        self._plan_and_apply(state, self._collector.pending(), set(state.model.modules()))
+        self._plan_and_apply(
+            state, self._calibration.collector.pending(), set(state.model.modules())
+        )
         if not self._transformed:
             raise ValueError(
                 "CATModifier saw no tokens: pass a calibration `dataset` of more than padding"
@@ -329,27 +330,15 @@ class CATModifier(Modifier):
         batch_tokens(state.model)
         self._record.attach(state.model)
         mark_complete(state.model)
-        del self._collector, self._check
+        del self._calibration, self._check
 
     def on_finalize(self, state: State, **kwargs) -> bool:
         # llm-compressor calls this for a run that failed when the next one begins
         self.remove_hooks()
         for linear in self._linears.values():
             scheme = getattr(linear, "quantization_scheme", None)
-            # by default compressed-tensors stores integer weights in 8 bits if activations
-            # are integers as well. Packed weights fill 32 bits, and each row ends with one
-            if (
-                scheme is not None
-                and scheme.format is None
-                and suits_int8_product(scheme.weights, scheme.input_activations)
-                and scheme.weights.num_bits < 8
-            ):
-                fits = 32 % scheme.weights.num_bits == 0
-                scheme.format = (
-                    CompressionFormat.pack_quantized
-                    if fits
-                    else CompressionFormat.int_quantized
-                )
+            if scheme is not None and scheme.format is None:
+                scheme.format = packed_format(scheme.weights, scheme.input_activations)
         return True
 
     def outline(self, state: State) -> list[InputToPlan]:
@@ -368,14 +357,14 @@ class CATModifier(Modifier):
             state.current_batch_idx = index
             run_batch(state, batch)
         self.remove_hooks()
-        pending = {one.first for one in self._collector.pending()}
-        _, inputs = self._part_bypassed(self._untransformed())
+        pending = {one.first for one in self._calibration.collector.pending()}
+        _, inputs = self._calibration.unseen(self._transformed)
         return [
             describe_input(
                 one,
                 self._shards(state, one),
                 self._layout(state, one),
-                self._collector.take(one) if one.first in pending else None,
+                self._calibration.collector.take(one) if one.first in pending else None,
                 self._value_projection(one),
                 is_anything_quantized=True,
             )
@@ -423,47 +412,25 @@ class CATModifier(Modifier):
             if all(of_rank.get(name) == projection for of_rank in everywhere)
         }
 
-    def _start_collecting(self, state: State) -> InputCollector[InputStatistics]:
+    def _watch(self, state: State) -> CalibrationHooks:
+        """Hook the model, to collect statistics of inputs"""
+
         def new_statistics(shared: SharedInput) -> InputStatistics:
             block_size = self._layout(state, shared).block_size
             return InputStatistics(shared.in_features, block_size, _SAMPLE_SIZE, rank())
 
-        masks = PaddingMasks(state.model)
-        collector = InputCollector(self._linears, new_statistics, masks)
-        if self.mappings is not None:
-            collector.observer.set_inputs(
-                match_mappings(state.model, self.mappings, self.ignore, self._linears)
-            )
-        names = {linear: name for name, linear in self._linears.items()}
         # without alignment, second moments are of no use
         layers = self._layers if self.alignment_strength else {}
         data = state.data.calib
         batches = len(data) if isinstance(data, Sized) else None
         weighted = WeightedTokens(self._linears, layers, batches, rank())
-
-        def input_hook(linear: Linear, args: tuple):
-            batch = state.current_batch_idx
-            collector.count(names[linear], args[0], batch)
-            if not weighted.covers(linear):
-                collector.observe(names[linear], args[0], batch)
-
-        def mask_hook(module: Module, args: tuple, kwargs: dict, name: str):
-            self._called.add(name)
-            batch = state.current_batch_idx
-            masks.note(name, kwargs, batch)
-            mask = masks.of(name, batch)
-            for linear, x, weights in weighted.enter(name, module, args, kwargs, batch, mask):
-                collector.observe(linear, x, batch, weights)
-
-        # its type hint says that hooks take one argument
-        register: Any = self.register_hook
-        for name, module in state.model.named_modules():
-            if module in names:
-                register(module, input_hook, "forward_pre")
-            elif any(child in names for child in module.modules()):
-                hook = partial(mask_hook, name=name)
-                register(module, hook, "forward_pre", with_kwargs=True)
-        return collector
+        hooks = CalibrationHooks(state.model, self._linears, new_statistics, weighted)
+        if self.mappings is not None:
+            hooks.collector.observer.set_inputs(
+                match_mappings(state.model, self.mappings, self.ignore, self._linears)
+            )
+        hooks.register(self.register_hook, lambda: state.current_batch_idx)
+        return hooks
 
     def _find_tensor_parallel_size(self, state: State) -> int:
         if self.tensor_parallel_size != "auto":
@@ -531,12 +498,14 @@ class CATModifier(Modifier):
         for shared in unit.inputs:
             statistics = None
             if unit.is_seen:
-                statistics = self._collector.take(shared)
+                statistics = self._calibration.collector.take(shared)
                 device = get_execution_device(shared.linears[shared.first])
                 statistics.reduce(device)
                 if not statistics.second_moments.count:
                     continue  # all padding: treated as unseen in the end
-                statistics.tokens_read = sum(gather(self._collector.tokens_read(shared)))
+                statistics.tokens_read = sum(
+                    gather(self._calibration.collector.tokens_read(shared))
+                )
             inputs.append(
                 describe_input(
                     shared,
@@ -578,53 +547,13 @@ class CATModifier(Modifier):
 
     def _rotate_unseen(self, state: State):
         """Rotate Linears that saw no tokens, such as unused experts, without alignment"""
-        bypassed, unseen = self._part_bypassed(self._untransformed())
-        total = len(self._linears)
-        if unseen:
-            rotated = [name for one in unseen for name in one.linears]
-            logger.warning(
-                f"{len(rotated)} of {total} Linears saw no calibration tokens, and are rotated "
-                f"without alignment: {some_names(rotated)}"
-            )
-        if bypassed:
-            skipped = [name for one in bypassed for name in one.linears]
-            logger.warning(
-                f"{len(skipped)} of {total} Linears were not called, while the modules that "
-                "hold them ran. Their weights seem to be read in another way, so that their "
-                "inputs are not transformed. Add them to `ignore` of the modifier that "
-                f"quantizes, too: {some_names(skipped)}"
-            )
+        bypassed, unseen = self._calibration.unseen(self._transformed)
+        if is_source_process():
+            warn_of_unseen(unseen, bypassed, len(self._linears))
         for shared in unseen:
             projection = self._value_projection(shared)
             projections = {} if projection is None else {shared.first: projection}
             self._transform_unit(state, PlanningUnit([shared], is_seen=False), projections)
-
-    def _untransformed(self) -> list[SharedInput]:
-        """List the inputs without a transform; each Linear that was not called is one"""
-        left = [
-            one for one in self._collector.observer.inputs if one.first not in self._transformed
-        ]
-        known = {name for one in left for name in one.linears} | self._transformed
-        return left + [
-            SharedInput({name: one}) for name, one in self._linears.items() if name not in known
-        ]
-
-    def _part_bypassed(
-        self, inputs: list[SharedInput]
-    ) -> tuple[list[SharedInput], list[SharedInput]]:
-        """
-        Part inputs of Linears that were not called, while the modules that hold them ran on
-        any rank, from all others.
-        """
-        # tracing replaces the calls of modules by those of the modules inside
-        called = set().union(*gather(self._collector.observer.called))
-        ran = {name.rpartition(".")[0] for name in called}.union(*gather(self._called))
-        parts: tuple[list[SharedInput], list[SharedInput]] = ([], [])
-        for one in inputs:
-            holders = {name.rpartition(".")[0] for name in one.linears}
-            is_bypassed = called.isdisjoint(one.linears) and not ran.isdisjoint(holders)
-            parts[0 if is_bypassed else 1].append(one)
-        return parts
 
 
 def _size(model: Module) -> int:

@@ -4,11 +4,12 @@
 from compressed_tensors.quantization import QuantizationArgs, QuantizationType
 from loguru import logger
 
+from cat_modifier.calibration.shared_inputs import SharedInput
 from cat_modifier.functional.alignment import condition_number, correlation_rank
 from cat_modifier.functional.sqnr import to_db
 from cat_modifier.modifiers.cat.plan import Overhead, OverheadUnit, PlannedTransform
 
-__all__ = ["log_overhead", "log_transform", "some_names", "warn_if_unaligned"]
+__all__ = ["log_overhead", "log_transform", "warn_if_unaligned", "warn_of_unseen"]
 
 
 def log_transform(one: PlannedTransform):
@@ -81,11 +82,35 @@ def warn_if_unaligned(names: list[str], alignment_strength: float):
         logger.warning(
             f"{len(names)} inputs are rotated without alignment, since they would lose SQNR "
             f"by it at `alignment_strength` {alignment_strength:g} (1 is optimal for "
-            f"integers): {some_names(names)}"
+            f"integers): {_some(names)}"
         )
 
 
-def some_names(names: list[str]) -> str:
+def warn_of_unseen(unseen: list[SharedInput], bypassed: list[SharedInput], total: int):
+    """
+    Warn of inputs that calibration saw no tokens of.
+
+    :param unseen: inputs that are rotated without alignment
+    :param bypassed: inputs without a transform, of Linears that were not called
+    :param total: number of targeted Linears
+    """
+    if unseen:
+        names = [name for one in unseen for name in one.linears]
+        logger.warning(
+            f"{len(names)} of {total} Linears saw no calibration tokens, and are rotated "
+            f"without alignment: {_some(names)}"
+        )
+    if bypassed:
+        names = [name for one in bypassed for name in one.linears]
+        logger.warning(
+            f"{len(names)} of {total} Linears were not called, while the modules that "
+            "hold them ran. Their weights seem to be read in another way, so that their "
+            "inputs are not transformed. Add them to `ignore` of the modifier that "
+            f"quantizes, too: {_some(names)}"
+        )
+
+
+def _some(names: list[str]) -> str:
     """List the first names"""
     return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
 
