@@ -37,6 +37,15 @@ SHAPE = {
     "tied": True,
 }
 
+
+def with_head() -> dict:
+    """Scheme of W4A4, with the lm_head in W8A8"""
+    linears = int_scheme(4, 4)["config_groups"]["group_0"]
+    head = int_scheme(8, 8, targets=["lm_head"], format="int-quantized")
+    groups = {"group_0": linears, "group_1": head["config_groups"]["group_0"]}
+    return {"config_groups": groups, "ignore": []}
+
+
 RECIPES = {
     "W8A8": lambda: [QuantizationModifier(**int_scheme(8, 8, format="int-quantized"))],
     "W4A16": lambda: [QuantizationModifier(**int_scheme(4, None))],
@@ -46,6 +55,7 @@ RECIPES = {
         QuantizationModifier(**int_scheme(4, 4)),
     ],
     "W4A4-CAT": lambda: [CATModifier(), QuantizationModifier(**int_scheme(4, 4))],
+    "W4A4-CAT-W8A8-head": lambda: [CATModifier(), QuantizationModifier(**with_head())],
     "W4A4-CAT-32": lambda: [
         CATModifier(transform_block_size=32, rotation="block-hadamard"),
         QuantizationModifier(**int_scheme(4, 4)),

@@ -20,7 +20,16 @@ from statistics import median
 
 from model_process import ModelProcess, answer_questions, start_model, time_generation
 
-SIDES = ("bf16", "W8A8", "W4A16", "W4A4", "W4A4-Hadamard", "W4A4-CAT", "W4A4-CAT-32")
+SIDES = (
+    "bf16",
+    "W8A8",
+    "W4A16",
+    "W4A4",
+    "W4A4-Hadamard",
+    "W4A4-CAT",
+    "W4A4-CAT-W8A8-head",
+    "W4A4-CAT-32",
+)
 BASE = "W4A4"
 
 # name: (prompts, tokens of each, tokens to generate)

@@ -55,6 +55,15 @@ MIXED = W4A4 | {
     }
 }
 
+HEAD = {
+    "config_groups": {
+        "w4a4": W4A4["config_groups"]["group_0"],
+        "w8a8": int_scheme(8, 8, format="int-quantized")["config_groups"]["group_0"]
+        | {"targets": ["re:.*lm_head"]},
+    },
+    "ignore": [],
+}
+
 TINY_CASES = {
     # name: (model, quantization, CAT)
     "qwen2-w4a4": (
@@ -96,6 +105,8 @@ TINY_CASES = {
         {},
     ),
     "qwen3-mixed": ({"family": "qwen3"}, MIXED, {}),
+    # vLLM pads these rows of the head
+    "llama-w4a4-w8a8-head": ({"tied": True, "vocab_size": 500}, HEAD, {}),
     # compressed-tensors decompresses 4-bit floats to bfloat16, whatever the model
     "llama-nvfp4": (
         {"family": "llama-biases", "dtype": torch.bfloat16},

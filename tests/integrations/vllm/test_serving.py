@@ -143,6 +143,7 @@ SERVED = {
     "llama-w4a8": "W4A8 integers",
     "llama-w8a8": "CompressedTensorsW8A8Int8",
     "qwen3-mixed": "W4A4 integers",
+    "llama-w4a4-w8a8-head": "CompressedTensorsW8A8Int8",
     "llama-w4a16": "CompressedTensorsWNA16",
 }
 
