@@ -19,7 +19,12 @@ from cat_modifier.functional.alignment import DEFAULT_DAMPENING_FRAC as DAMPENIN
 from cat_modifier.functional.alignment import diagonal_blocks, inner_blocks
 from cat_modifier.functional.layout import Rotation, choose_layout
 from cat_modifier.functional.smoothing import smoothing_scales
-from cat_modifier.functional.transform import FusedTransform, StoredTransform, compute_transform
+from cat_modifier.functional.transform import (
+    FusedTransform,
+    StoredTransform,
+    compute_blocks,
+    store_transform,
+)
 
 __all__ = ["TRANSFORMS", "WHOLE", "AnalysisStatistics", "AnalyzedInput"]
 
@@ -115,8 +120,10 @@ def _cat(
         stored = torch.empty(
             in_features // size, size, size, dtype=_PRECISION, device=sx.device
         )
-        options = (layout, rotation, strength, DAMPENING, stored)
-        return compute_transform(sx, sw, *options, alternative=_ALTERNATIVE).invert()
+        blocks = compute_blocks(
+            sx, sw, rotation, layout.fused_hadamard_size, strength, DAMPENING
+        )
+        return store_transform(blocks, layout, stored, _ALTERNATIVE).invert()
 
     return compute
 

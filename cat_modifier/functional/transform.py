@@ -29,10 +29,10 @@ __all__ = [
     "apply_blocks",
     "apply_transform",
     "compute_blocks",
-    "compute_transform",
     "invert_blocks",
     "multiply_heads",
     "rotate_blocks",
+    "store_transform",
 ]
 
 
@@ -230,43 +230,21 @@ class FusedTransform(StoredTransform):
         )
 
 
-def compute_transform(
-    sx: Tensor | None,
-    sw: Tensor,
+def store_transform(
+    blocks: Tensor,
     layout: TransformLayout,
-    rotation: Rotation,
-    alignment_strength: float,
-    dampening_frac: float,
     stored: Tensor,
-    repeats: int = 1,
     alternative: torch.dtype | None = None,
 ) -> StoredTransform:
     """
-    Compute the transform of an input, and round it to its stored dtype.
+    Round the blocks of a transform to their stored dtype.
 
-    :param sx: diagonal blocks of Sx, shape (d/k, k, k); None if the input was never seen.
-        The transform is then the rotation alone
-    :param sw: diagonal blocks of Sw, shape (d/k, k, k), float64
-    :param layout: sizes of the transform; ``block_size`` is k
-    :param stored: receives the blocks, shape (d/s, s, s), dtype of the checkpoint
-    :param repeats: number of neighbouring blocks that must be equal: attention heads that
-        share one value head
+    :param blocks: T, shape (d/s, s, s), float64
+    :param layout: sizes of the transform
+    :param stored: receives the blocks, shape of ``blocks``, dtype of the checkpoint
     :param alternative: dtype to store in instead, if ``stored`` is int8 and does not hold T
         well; None to take int8 in any case
-    :raises ValueError: if the second moments are not finite, or no Hadamard matrix of the
-        layout's order is known
     """
-    if sx is None:
-        identity = torch.eye(layout.block_size, dtype=torch.float64, device=sw.device)
-        sx, alignment_strength = identity.expand_as(sw), 0.0
-    # the best transform for several blocks depends on the sums of their second moments
-    sx, sw = (
-        one.unflatten(0, (-1, repeats)).sum(1) for one in (sx.to(sw.device, torch.float64), sw)
-    )
-    blocks = compute_blocks(
-        sx, sw, rotation, layout.fused_hadamard_size, alignment_strength, dampening_frac
-    )
-    blocks = blocks.repeat_interleave(repeats, 0)
     if stored.dtype == torch.int8 and alternative is not None and not fits_int8(blocks):
         stored = torch.empty_like(stored, dtype=alternative)
     store_blocks(blocks, stored)

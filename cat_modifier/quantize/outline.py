@@ -27,7 +27,7 @@ from cat_modifier.checkpoint.integers import bits_name
 from cat_modifier.checkpoint.schema import TENSOR_SUFFIX
 from cat_modifier.markdown import markdown_table
 from cat_modifier.modifiers.cat.base import CATModifier
-from cat_modifier.modifiers.cat.plan import InputToPlan
+from cat_modifier.modifiers.cat.input_to_plan import InputToPlan
 from cat_modifier.modifiers.forward import as_it_is_run
 from cat_modifier.quantize.sizes import quantized_linear, stored_bytes
 from cat_modifier.quantize.skeleton import fill, make_empty

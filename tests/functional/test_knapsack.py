@@ -9,7 +9,7 @@ from cat_modifier.functional.alignment import diagonal_blocks
 from cat_modifier.functional.hadamard import is_hadamard_order
 from cat_modifier.functional.knapsack import spend
 from cat_modifier.functional.layout import Rotation, cheaper_layouts, choose_layout
-from cat_modifier.functional.transform import compute_transform
+from cat_modifier.functional.transform import compute_blocks, store_transform
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -79,9 +79,8 @@ def test_cheaper_transforms_are_exact(features):
         sx, sw = (diagonal_blocks(one, layout.block_size) for one in (x, weight))
         size = layout.stored_size
         stored = torch.empty(features // size, size, size, dtype=torch.bfloat16)
-        transform = compute_transform(
-            sx, sw, layout, Rotation.HADAMARD, 1.0, 0.01, stored
-        ).invert()
+        blocks = compute_blocks(sx, sw, Rotation.HADAMARD, layout.fused_hadamard_size)
+        transform = store_transform(blocks, layout, stored).invert()
         product = transform.transform_tokens(x) @ transform.transform_weight(weight).T
         assert torch.allclose(product, x @ weight.T)
 

@@ -16,8 +16,8 @@ from cat_modifier.functional.stored import dequantize_blocks, fits_int8, store_b
 from cat_modifier.functional.transform import (
     apply_blocks,
     compute_blocks,
-    compute_transform,
     invert_blocks,
+    store_transform,
 )
 
 
@@ -248,6 +248,6 @@ def test_int8_gives_way_where_it_does_not_fit(alternative):
     layout = TransformLayout(8, 1, 1, "")
     stored = torch.empty((2, 8, 8), dtype=torch.int8)
     sw = torch.eye(8, dtype=torch.float64).expand(2, 8, 8)
-    arguments = (sx, sw, layout, Rotation.BLOCK_HADAMARD, 1.0, 0.01, stored)
-    found = compute_transform(*arguments, alternative=alternative).blocks
+    blocks = compute_blocks(sx, sw, Rotation.BLOCK_HADAMARD, 1)
+    found = store_transform(blocks, layout, stored, alternative).blocks
     assert found.dtype == (alternative or torch.int8)

@@ -183,8 +183,11 @@ def test_a_token_that_is_not_finite_is_no_number_after_it(layout, symmetric, val
 
 
 @pytest.mark.parametrize("device", sorted({"cpu", GPU}))
-def test_operators_have_fakes_and_can_be_compiled(device):
+@pytest.mark.parametrize("is_contiguous", [True, False])
+def test_operators_have_fakes_and_can_be_compiled(device, is_contiguous):
     x, online, _ = inputs(5, 6, 96, 12, 48, torch.bfloat16, False, device=device)
+    if not is_contiguous:
+        x = x.T.contiguous().T
     arguments = (x, online.weight, online.hadamard, 48)
     tests = ("test_schema", "test_faketensor")
     namespace = torch.ops.cat_modifier

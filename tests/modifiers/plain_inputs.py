@@ -4,7 +4,7 @@
 import torch
 
 from cat_modifier.functional.layout import Rotation, choose_layout
-from cat_modifier.modifiers.cat.plan import InputToPlan
+from cat_modifier.modifiers.cat.input_to_plan import InputToPlan
 
 OPTIONS = {
     "rotation": Rotation.HADAMARD,

@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from cat_modifier.checkpoint.schema import CATTransformConfig
 from cat_modifier.modifiers.cat.apply import LinearWeights, apply_transforms
-from cat_modifier.modifiers.cat.plan import PlanOptions, plan_transforms
+from cat_modifier.modifiers.cat.plan import plan_transforms
+from cat_modifier.modifiers.cat.plan_options import PlanOptions
 
 SIZE = 256
 LINEAR = SIZE * SIZE * 8

@@ -16,8 +16,10 @@ from cat_modifier.functional.layout import (
     choose_layout,
 )
 from cat_modifier.functional.transform import apply_blocks, multiply_heads
-from cat_modifier.modifiers.cat import plan
-from cat_modifier.modifiers.cat.plan import InputToPlan, PlanOptions, plan_transforms
+from cat_modifier.modifiers.cat import candidates, plan, prediction
+from cat_modifier.modifiers.cat.input_to_plan import InputToPlan
+from cat_modifier.modifiers.cat.plan import plan_transforms
+from cat_modifier.modifiers.cat.plan_options import PlanOptions
 
 
 def test_a_plan_keeps_the_function_and_predicts_less_noise():
@@ -94,16 +96,16 @@ def test_larger_blocks_go_where_they_lower_noise():
     assert plan_sizes(1.0, noisy("a"), noisy("b")) == [64, 64]
 
 
-def make_choice(name: str, noise: float, count: int) -> plan._Choice:
+def make_choice(name: str, noise: float, count: int) -> candidates.Choice:
     """Make a choice of blocks of 64, 32 and 16. Larger blocks have less noise"""
     source = InputToPlan(
         (name,), 64, 1, TransformLayout(64, 1, 1, ""), token_count=count, tokens_read=count
     )
-    candidates = [
-        plan._Candidate(None, 64 * size, plan.Prediction(1 / (factor * noise), 1.0))
+    found = [
+        candidates.Candidate(None, 64 * size, prediction.Prediction(1 / (factor * noise), 1.0))
         for size, factor in ((64, 1), (32, 1.2), (16, 1.5))
     ]
-    return plan._Choice(source, 64 * 64, candidates, None)
+    return candidates.Choice(source, 64 * 64, found, None)
 
 
 def test_an_input_of_few_tokens_is_no_cheap_gain():
@@ -124,13 +126,13 @@ def test_a_limit_below_the_cheapest_is_an_error():
 
 def test_each_transform_is_computed_once(monkeypatch):
     computed = []
-    original = plan.compute_transform
+    original = candidates.compute_blocks
 
-    def compute(sx, sw, layout, *args):
-        computed.append(layout.block_size)
-        return original(sx, sw, layout, *args)
+    def compute(sx, *args):
+        computed.append(sx.shape[-1])
+        return original(sx, *args)
 
-    monkeypatch.setattr(plan, "compute_transform", compute)
+    monkeypatch.setattr(candidates, "compute_blocks", compute)
     sizes = plan_sizes(0.7, noisy("a"), noisy("b"))
     assert sorted(computed) == [16, 16, 32, 32, 64, 64] and len(sizes) == 2
 

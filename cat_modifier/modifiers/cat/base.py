@@ -47,6 +47,7 @@ from cat_modifier.modifiers.cat.apply import LinearWeights, apply_transforms
 from cat_modifier.modifiers.cat.distributed import gather, rank
 from cat_modifier.modifiers.cat.function_check import FunctionCheck
 from cat_modifier.modifiers.cat.hooks import CalibrationHooks
+from cat_modifier.modifiers.cat.input_to_plan import InputToPlan
 from cat_modifier.modifiers.cat.inputs import PlanningUnit, describe_input, planning_units
 from cat_modifier.modifiers.cat.log import (
     log_overhead,
@@ -56,12 +57,8 @@ from cat_modifier.modifiers.cat.log import (
 )
 from cat_modifier.modifiers.cat.matching import match_linears, match_mappings
 from cat_modifier.modifiers.cat.pipeline import is_resident
-from cat_modifier.modifiers.cat.plan import (
-    InputToPlan,
-    OverheadUnit,
-    PlanOptions,
-    plan_transforms,
-)
+from cat_modifier.modifiers.cat.plan import plan_transforms
+from cat_modifier.modifiers.cat.plan_options import OverheadUnit, PlanOptions
 from cat_modifier.modifiers.cat.sharding import (
     count_heads,
     inputs_to_shard,

@@ -12,7 +12,7 @@ from cat_modifier.calibration.collector import InputStatistics
 from cat_modifier.calibration.shared_inputs import SharedInput
 from cat_modifier.checkpoint.integers import suits_clipping
 from cat_modifier.functional.layout import TransformLayout
-from cat_modifier.modifiers.cat.plan import InputToPlan
+from cat_modifier.modifiers.cat.input_to_plan import InputToPlan
 
 __all__ = ["PlanningUnit", "describe_input", "planning_units"]
 

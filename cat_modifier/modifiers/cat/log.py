@@ -7,7 +7,8 @@ from loguru import logger
 from cat_modifier.calibration.shared_inputs import SharedInput
 from cat_modifier.functional.alignment import condition_number, correlation_rank
 from cat_modifier.functional.sqnr import to_db
-from cat_modifier.modifiers.cat.plan import Overhead, OverheadUnit, PlannedTransform
+from cat_modifier.modifiers.cat.plan import Overhead, PlannedTransform
+from cat_modifier.modifiers.cat.plan_options import OverheadUnit
 
 __all__ = ["log_overhead", "log_transform", "warn_if_unaligned", "warn_of_unseen"]
 
