@@ -55,7 +55,10 @@ RECIPES = {
         QuantizationModifier(**int_scheme(4, 4)),
     ],
     "W4A4-CAT": lambda: [CATModifier(), QuantizationModifier(**int_scheme(4, 4))],
-    "W4A4-CAT-W8A8-head": lambda: [CATModifier(), QuantizationModifier(**with_head())],
+    "W4A4-CAT-W8A8-head": lambda: [
+        CATModifier(ignore=[]),
+        QuantizationModifier(**with_head()),
+    ],
     "W4A4-CAT-32": lambda: [
         CATModifier(transform_block_size=32, rotation="block-hadamard"),
         QuantizationModifier(**int_scheme(4, 4)),

@@ -104,7 +104,7 @@ class CATCompressedTensorsConfig(CompressedTensorsConfig):
         if source is None and is_quantized:
             parts = self.registry.adopt(prefix, parts) or parts
             source = self.registry.find(parts)
-        if source is not None and not isinstance(layer, LinearBase):
+        if source is not None and not isinstance(layer, LinearBase | ParallelLMHead):
             raise NotImplementedError(
                 f"{prefix} has an input transform, but vLLM computes it in a "
                 f"{type(layer).__name__}: add it to `ignore` of CATModifier"
@@ -116,6 +116,12 @@ class CATCompressedTensorsConfig(CompressedTensorsConfig):
         integers = self._find_integers(layer, prefix)
         method = None if integers else super().get_quant_method(layer, prefix)
         is_first = False
+        if source is not None and method is None and integers is None:
+            raise NotImplementedError(
+                f"{prefix} has an input transform, but is not quantized by its name: name it "
+                "in `targets` of the modifier that quantizes, beside `Linear`, or add it to "
+                "`ignore` of CATModifier"
+            )
         if source is not None:
             is_first = source.first in parts
             _check_offload(prefix, source.first)

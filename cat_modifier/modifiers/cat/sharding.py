@@ -76,7 +76,7 @@ def may_be_sharded(model: Module, names: Iterable[str]) -> bool:
     column_parallel = [
         _compile(pattern)
         for pattern, style in plan.items()
-        if style in ("colwise", "packed_colwise")
+        if style in ("colwise", "packed_colwise", "colwise_gather_output")
     ]
     return not all(any(pattern.search(name) for pattern in column_parallel) for name in names)
 

@@ -202,24 +202,20 @@ def check_same_inputs(inputs: list[SharedInput]):
 
 def warn_if_not_served(model: Module, linears: Mapping[str, Linear]):
     """
-    Warn of what vLLM cannot serve: an lm_head that is transformed, or quantized without its
-    name, gpt-oss, and the first Linear whose integers it may have no kernel for.
+    Warn of what vLLM cannot serve: an lm_head that is transformed or quantized, but not by
+    its name, gpt-oss, and the first Linear whose integers it may have no kernel for.
     """
     find = getattr(model, "get_output_embeddings", None)
     head = None if find is None else find()
     names = [name for name, one in model.named_modules() if one is head]
     scheme = getattr(head, "quantization_scheme", None)
     for name in names[:1]:
-        if head in linears.values():
+        is_named = scheme is not None and any(match_name(name, x) for x in scheme.targets)
+        if (head in linears.values() or scheme is not None) and not is_named:
             logger.warning(
-                f"vLLM cannot serve a model whose {name} is transformed: add it to `ignore` of "
-                "CATModifier"
-            )
-        if scheme is not None and not any(match_name(name, one) for one in scheme.targets):
-            logger.warning(
-                f"vLLM serves a quantized {name} only if `targets` of the modifier that "
-                "quantizes name it, beside `Linear`: name it there, or add it to `ignore`, as "
-                "for Whisper, where vLLM ties it to the embedding"
+                f"vLLM serves a quantized or transformed {name} only if `targets` of the "
+                "modifier that quantizes name it, beside `Linear`: name it there, or add it to "
+                "`ignore` of all modifiers, as for Whisper, where vLLM ties it to the embedding"
             )
     if getattr(getattr(model, "config", None), "model_type", "") == "gpt_oss":
         logger.warning(

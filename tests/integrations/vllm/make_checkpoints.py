@@ -105,8 +105,13 @@ TINY_CASES = {
         {},
     ),
     "qwen3-mixed": ({"family": "qwen3"}, MIXED, {}),
-    # vLLM pads these rows of the head
-    "llama-w4a4-w8a8-head": ({"tied": True, "vocab_size": 500}, HEAD, {}),
+    # vLLM pads the rows of these heads
+    "llama-w4a4-w8a8-head": ({"tied": True, "vocab_size": 500}, HEAD, {"ignore": []}),
+    "qwen3-w4a8-head": (
+        {"family": "qwen3", "vocab_size": 500},
+        int_scheme(4, 8, targets=["Linear", "lm_head"]) | {"ignore": []},
+        {"ignore": []},
+    ),
     # compressed-tensors decompresses 4-bit floats to bfloat16, whatever the model
     "llama-nvfp4": (
         {"family": "llama-biases", "dtype": torch.bfloat16},

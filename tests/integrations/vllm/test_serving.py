@@ -144,6 +144,7 @@ SERVED = {
     "llama-w8a8": "CompressedTensorsW8A8Int8",
     "qwen3-mixed": "W4A4 integers",
     "llama-w4a4-w8a8-head": "CompressedTensorsW8A8Int8",
+    "qwen3-w4a8-head": "W4A8 integers",
     "llama-w4a16": "CompressedTensorsWNA16",
 }
 
@@ -231,9 +232,9 @@ def test_ways_to_serve(checkpoints, kind):
     assert sqnr > 25, f"{sqnr:.1f} dB"
 
 
-@pytest.mark.parametrize("name", ["qwen2-w4a8", "qwen3-w4a8-1-kv-head"])
+@pytest.mark.parametrize("name", ["qwen2-w4a8", "qwen3-w4a8-1-kv-head", "qwen3-w4a8-head"])
 def test_two_ranks(checkpoints, name):
-    """With biases; with a KV head that both ranks have"""
+    """With biases; with a KV head that both ranks have; with a transformed lm_head"""
     ids, expected = reference(checkpoints / name)
     options = {"tensor_parallel_size": 2, "dtype": "float32"}
     result = serve(checkpoints / name, ids, TWO_RANKS, options=options)
