@@ -177,7 +177,9 @@ def test_recipes_leave_alone_what_is_not_transformed(path):
     *_, quantization = modifiers.values()
     groups = quantization.get("config_groups", {}).values()
     named = {target for group in groups for target in group["targets"]}
-    assert quantization["ignore"] == [one for one in DEFAULT_IGNORE if one not in named]
+    expected = [one for one in DEFAULT_IGNORE if one not in named]
+    assert quantization["ignore"] == expected
+    assert modifiers.get("CATModifier", {}).get("ignore", list(DEFAULT_IGNORE)) == expected
 
 
 def test_an_unknown_recipe_is_refused_with_the_names_of_all():

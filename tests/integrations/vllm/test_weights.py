@@ -22,6 +22,7 @@ from vllm.distributed.parallel_state import (
     destroy_model_parallel,
 )
 from vllm.model_executor.layers.linear import QKVParallelLinear, ReplicatedLinear
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
@@ -66,6 +67,23 @@ def make_config(symmetric=False, quantized=("Linear",)) -> CATCompressedTensorsC
     return config
 
 
+def make_registry(inputs: list[list[str]], clip_ratio=1.0) -> TransformRegistry:
+    """
+    :param inputs: names of the Linears that read each input
+    """
+    transforms = CATTransformConfig.empty()
+    transforms.config_groups["cat"] = CATScheme(
+        type="cat",
+        apply=[CATInput(targets=names, location="input") for names in inputs],
+        block_size=16,
+        online_hadamard_size=4,
+        interleave=16,
+        clip_ratio=clip_ratio,
+        precision=torch.bfloat16,
+    )
+    return TransformRegistry(transforms)
+
+
 class Attention(Module):
     """A merged layer and another layer that read the same input"""
 
@@ -99,20 +117,8 @@ def make_model(
     if not is_declared:
         config.packed_modules_mapping = {}
     names = [f"{LAYER}.{name}_proj" for name in PARTS] + [gate]
-    transforms = CATTransformConfig.empty()
-    transforms.config_groups["cat"] = CATScheme(
-        type="cat",
-        apply=[
-            CATInput(targets=targets, location="input")
-            for targets in (names, *([list(others)] if others else []))
-        ],
-        block_size=16,
-        online_hadamard_size=4,
-        interleave=16,
-        clip_ratio=0.9 if is_quantized else 1.0,
-        precision=torch.bfloat16,
-    )
-    config.registry = TransformRegistry(transforms)
+    inputs = [names, list(others)] if others else [names]
+    config.registry = make_registry(inputs, clip_ratio=0.9 if is_quantized else 1.0)
     vllm_config = get_current_vllm_config()
     vllm_config.additional_config = {"cat_weights": "int4" if keeps_packed else "int8"}
     model = Attention(config, gate, dtype)
@@ -180,6 +186,20 @@ def test_the_config_chooses_between_two_methods():
         model = make_model(False, is_quantized)
         assert type(model.qkv_proj.quant_method) is type(model.gate.quant_method) is method
         assert hasattr(model.qkv_proj, "cat_input") and not hasattr(model.gate, "cat_input")
+
+
+@pytest.mark.parametrize("is_named", [False, True])
+def test_a_transformed_lm_head_is_quantized_by_its_name(is_named):
+    config = make_config(quantized=("Linear", "re:.*lm_head") if is_named else ("Linear",))
+    config.registry = make_registry([["lm_head"]])
+    options = {"params_dtype": torch.float32, "quant_config": config, "prefix": "lm_head"}
+    if is_named:
+        head = ParallelLMHead(500, HIDDEN, **options)
+        assert isinstance(head.quant_method, Int8LinearMethod)
+        assert head.cat_input.full_shape == (HIDDEN // 16, 16, 16)
+    else:
+        with pytest.raises(NotImplementedError, match="lm_head .* not quantized by its name"):
+            ParallelLMHead(500, HIDDEN, **options)
 
 
 @KINDS
