@@ -28,7 +28,7 @@ from cat_modifier.integrations.vllm.compat import (
 from cat_modifier.integrations.vllm.int8_linear import Int8LinearMethod, Integers
 from cat_modifier.integrations.vllm.kernels import FLOATS_NEED_A_GPU
 from cat_modifier.integrations.vllm.linear import TransformLinearMethod
-from cat_modifier.integrations.vllm.lora import check_experts, is_enabled
+from cat_modifier.integrations.vllm.lora import check_experts
 from cat_modifier.integrations.vllm.moe import find_experts_method
 from cat_modifier.integrations.vllm.registry import TransformRegistry
 
@@ -178,8 +178,9 @@ class CATCompressedTensorsConfig(CompressedTensorsConfig):
             scheme.get("input_activations"),
             scheme.get("output_activations"),
             scheme["format"],
-            # LoRA asks for the weight, which vLLM's own kernel for CPUs lets go
-            is_w8a8_left_out=not (current_platform.is_cpu() and is_enabled()),
+            # vLLM's own kernel for CPUs lets the weight go, which LoRA asks for, and computes
+            # noise after a weight reload
+            is_w8a8_left_out=not current_platform.is_cpu(),
         )
         if integers is not None:
             self._check_scheme_supported(_LEAST_CAPABILITY)

@@ -25,7 +25,6 @@ from cat_modifier.checkpoint.schema import CATScheme
 from cat_modifier.integrations.vllm.compat import (
     BasevLLMParameter,
     ChannelQuantScaleParameter,
-    LinearBase,
     LinearMethodBase,
     ModelWeightParameter,
     PackedvLLMParameter,
@@ -77,8 +76,8 @@ class Integers:
         """
         Read the integers of Linears that an int8 product computes.
 
-        :param is_w8a8_left_out: whether to leave W8A8 in ``int-quantized`` format to vLLM,
-            whose own kernels serve it in Linears, but not in experts on every CPU
+        :param is_w8a8_left_out: whether to leave W8A8 in ``int-quantized`` format to vLLM's
+            own kernels
         :return: None for all others
         """
         if weight_quant is None or input_quant is None or output_quant is not None:
@@ -284,8 +283,10 @@ class Int8LinearMethod(LinearMethodBase):
             if self.is_first:
                 transform.check_loaded()
         weight = getattr(layer, integers.weight_name).data
-        if isinstance(layer, LinearBase):  # an lm_head has rows of padding
-            check_loaded(layer.prefix, integers.weight_name, weight, layer.weight_scale.data)
+        # rows of padding of an lm_head are not loaded
+        rows = getattr(layer, "num_org_embeddings_per_partition", self.shape[0])
+        scale = layer.weight_scale.data
+        check_loaded(layer.prefix, integers.weight_name, weight[:rows], scale[:rows])
         # `weight_shape` stays: a weight reload brings it once more for each merged part
         self.kernel.process_weights(layer, integers.unpack(weight, *self.shape))
         inputs = layer.weight_scale.new_empty((0, self.shape[1]), dtype=self.dtype)

@@ -13,6 +13,7 @@ from cat_modifier.integrations.vllm.compat import (
     register_weight_loader_v2_supported_method,
 )
 from cat_modifier.integrations.vllm.registry import TransformedInput, TransformRegistry
+from cat_modifier.integrations.vllm.unloaded import check_scales
 from cat_modifier.integrations.vllm.whole import whole_weights
 
 __all__ = ["TransformLinearMethod"]
@@ -68,10 +69,20 @@ class TransformLinearMethod(LinearMethodBase):
             sizes = (input_size, input_size_per_partition)
             self.source.add_to(layer, *sizes, params_dtype, keeps_int8=False)
 
-    def process_weights_after_loading(self, layer: Module):
+    def process_weights_after_loading(self, layer: Any):
+        """
+        :raises ValueError: if the transform was not loaded, or a scale is not positive and
+            finite
+        """
         self.registry.check_claimed()
         if self.is_first:
             self.source.module.check_loaded()
+        scale = getattr(layer, "weight_scale", None)
+        # those of 4-bit floats are floats of 8 bits, and may be 0
+        if scale is not None and scale.element_size() > 1:
+            # rows of padding of an lm_head are not loaded
+            rows = getattr(layer, "num_org_embeddings_per_partition", len(scale))
+            check_scales(layer.prefix, scale.data[:rows])
         self.method.process_weights_after_loading(layer)
 
     def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -110,8 +110,9 @@ def _load_weights(
         raise ValueError(
             f"vLLM has no place for {name} in this model ({error}): the checkpoint is damaged, "
             "or a Linear is quantized that vLLM leaves as it is. Name an lm_head in `targets` "
-            "of the modifier that quantizes, beside `Linear`; add others to `ignore` of "
-            "CATModifier and of that modifier"
+            "of the modifier that quantizes, beside `Linear`. If it was named, vLLM ties it to "
+            "the embedding in this model, as in Gemma 2: add it to `ignore` of CATModifier and "
+            "of that modifier, and other Linears as well"
         ) from error
     except _MISFIT as error:
         reason = f"{type(error).__name__}: {error}"

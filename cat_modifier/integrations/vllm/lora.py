@@ -14,18 +14,12 @@ from cat_modifier.integrations.vllm.compat import (
     get_current_vllm_config_or_none,
 )
 
-__all__ = ["add_lora_check", "check_experts", "is_enabled", "note_fused"]
+__all__ = ["add_lora_check", "check_experts", "note_fused"]
 
 _FUSED = "_cat_fused"
 """Attribute of a model: its Linears that adapters of the original model do not fit"""
 
 _ATTENTION = "q_proj k_proj v_proj o_proj"
-
-
-def is_enabled() -> bool:
-    """Whether vLLM is to serve LoRA adapters"""
-    config = get_current_vllm_config_or_none()
-    return config is not None and config.lora_config is not None
 
 
 def check_experts(prefix: str):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cat_modifier.integrations.vllm.compat import get_current_vllm_config_or_none
 
-__all__ = ["check_loaded", "fill_unloaded"]
+__all__ = ["check_loaded", "check_scales", "fill_unloaded"]
 
 _BYTE = 0x5B
 """Every byte of integers that are not loaded. No row of a weight has only such codes"""
@@ -47,6 +47,19 @@ def check_loaded(prefix: str, weight_name: str, weight: Tensor, scale: Tensor):
             f"{prefix}: `{weight_name}`, or its part of a merged layer, is missing from the "
             "checkpoint: it is damaged. Copy or download it again"
         )
+    check_scales(prefix, scale)
+
+
+def check_scales(prefix: str, scale: Tensor):
+    """
+    Check the scales of a quantized weight.
+
+    :param prefix: name of the layer, for errors
+    :param scale: scales, any shape, floating point
+    :raises ValueError: if one is not positive and finite
+    """
+    if scale.is_meta or _is_dummy():
+        return
     if not (torch.isfinite(scale) & (scale > 0)).all():
         raise ValueError(
             f"{prefix}: `weight_scale` is missing from the checkpoint, or holds values that "

@@ -155,6 +155,8 @@ def test_without_a_compiler_the_log_says_what_is_used(monkeypatch):
 class Layer(torch.nn.Module):
     """Attributes of vLLM's linear layers that a linear method reads"""
 
+    prefix = "a layer"
+
 
 def load(parameter, tensor):
     """As vLLM's loaders: no other shape fits"""

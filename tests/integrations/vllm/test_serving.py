@@ -141,9 +141,9 @@ SERVED = {
     "qwen3-w4a4-int-quantized": "W4A4 integers",
     "cohere-w4a4": "W4A4 integers",
     "llama-w4a8": "W4A8 integers",
-    "llama-w8a8": "CompressedTensorsW8A8Int8",
+    "llama-w8a8": "W8A8 integers",
     "qwen3-mixed": "W4A4 integers",
-    "llama-w4a4-w8a8-head": "CompressedTensorsW8A8Int8",
+    "llama-w4a4-w8a8-head": "W8A8 integers",
     "qwen3-w4a8-head": "W4A8 integers",
     "llama-w4a16": "CompressedTensorsWNA16",
 }
@@ -274,9 +274,12 @@ def test_compiled(checkpoints, name, weights, kernel):
     assert sqnr > 25, f"{sqnr:.1f} dB"
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_weights_are_reloaded_in_place(checkpoints, tmp_path, weights):
-    source, changed = checkpoints / "qwen2-w4a4", tmp_path / "changed"
+@pytest.mark.parametrize(
+    "name, weights",
+    [("qwen2-w4a4", "int8"), ("qwen2-w4a4", "int4"), ("llama-w4a4-w8a8-head", "int4")],
+)
+def test_weights_are_reloaded_in_place(checkpoints, tmp_path, name, weights):
+    source, changed = checkpoints / name, tmp_path / "changed"
     shutil.copytree(source, changed)
     tensors = load_file(source / "model.safetensors")
     for name in tensors:

@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-from torch.nn import Module
+from torch.nn import Module, Parameter
 from vllm.config import (
     LoadConfig,
     OffloadConfig,
@@ -197,6 +197,14 @@ def test_a_transformed_lm_head_is_quantized_by_its_name(is_named):
         head = ParallelLMHead(500, HIDDEN, **options)
         assert isinstance(head.quant_method, Int8LinearMethod)
         assert head.cat_input.full_shape == (HIDDEN // 16, 16, 16)
+        head.cat_input.weight.data.copy_(torch.eye(16))
+        head.weight_packed.data.zero_()
+        head.weight_scale.data[:500] = 0.1  # the rest is padding
+        head.weight_scale.data[3] = torch.nan
+        with pytest.raises(ValueError, match="lm_head: `weight_scale`"):
+            head.quant_method.process_weights_after_loading(head)
+        head.weight_scale.data[3] = 0.1
+        head.quant_method.process_weights_after_loading(head)
     else:
         with pytest.raises(NotImplementedError, match="lm_head .* not quantized by its name"):
             ParallelLMHead(500, HIDDEN, **options)
@@ -255,6 +263,14 @@ def test_a_weight_is_not_cut_to_the_room_that_the_config_leaves(
         ValueError, match=f"has {expected + 8} .*put channels .* has {expected}: config.json"
     ):
         param.weight_loader(param, loaded, *([] if part is None else [part]))
+
+
+def test_scales_are_checked_where_vllm_computes():
+    model = make_model(False, False)
+    load(model, 0)
+    model.gate.weight_scale = Parameter(torch.tensor([[0.1], [-0.1]]), requires_grad=False)
+    with pytest.raises(ValueError, match="gate: `weight_scale`.* not positive and finite"):
+        process(model)
 
 
 @pytest.mark.parametrize("value", [0.0, -0.1, torch.inf])
