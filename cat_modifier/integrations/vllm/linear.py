@@ -78,8 +78,8 @@ class TransformLinearMethod(LinearMethodBase):
         if self.is_first:
             self.source.module.check_loaded()
         scale = getattr(layer, "weight_scale", None)
-        # one of a whole tensor may be a part of none. Those of 4-bit floats are floats of 8
-        # bits, and may be 0
+        # of scales of whole tensors, some belong to no part of a merged layer; those of 4-bit
+        # floats have 8 bits, and may be 0
         if scale is not None and scale.ndim == 2 and scale.element_size() > 1:
             # rows of padding of an lm_head are not loaded
             rows = getattr(layer, "num_org_embeddings_per_partition", len(scale))
