@@ -409,6 +409,11 @@ def main():
         sys.exit(f"error: {error}. The command needs: pip install 'cat-modifier[analyze]'")
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
+    except Exception as error:
+        # of safetensors, which is not imported for --help: a full disk, for one
+        if type(error).__name__ != "SafetensorError":
+            raise
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

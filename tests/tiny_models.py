@@ -219,8 +219,14 @@ def save_tokenizer(folder: Path, **special_tokens: str):
     tokenizer.save_pretrained(folder)
 
 
-def make_vision_language_model(folder: Path, family: str = "qwen2_5_vl") -> PreTrainedModel:
-    """Qwen2.5-VL or Qwen3.5, saved to the folder together with what its processor needs"""
+def make_vision_language_model(
+    folder: Path, family: str = "qwen2_5_vl", tied: bool = False
+) -> PreTrainedModel:
+    """
+    Qwen2.5-VL or Qwen3.5, saved to the folder together with what its processor needs.
+
+    :param tied: whether the lm_head is tied to the embedding
+    """
     torch.manual_seed(0)
     tokens = {"vision_start": 3, "vision_end": 4, "image": 5, "video": 6}
     text, vision, processor = VISION_LANGUAGE[family]
@@ -238,6 +244,7 @@ def make_vision_language_model(folder: Path, family: str = "qwen2_5_vl") -> PreT
             "bos_token_id": 0,
             "eos_token_id": 1,
             "pad_token_id": 1,
+            "tie_word_embeddings": tied,
         }
         | text,
         vision_config={
@@ -250,7 +257,7 @@ def make_vision_language_model(folder: Path, family: str = "qwen2_5_vl") -> PreT
             "spatial_merge_size": 2,
         }
         | vision,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
         **{f"{name}_token_id": token for name, token in tokens.items()},
     )
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()

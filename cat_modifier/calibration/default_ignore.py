@@ -12,8 +12,14 @@ DEFAULT_IGNORE = (
     "re:.*kv_b_proj",
     "re:.*dt_proj",
     "re:.*(vision|visual|audio).*",
-    "re:.*(projector|connector).*",
+    "re:.*(image|img|video).*",
+    "re:.*(projector|connector|aligner).*",
+    "re:.*(resampler|merger|qformer).*",
+    "re:.*language_projection",
+    "re:.*generation_head.*",
 )
-"""The lm_head, heads of classifiers and poolers before them, routers of experts, weights that
-latent attention (MLA) and state spaces read without a call, towers for images and sound, and
-projectors that connect them. Recipes repeat it for the modifier that quantizes"""
+"""
+The lm_head, heads of classifiers and poolers before them, routers of experts, weights that
+latent attention (MLA) and state spaces read without a call, towers for images and sound, what
+connects them, and heads that generate images. Recipes repeat it for the modifier that quantizes
+"""

@@ -92,8 +92,9 @@ def hub_id(dataset: str) -> str | None:
     :param dataset: name of texts, see :func:`load_texts`
     :return: id of a dataset on the Hub; None for other texts
     """
-    is_file = Path(dataset).suffix in (".txt", ".md", *_READERS)
-    if is_file or dataset in (EMBEDDED, MIXED):
+    path = Path(dataset)
+    is_local = path.exists() or path.suffix in (".txt", ".md", *_READERS)
+    if is_local or dataset in (EMBEDDED, MIXED):
         return None
     return dataset.partition(":")[0]
 
@@ -198,7 +199,10 @@ def _topics() -> list[str]:
 
 def _readmes() -> list[str]:
     """READMEs of the installed packages, by the names of the packages"""
-    found = {one.name: one.metadata.json.get("description") for one in distributions()}
+    # an interrupted installation leaves packages without a name
+    found = {
+        one.name: one.metadata.json.get("description") for one in distributions() if one.name
+    }
     return [
         str(text) for _, text in sorted(found.items()) if text and len(text) > _LONGEST // 2
     ]

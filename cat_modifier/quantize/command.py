@@ -4,6 +4,7 @@
 import shlex
 import time
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -61,6 +62,10 @@ def run(
     tokenizer = getattr(processor, "tokenizer", processor)
     texts = load_texts(dataset, split or CALIBRATION_SPLITS, column, tokenizer)
     ids = windows(texts, tokenizer, length, samples)
+    # before the work of hours: an error if the folder cannot be written to
+    output.mkdir(parents=True, exist_ok=True)
+    with TemporaryFile(dir=output):
+        pass
     loaded = load_model(model, config)
     note_command(
         loaded,

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 import cat_modifier
 from cat_modifier import CATModifier, cli
 from cat_modifier.auto_model import auto_class
-from cat_modifier.calibration.texts import MIXED
+from cat_modifier.calibration.texts import MIXED, hub_id
 from cat_modifier.checkpoint.schema import read_quantization_config
 from cat_modifier.hub.run_record import dataset_ids
 from cat_modifier.quantize.command import calibration_data
@@ -187,6 +187,7 @@ def test_a_run_ends_with_what_it_made_and_the_next_commands(folder, command, tmp
         (["model", "--recipe", "w4a4", "--output", "chats.jsonl"], "is a file"),
         (["checkpoint", "--recipe", "w4a4", "--output", "new"], "checkpoint is quantized"),
         (["model", "--recipe", "w4a4", "--output", "new", "--column", "x"], "--column"),
+        (["model", "--recipe", "w4a4", "--output", "/proc/new"], "/proc/new"),
     ],
 )
 def test_misuse_is_one_line(folder, checkpoint, command, capsys, arguments, message):
@@ -196,6 +197,12 @@ def test_misuse_is_one_line(folder, checkpoint, command, capsys, arguments, mess
     error = end.value.code if isinstance(end.value.code, str) else capsys.readouterr().err
     assert message in error and "Traceback" not in error
     assert not (folder / "new").exists()
+
+
+def test_a_folder_is_no_dataset_of_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "org" / "set").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert hub_id("org/set") is None
 
 
 def test_a_missing_library_names_the_extra():

@@ -249,6 +249,17 @@ def test_padding_does_not_count(tmp_path):
     assert relative_error(*results) < 1e-4
 
 
+def test_samples_of_padding_alone_are_left_out(tmp_path):
+    tokens = make_tokens(6)
+    mask = torch.ones_like(tokens)
+    mask[-1] = 0  # would be held out
+    model = make_model(tmp_path)
+    before = logits_of(model)
+    compress(model, CATModifier(), CATTrainingModifier(**FAST), tokens=tokens, mask=mask)
+    # of broken weights it is 1 or more
+    assert relative_error(logits_of(model), before) < 0.8
+
+
 class Interruption(Exception):
     pass
 

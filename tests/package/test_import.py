@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from compressed_tensors.utils.match import match_name
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.recipe import Recipe
@@ -180,6 +181,28 @@ def test_recipes_leave_alone_what_is_not_transformed(path):
     expected = [one for one in DEFAULT_IGNORE if one not in named]
     assert quantization["ignore"] == expected
     assert modifiers.get("CATModifier", {}).get("ignore", list(DEFAULT_IGNORE)) == expected
+
+
+def test_towers_are_left_alone_and_text_is_not():
+    """Names of Phi-4-multimodal, Janus, BLIP-2, MiniCPM-V, Video-LLaVA; of Gemma 3n"""
+    towers = [
+        "model.embed_tokens_extend.image_embed.img_processor.layers.0.self_attn.q_proj",
+        "model.embed_tokens_extend.image_embed.img_projection_up",
+        "model.generation_head.proj_out",
+        "model.aligner.fc1",
+        "qformer.encoder.layer.0.attention.attention.query",
+        "language_projection",
+        "model.merger.0.linear_1",
+        "model.video_tower.encoder.layers.0.mlp.fc1",
+    ]
+    text = [
+        "model.language_model.per_layer_model_projection",
+        "model.layers.0.per_layer_projection",
+        "model.layers.0.mlp.experts.0.gate_proj",
+    ]
+    for name in towers + text:
+        is_ignored = any(match_name(name, one) for one in DEFAULT_IGNORE)
+        assert is_ignored == (name in towers), name
 
 
 def test_an_unknown_recipe_is_refused_with_the_names_of_all():

@@ -240,7 +240,7 @@ def _edit_config(model: PreTrainedModel, folder: Path):
     Mark it, write its digests and those of its transforms, and add all Linears that are not
     quantized to `ignore`, by their names in the model. compressed-tensors lists them by their
     names in the files, which differ for some models, and leaves out subclasses of Linear: a
-    reader would then take them for quantized.
+    reader would then take them for quantized. A quantized lm_head is no longer tied.
 
     :param folder: holds the checkpoint, or an adapter, which has no config
     :raises ValueError: if there are no weights, or if the transforms are lost
@@ -262,6 +262,12 @@ def _edit_config(model: PreTrainedModel, folder: Path):
     quantization["ignore"] = [*ignore, *others]
     write_digests(quantization["transform_config"], _stored_transforms(model))
     config["quantization_config"] = mark_quantization_config(quantization)
+    head = model.get_output_embeddings()
+    if head is not None and is_module_quantized(head):
+        # llm-compressor unties it, and notes that in one of two places, or none
+        for one in (config, config.get("text_config")):
+            if one is not None:
+                one["tie_word_embeddings"] = False
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     write_sums(folder)
 

@@ -216,11 +216,7 @@ class CATTrainingModifier(Modifier):
         name: str,
         calls: list[tuple[tuple, dict[str, Any]]],
     ):
-        if len(calls) < 2:
-            raise ValueError(
-                "CATTrainingModifier needs at least two batches of calibration data: one to "
-                "train on, and one held out to decide when to stop"
-            )
+        _check_count(len(calls))
         samples = self._make_samples(layer, name, calls)
         trainable = TrainableLayer(layer, name, self._inputs[name])
         unchanged = trainable.identity()
@@ -286,6 +282,8 @@ class CATTrainingModifier(Modifier):
 
         :raises ValueError: if the error of the layer is not finite
         """
+        samples = [one for one in samples if one.mask is None or one.mask.any()]
+        _check_count(len(samples))
         count = max(1, len(samples) // _HELD_OUT)
         with (
             tqdm.tqdm(total=self.steps, desc=f"Training {trainable.name}") as progress,
@@ -309,3 +307,14 @@ class CATTrainingModifier(Modifier):
             f"of the corrections {condition:.1f}"
         )
         return training.corrections
+
+
+def _check_count(batches: int):
+    """
+    :raises ValueError: if there are too few batches
+    """
+    if batches < 2:
+        raise ValueError(
+            "CATTrainingModifier needs at least two batches of calibration data: one to train "
+            "on, and one held out to decide when to stop"
+        )

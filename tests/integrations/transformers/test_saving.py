@@ -22,9 +22,15 @@ from tiny_models import (
     make_loader,
     make_model,
     make_tokens,
+    make_vision_language_model,
     relative_error,
 )
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from cat_modifier import CATModifier
 from cat_modifier.checkpoint.verify import find_damage
@@ -294,3 +300,25 @@ def test_oneshot_saves_into_a_folder_with_an_older_checkpoint(tmp_path):
     assert len(modes) == 1
     groups = json.loads((target / "config.json").read_text())["quantization_config"]
     assert groups["config_groups"]["group_0"]["format"] == "cat-modifier/pack-quantized"
+
+
+def test_a_quantized_head_is_untied_wherever_the_config_says_so(tmp_path):
+    model = make_vision_language_model(tmp_path / "original", tied=True)
+    ignore = ["re:.*visual.*"]
+    scheme = int_scheme(4, 8, targets=["Linear", "re:.*lm_head"]) | {"ignore": ignore}
+    recipe = [CATModifier(ignore=ignore), QuantizationModifier(**scheme)]
+    tokens = make_tokens().clamp_min(7)  # the others stand for pictures
+    oneshot(
+        model=model,
+        tokenizer=AutoTokenizer.from_pretrained(tmp_path / "original"),
+        recipe=recipe,
+        dataset=make_loader(tokens),
+        output_dir=str(tmp_path / "out"),
+    )
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not config["tie_word_embeddings"]
+    assert not config["text_config"]["tie_word_embeddings"]
+    with torch.no_grad():
+        expected = model(input_ids=tokens).logits
+        loaded = type(model).from_pretrained(tmp_path / "out").eval()
+        assert relative_error(loaded(input_ids=tokens).logits, expected) < 1e-5
