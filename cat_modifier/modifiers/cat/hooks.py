@@ -43,7 +43,7 @@ class CalibrationHooks:
         """
         Hook the Linears, and the modules that hold them.
 
-        :param register_hook: that of a modifier
+        :param register_hook: the method of a modifier
         :param batch: returns the index of the batch that passes
         """
         names = {linear: name for name, linear in self._linears.items()}

@@ -20,6 +20,7 @@ from cat_modifier.functional.alignment import condition_number
 from cat_modifier.integrations.transformers.saving import changing
 from cat_modifier.modifiers.cat_distillation.fit import Distillation
 from cat_modifier.modifiers.cat_training.inputs import (
+    check_count,
     check_inputs,
     check_recipe,
     find_config,
@@ -112,7 +113,7 @@ class CATDistillationModifier(Modifier):
         check_recipe(self, state)
         data: Any = state.data.calib
         with suppress(TypeError):  # of data without a length
-            _check_count(len(data))
+            check_count(len(data), self)
         return True
 
     def on_calibration_end(self, state: State, event: Event, **kwargs):
@@ -141,7 +142,7 @@ class CATDistillationModifier(Modifier):
             )
         check_inputs([one for layer in layers for one in layer.inputs], self)
         batches = [one for one in state.data.calib or () if _has_tokens(model, one)]
-        _check_count(len(batches))
+        check_count(len(batches), self)
         count = max(1, len(batches) // _HELD_OUT)
         with (
             HooksMixin.disable_hooks(),
@@ -182,14 +183,3 @@ def _has_tokens(model: Module, batch: dict[str, Any]) -> bool:
     """Whether a batch has more than padding"""
     mask = predicted_tokens(model, batch)
     return mask is None or bool(mask.any())
-
-
-def _check_count(batches: int):
-    """
-    :raises ValueError: if there are too few batches
-    """
-    if batches < 2:
-        raise ValueError(
-            "CATDistillationModifier needs at least two batches of calibration data: one to "
-            "train on, and one held out to decide when to stop"
-        )

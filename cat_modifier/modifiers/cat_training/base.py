@@ -19,6 +19,7 @@ from cat_modifier.functional.alignment import condition_number
 from cat_modifier.integrations.transformers.saving import changing
 from cat_modifier.modifiers.cat_training.fit import Sample, call_layer, fit
 from cat_modifier.modifiers.cat_training.inputs import (
+    check_count,
     check_inputs,
     check_recipe,
     find_config,
@@ -216,7 +217,7 @@ class CATTrainingModifier(Modifier):
         name: str,
         calls: list[tuple[tuple, dict[str, Any]]],
     ):
-        _check_count(len(calls))
+        check_count(len(calls), self)
         samples = self._make_samples(layer, name, calls)
         trainable = TrainableLayer(layer, name, self._inputs[name])
         unchanged = trainable.identity()
@@ -283,7 +284,7 @@ class CATTrainingModifier(Modifier):
         :raises ValueError: if the error of the layer is not finite
         """
         samples = [one for one in samples if one.mask is None or one.mask.any()]
-        _check_count(len(samples))
+        check_count(len(samples), self)
         count = max(1, len(samples) // _HELD_OUT)
         with (
             tqdm.tqdm(total=self.steps, desc=f"Training {trainable.name}") as progress,
@@ -307,14 +308,3 @@ class CATTrainingModifier(Modifier):
             f"of the corrections {condition:.1f}"
         )
         return training.corrections
-
-
-def _check_count(batches: int):
-    """
-    :raises ValueError: if there are too few batches
-    """
-    if batches < 2:
-        raise ValueError(
-            "CATTrainingModifier needs at least two batches of calibration data: one to train "
-            "on, and one held out to decide when to stop"
-        )

@@ -19,7 +19,7 @@ from cat_modifier.checkpoint.schema import TRANSFORM_NAME, CATTransformConfig
 from cat_modifier.modifiers.cat.validation import check_quantized
 from cat_modifier.modifiers.cat_training.layer import LayerInput
 
-__all__ = ["check_inputs", "check_recipe", "find_config", "find_inputs"]
+__all__ = ["check_count", "check_inputs", "check_recipe", "find_config", "find_inputs"]
 
 
 def check_recipe(modifier: Modifier, state: State):
@@ -42,6 +42,17 @@ def check_recipe(modifier: Modifier, state: State):
         )
     if is_distributed():
         raise ValueError(f"{name} trains in one process: start one rank")
+
+
+def check_count(batches: int, modifier: Modifier):
+    """
+    :raises ValueError: if there are too few batches
+    """
+    if batches < 2:
+        raise ValueError(
+            f"{type(modifier).__name__} needs at least two batches of calibration data: one to "
+            "train on, and one held out to decide when to stop"
+        )
 
 
 def find_config(model: Module, modifier: Modifier) -> CATTransformConfig:
