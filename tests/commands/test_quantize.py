@@ -18,6 +18,7 @@ from cat_modifier.auto_model import auto_class
 from cat_modifier.calibration.texts import MIXED, hub_id
 from cat_modifier.checkpoint.schema import read_quantization_config
 from cat_modifier.hub.run_record import dataset_ids
+from cat_modifier.quantize import command as quantize_command
 from cat_modifier.quantize.command import calibration_data
 from cat_modifier.quantize.outline import Outline, outline, outline_table
 from cat_modifier.quantize.skeleton import fill, make_empty
@@ -187,7 +188,6 @@ def test_a_run_ends_with_what_it_made_and_the_next_commands(folder, command, tmp
         (["model", "--recipe", "w4a4", "--output", "chats.jsonl"], "is a file"),
         (["checkpoint", "--recipe", "w4a4", "--output", "new"], "checkpoint is quantized"),
         (["model", "--recipe", "w4a4", "--output", "new", "--column", "x"], "--column"),
-        (["model", "--recipe", "w4a4", "--output", "/proc/new"], "/proc/new"),
     ],
 )
 def test_misuse_is_one_line(folder, checkpoint, command, capsys, arguments, message):
@@ -197,6 +197,15 @@ def test_misuse_is_one_line(folder, checkpoint, command, capsys, arguments, mess
     error = end.value.code if isinstance(end.value.code, str) else capsys.readouterr().err
     assert message in error and "Traceback" not in error
     assert not (folder / "new").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_an_error_before_the_work(
+    folder, command, monkeypatch
+):
+    monkeypatch.setattr(quantize_command, "load_model", lambda *args: pytest.fail("too late"))
+    with pytest.raises(SystemExit) as end:
+        command("quantize", "model", "--recipe", "w4a4", "--output", "/proc/new", *DATA)
+    assert "/proc/new" in end.value.code
 
 
 def test_a_folder_is_no_dataset_of_the_hub(tmp_path, monkeypatch):
